@@ -1,0 +1,39 @@
+"""MetaLR for Hugging Face: fine-tune a pretrained vision model with one meta-tuned learning rate a layer."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .history import LRHistory
+    from .layers import layer_groups
+    from .plots import plot_learning_rates
+    from .scheduler import MetaLRScheduler
+    from .trainer import MetaLRTrainer
+    from .training_args import MetaLRTrainingArguments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LRHistory",
+    "MetaLRScheduler",
+    "MetaLRTrainer",
+    "MetaLRTrainingArguments",
+    "layer_groups",
+    "plot_learning_rates",
+]
+
+_ROOMS = {
+    "LRHistory": "history",
+    "MetaLRScheduler": "scheduler",
+    "MetaLRTrainer": "trainer",
+    "MetaLRTrainingArguments": "training_args",
+    "layer_groups": "layers",
+    "plot_learning_rates": "plots",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: the Trainer takes seconds, and most users need neither timm nor matplotlib.
+    if name in _ROOMS:
+        return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

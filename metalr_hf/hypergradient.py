@@ -1,0 +1,290 @@
+"""The look-ahead: the optimizer step just taken, the validation gradient after it, one inner product a layer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class LookAhead:
+    """One optimizer step, held open until its learning rates are settled.
+
+    The step moved the parameters of layer j from θ_j to θ̂_j = θ_j + Δ_j, with Δ_j = α_j u_j and u_j independent of
+    the learning rate α_j. So the derivative of a loss at θ̂ with respect to α_j is one inner product,
+    ∂L/∂α_j = ⟨∇_{θ_j} L(θ̂), Δ_j⟩ / α_j, and the step with another rate α'_j ends at θ̂_j + (α'_j / α_j - 1) Δ_j.
+
+    Only parameters that have a gradient when the step begins are noted: the others are not moved by it. One copy of
+    them is kept, which holds θ while the step is under way and -Δ = θ - θ̂ afterwards, and is used again by the next.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+    >>> look_ahead = LookAhead()
+    >>> (weight**2).sum().backward()
+    >>> look_ahead.before_step([[weight]])
+    >>> optimizer.step()  # θ̂ = 2 - 0.1 · 4
+    >>> look_ahead.after_step()
+    >>> optimizer.zero_grad()
+    >>> (weight**2).sum().backward()
+    >>> look_ahead.inner_products()  # ⟨∇L(θ̂), Δ⟩ = 3.2 · -0.4
+    tensor([-1.2800])
+    >>> look_ahead.rescale([2.0])
+    >>> weight.data  # 2 - 0.2 · 4
+    tensor([1.2000])
+
+    ```
+    """
+
+    def __init__(self) -> None:
+        self.parameters: list[Tensor] = []
+        self.sizes: list[int] = []
+        self.taken = False
+        self._displacement: list[Tensor] = []
+
+    def before_step(self, layers: Iterable[Iterable[Tensor]]) -> None:
+        """Notes where the parameters are.
+
+        Args:
+            layers (`Iterable[Iterable[torch.Tensor]]`): The parameters of every layer.
+        """
+        by_layer = [[p for p in layer if p.grad is not None] for layer in layers]
+        parameters = [p for layer in by_layer for p in layer]
+        if [id(p) for p in parameters] != [id(p) for p in self.parameters]:
+            self.parameters = parameters
+            self._displacement = [torch.empty_like(p, requires_grad=False) for p in parameters]
+        self.sizes = [len(layer) for layer in by_layer]
+        self.taken = False
+        with torch.no_grad():
+            _copy(self._displacement, self.parameters)
+
+    def after_step(self) -> None:
+        """Notes the step that the optimizer has taken."""
+        with torch.no_grad():
+            if self.parameters:
+                torch._foreach_sub_(self._displacement, self.parameters)
+        self.taken = True
+
+    def discard(self) -> None:
+        """Forgets the step: its learning rates stay what they were."""
+        self.taken = False
+
+    def inner_products(self, directions: Sequence[Tensor] | None = None) -> Tensor:
+        """⟨gradient, Δ⟩ of every parameter, from the gradients that the parameters hold now.
+
+        Args:
+            directions (`Sequence[torch.Tensor]`, *optional*): Directions to use in place of the step taken.
+
+        Returns:
+            `torch.Tensor` of shape `(parameters,)`, at least float32: one figure a noted parameter, on the device of
+            the first. Sum them up with [`~LookAhead.sum_by_layer`].
+        """
+        if not self.parameters:
+            return torch.zeros(0)
+        sign = -1 if directions is None else 1
+        directions = self._displacement if directions is None else directions
+        device = self.parameters[0].device
+        products = [_dot(p.grad, d).to(device) for p, d in zip(self.parameters, directions, strict=True)]
+        return sign * torch.stack(products)
+
+    def sum_by_layer(self, products: Tensor) -> Tensor:
+        """Sums figures of parameters up to figures of layers.
+
+        Args:
+            products (`torch.Tensor` of shape `(parameters,)`): What [`~LookAhead.inner_products`] gave.
+
+        Returns:
+            `torch.Tensor` of shape `(layers,)`.
+        """
+        return torch.stack([part.sum() for part in products.split(self.sizes)])
+
+    @torch.no_grad()
+    def rescale(self, ratios: Sequence[float]) -> None:
+        """Moves every layer to where a step with another learning rate would have put it.
+
+        Args:
+            ratios (`Sequence[float]`): α'/α of every layer. A layer with ratio 1 is not touched, so its parameters
+                stay the same bit for bit.
+        """
+        first = 0
+        for size, ratio in zip(self.sizes, ratios, strict=True):
+            part = slice(first, first + size)
+            if size and ratio != 1:
+                torch._foreach_add_(self.parameters[part], self._displacement[part], alpha=1 - ratio)
+            first += size
+        self.taken = False
+
+    @contextmanager
+    def raw_gradient_step(self, learning_rates: Sequence[float]) -> Iterator[list[Tensor]]:
+        """Stands at θ - α g instead of θ̂ while the context is open: the paper's look-ahead with the raw gradient.
+
+        Args:
+            learning_rates (`Sequence[float]`): α of every layer (times the schedule's shape).
+
+        Yields:
+            `list[torch.Tensor]`: the training gradients g, taken away from the parameters.
+
+        Raises:
+            ValueError: if the training gradients are gone.
+        """
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if len(gradients) != len(self.parameters):
+            raise ValueError(
+                'lookahead="sgd" needs the training gradients: call scheduler.step() before optimizer.zero_grad().'
+            )
+        with torch.no_grad():
+            stepped = [p.detach().clone() for p in self.parameters]
+            rates = [rate for rate, size in zip(learning_rates, self.sizes, strict=True) for _ in range(size)]
+            for p, displacement, g, rate in zip(self.parameters, self._displacement, gradients, rates, strict=True):
+                p.add_(displacement).sub_(g, alpha=rate)
+        clear_gradients(self.parameters)
+        try:
+            yield gradients
+        finally:
+            with torch.no_grad():
+                _copy(self.parameters, stepped)
+
+    def state_dict(self, layers: Iterable[Iterable[Tensor]]) -> dict[str, Any]:
+        """What a step still held open needs to be settled after a restart.
+
+        Args:
+            layers (`Iterable[Iterable[torch.Tensor]]`): The parameters of every layer.
+
+        Returns:
+            `dict`: empty if no step is held open, else the displacement of every parameter, `None` for unmoved ones.
+        """
+        if not self.taken:
+            return {}
+        noted = {id(p): d for p, d in zip(self.parameters, self._displacement, strict=True)}
+        return {"displacement": [[noted.get(id(p)) for p in layer] for layer in layers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any], layers: Iterable[Iterable[Tensor]]) -> None:
+        """Restores what [`~LookAhead.state_dict`] gave.
+
+        Args:
+            state_dict (`dict`): The state.
+            layers (`Iterable[Iterable[torch.Tensor]]`): The parameters of every layer, as in the saved run.
+        """
+        self.taken = bool(state_dict)
+        if not self.taken:
+            return
+        noted = [
+            [(p, d) for p, d in zip(parameters, displacement, strict=True) if d is not None]
+            for parameters, displacement in zip(layers, state_dict["displacement"], strict=True)
+        ]
+        self.sizes = [len(layer) for layer in noted]
+        self.parameters = [p for layer in noted for p, _ in layer]
+        self._displacement = [d.to(p.device, p.dtype) for layer in noted for p, d in layer]
+
+
+def validation_gradient(meta_loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Tensor:
+    """Replaces the gradients of the parameters by those of the validation loss.
+
+    Args:
+        meta_loss (`Callable`): Takes nothing and returns the scalar validation loss.
+        parameters (`Iterable[torch.Tensor]`): The parameters whose training gradients are dropped first, which frees
+            their memory for the validation pass.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the validation loss, detached.
+
+    Raises:
+        ValueError: if the validation loss is not a scalar that depends on a trainable parameter.
+    """
+    clear_gradients(parameters)
+    with torch.enable_grad():
+        loss = meta_loss()
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(
+                f"meta_loss must return a scalar tensor that depends on the model's parameters, but returned {loss!r}. "
+                "Return the loss itself, not loss.item() or loss.detach()."
+            )
+        loss.backward()
+    return loss.detach()
+
+
+def clear_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sets every gradient to `None`."""
+    for p in parameters:
+        p.grad = None
+
+
+@contextmanager
+def untouched(model: nn.Module, mode: str = "train") -> Iterator[None]:
+    """A context in which a forward and a backward leave no trace in the model but gradients.
+
+    Buffers (batch-norm statistics), the training flag of every module and the random number generators of Python,
+    NumPy, torch and the model's device are put back on leaving.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        mode (`str`, *optional*, defaults to `"train"`): `"train"` or `"eval"`: how batch-norm and dropout work inside.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    >>> with untouched(model):
+    ...     _ = model(torch.randn(4, 2))
+    >>> int(model[1].num_batches_tracked)
+    0
+
+    ```
+    """
+    buffers = list(model.buffers())
+    training = [module.training for module in model.modules()]
+    with torch.no_grad():
+        saved = [buffer.clone() for buffer in buffers]
+    with preserve_random_state(next((p.device for p in model.parameters()), torch.device("cpu"))):
+        try:
+            model.train(mode == "train")
+            yield
+        finally:
+            for module, flag in zip(model.modules(), training, strict=True):
+                module.training = flag
+            with torch.no_grad():
+                _copy(buffers, saved)
+
+
+@contextmanager
+def preserve_random_state(device: torch.device | None = None) -> Iterator[None]:
+    """Puts the random number generators of Python, NumPy and torch back on leaving.
+
+    Args:
+        device (`torch.device`, *optional*): An accelerator whose generator is put back too.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    accelerator = device is not None and device.type not in ("cpu", "meta")
+    devices = [device] if accelerator and device.type != "mps" else []  # type: ignore[union-attr]
+    mps_state = torch.mps.get_rng_state() if accelerator and not devices else None
+    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def _dot(gradient: Tensor | None, direction: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros((), dtype=torch.promote_types(direction.dtype, torch.float32), device=direction.device)
+    if gradient.dtype in (torch.float32, torch.float64):
+        return torch.dot(gradient.reshape(-1), direction.reshape(-1))
+    # Half precision has too few digits to add up a whole tensor.
+    return torch.dot(gradient.reshape(-1).float(), direction.reshape(-1).float())

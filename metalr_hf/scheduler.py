@@ -1,0 +1,396 @@
+"""MetaLRScheduler: a torch learning-rate scheduler that owns one meta-tuned learning rate a layer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .history import LRHistory
+from .hypergradient import LookAhead, clear_gradients, validation_gradient
+from .linearity import check_linear
+from .rules import Rule, get_rule, limit_change
+from .settings import check_learning_rates, check_settings
+
+NON_FINITE_WARNING_AFTER = 20
+
+
+class MetaLRScheduler(LRScheduler):
+    """Tunes one learning rate a layer while the model trains, in any PyTorch loop.
+
+    After each optimizer step it asks a validation batch whether every layer would better have taken a longer or a
+    shorter step, changes the learning rates accordingly, and with a validation stream rescales the step just taken
+    (Chen et al. 2023, *MetaLR: Meta-tuning of Learning Rates for Transfer Learning in Medical Imaging*,
+    arXiv 2206.01408, Algorithm 1). The derivative is exact for every optimizer whose update is linear in its learning
+    rate, and costs one inner product a layer; see [`~metalr_hf.hypergradient.LookAhead`].
+
+    Param groups with the same `"layer"` entry share one learning rate; a group without it is a layer of its own. The
+    `lr` of each group is where its layer starts.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`):
+            The optimizer, with one or more param groups a layer.
+        rule (`str` or [`~metalr_hf.rules.Rule`], *optional*, defaults to `"proportional"`):
+            The learning-rate rule: `"additive"`, `"proportional"`, `"adam"`, or your own.
+        hyper_lr (`float`, *optional*, defaults to 0.1):
+            The step size η of the learning rates. 0 leaves them alone.
+        meta_loss (`Callable`, *optional*):
+            Takes nothing and returns the scalar validation loss. Used by `step()` without an argument.
+        meta_source (`str`, *optional*, defaults to `"stream"`):
+            Where the validation gradient comes from. `"stream"`: from `meta_loss`, at the cost of one more forward
+            and backward. `"next_batch"`: from the next training step's gradient, at no extra pass; the rates move
+            for the coming step and nothing is rescaled (Baydin et al. 2018, a layer at a time).
+        meta_every (`int`, *optional*, defaults to 1):
+            Tunes at every k-th optimizer step, the first included. Nothing is copied or computed between.
+        lookahead (`str`, *optional*, defaults to `"optimizer"`):
+            `"optimizer"` differentiates the step really taken; `"sgd"` the raw-gradient step of the paper (with
+            `meta_source="stream"` only).
+        shape (`Callable[[int], float]`, *optional*):
+            The schedule s(t) in [0, 1] that multiplies every tuned rate at optimizer step t = 0, 1, ... Constant 1 by
+            default. The hypergradient is taken with respect to the rate without the shape.
+        lr_min (`float`, *optional*, defaults to 1e-8), lr_max (`float`, *optional*, defaults to 1.0):
+            Bounds of every learning rate.
+        max_lr_change (`float`, *optional*, defaults to 1.25):
+            Trust region c: one update changes a rate at most by this factor. `None` switches it off.
+        hold_steps (`Mapping[str, int]`, *optional*):
+            Layers whose rate is held for so many first steps.
+        meta_context (`Callable`, *optional*):
+            Makes a context manager that the validation pass runs in, such as
+            `lambda: untouched(model)`, which keeps it out of batch-norm statistics and random numbers.
+        reduce (`Callable`, *optional*):
+            Averages a tensor over all processes. Needed if each process sees another validation batch.
+
+    Raises:
+        ValueError, TypeError: if a setting is out of range, a start rate is outside the bounds, the groups of a layer
+            start at different rates, or the optimizer's update is not linear in its learning rate.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf import MetaLRScheduler
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> images, labels = torch.randn(64, 4), torch.arange(64) % 2
+    >>> images[:, 0] += 2 * labels
+    >>> def loss(rows):
+    ...     return torch.nn.functional.cross_entropy(model(images[rows]), labels[rows])
+    >>> optimizer = torch.optim.AdamW(
+    ...     [
+    ...         {"params": model[0].parameters(), "layer": "stem"},
+    ...         {"params": model[2].parameters(), "layer": "head"},
+    ...     ],
+    ...     lr=1e-4,
+    ... )
+    >>> scheduler = MetaLRScheduler(optimizer, rule="proportional", hyper_lr=0.1)
+    >>> for step in range(30):
+    ...     batch, meta_batch = torch.randperm(64).split(32)
+    ...     loss(batch).backward()
+    ...     optimizer.step()  # the scheduler's hooks note the step taken
+    ...     scheduler.step(lambda: loss(meta_batch))  # validate, tune, rescale
+    ...     optimizer.zero_grad()
+    >>> scheduler.layers
+    ['stem', 'head']
+    >>> bool((scheduler.learning_rates > 1e-3).all())
+    True
+
+    ```
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        rule: str | Rule = "proportional",
+        hyper_lr: float = 0.1,
+        *,
+        meta_loss: Callable[[], Tensor] | None = None,
+        meta_source: str = "stream",
+        meta_every: int = 1,
+        lookahead: str = "optimizer",
+        shape: Callable[[int], float] | None = None,
+        lr_min: float = 1e-8,
+        lr_max: float = 1.0,
+        max_lr_change: float | None = 1.25,
+        hold_steps: Mapping[str, int] | None = None,
+        meta_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ):
+        check_settings(
+            hyper_lr=hyper_lr,
+            lr_min=lr_min,
+            lr_max=lr_max,
+            max_lr_change=max_lr_change,
+            meta_source=meta_source,
+            meta_every=meta_every,
+            lookahead=lookahead,
+        )
+        self.rule = rule if isinstance(rule, Rule) else get_rule(rule, hyper_lr)
+        self.meta_loss = meta_loss
+        self.meta_source = meta_source
+        self.meta_every = meta_every
+        self.lookahead = lookahead
+        self.shape = shape or (lambda step: 1.0)
+        self.lr_min, self.lr_max, self.max_lr_change = lr_min, lr_max, max_lr_change
+        self.meta_context = meta_context
+        self.reduce = reduce
+        # Whatever has a state that belongs to the run's tuning, such as the stream of validation batches, is saved and
+        # loaded with the scheduler when it is put here.
+        self.stateful: dict[str, Any] = {}
+
+        self._group_layers = _layer_of_groups(optimizer)
+        self.layers = list(dict.fromkeys(self._group_layers))
+        self.learning_rates = _start_learning_rates(optimizer, self._group_layers, self.layers)
+        check_learning_rates(dict(zip(self.layers, self.learning_rates.tolist(), strict=True)), lr_min, lr_max)
+        unknown = sorted(set(hold_steps or {}) - set(self.layers))
+        if unknown:
+            raise ValueError(f"hold_steps names layers that are not there: {unknown}. The layers are {self.layers}.")
+        self.hold_steps = dict(hold_steps or {})
+        check_linear(_unwrap(optimizer))
+
+        self.history = LRHistory(self.layers)
+        self.non_finite = 0
+        self.non_finite_in_a_row = 0
+        self._look_ahead = LookAhead()
+        self._found_inf: list[Tensor] = []
+        self._measured: tuple[float, list[float]] | None = None
+        self._hooks = self._register_hooks(optimizer)
+        super().__init__(optimizer)
+
+    @property
+    def will_tune(self) -> bool:
+        """Whether the coming (or, between `optimizer.step()` and `step()`, the present) step is one that tunes."""
+        return self.last_epoch % self.meta_every == 0 and self.shape(self.last_epoch) > 0
+
+    def step(self, meta_loss: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
+        """Validates, tunes, rescales the step just taken, and moves on to the next.
+
+        Args:
+            meta_loss (`Callable`, *optional*): Takes nothing and returns the scalar validation loss at the present
+                parameters; the backward is done here. Defaults to the attribute `meta_loss`; if that is `None` too,
+                nothing is tuned. Not called on steps that `meta_every` leaves out, nor with
+                `meta_source="next_batch"`. Training gradients are not kept.
+        """
+        # The base class steps once from its own __init__, before any optimizer step.
+        if self.last_epoch >= 0:
+            meta_loss = meta_loss or self.meta_loss
+            if self.meta_source == "stream":
+                if meta_loss is not None and self._look_ahead.taken and self.will_tune:
+                    self._validate_tune_rescale(meta_loss)
+                self._look_ahead.discard()
+            self._record()
+        super().step()
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rate of every param group at the present step: α times the schedule's shape."""
+        shape = self.shape(max(self.last_epoch, 0))
+        rates = dict(zip(self.layers, self.learning_rates.tolist(), strict=True))
+        return [rates[layer] * shape for layer in self._group_layers]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, in tensors and plain containers, so that `torch.load(weights_only=True)` reads it."""
+        return {
+            "last_epoch": self.last_epoch,
+            "step_count": self._step_count,
+            "layers": list(self.layers),
+            "learning_rates": self.learning_rates.clone(),
+            "rule": self.rule.state_dict(),
+            "history": self.history.state_dict(),
+            "non_finite": self.non_finite,
+            "non_finite_in_a_row": self.non_finite_in_a_row,
+            "look_ahead": self._look_ahead.state_dict(self._parameters_by_layer()),
+            "stateful": {name: part.state_dict() for name, part in self.stateful.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what [`~MetaLRScheduler.state_dict`] gave. Load the optimizer's state first.
+
+        Args:
+            state_dict (`dict`): The state of a scheduler over the same layers.
+
+        Raises:
+            ValueError: if the state is not one of a `MetaLRScheduler`, or its layers are others.
+        """
+        if "learning_rates" not in state_dict:
+            raise ValueError("This is not the state of a MetaLRScheduler: it has no 'learning_rates'.")
+        if state_dict["layers"] != self.layers:
+            missing = [layer for layer in state_dict["layers"] if layer not in self.layers]
+            new = [layer for layer in self.layers if layer not in state_dict["layers"]]
+            raise ValueError(
+                "The checkpoint's layers are not those of this optimizer: "
+                f"only in the checkpoint {missing}, only here {new}, in another order otherwise. "
+                "Resume with the same model and layer_groups, or start a new run."
+            )
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = state_dict["step_count"]
+        self.learning_rates = state_dict["learning_rates"].clone()
+        self.rule.load_state_dict(state_dict["rule"])
+        self.history.load_state_dict(state_dict["history"])
+        self.non_finite = state_dict["non_finite"]
+        self.non_finite_in_a_row = state_dict["non_finite_in_a_row"]
+        self._look_ahead.load_state_dict(state_dict["look_ahead"], self._parameters_by_layer())
+        for name, part in self.stateful.items():
+            part.load_state_dict(state_dict["stateful"][name])
+        self._write_learning_rates()
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def remove_hooks(self) -> None:
+        """Takes the scheduler off its optimizer, so that another one can take over."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _register_hooks(self, optimizer: Optimizer) -> list[torch.utils.hooks.RemovableHandle]:
+        # Weak, so that a scheduler which is gone neither lives on in its optimizer nor tunes it any more.
+        scheduler = weakref.ref(self)
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (own := scheduler()) is not None:
+                own._before_optimizer_step(optimizer)
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (own := scheduler()) is not None:
+                own._after_optimizer_step(optimizer)
+
+        base = _unwrap(optimizer)
+        return [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
+
+    def _before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.meta_source == "next_batch" and self._look_ahead.taken:
+            # A fused optimizer unscales by itself, after this hook.
+            scale = getattr(optimizer, "grad_scale", None)
+            self._found_inf += _found_inf(optimizer)
+            products = self._look_ahead.inner_products()
+            if self._tune(products if scale is None else products / scale.to(products)):
+                self._write_learning_rates()
+            self._look_ahead.discard()
+        if self.will_tune:
+            self._found_inf = []
+            self._look_ahead.before_step(self._parameters_by_layer())
+
+    def _after_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.will_tune:
+            # A fused optimizer that has met an overflow runs its hooks but leaves the parameters where they are.
+            self._found_inf += _found_inf(optimizer)
+            self._look_ahead.after_step()
+
+    def _validate_tune_rescale(self, meta_loss: Callable[[], Tensor]) -> None:
+        look_ahead, before = self._look_ahead, self.learning_rates
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.lookahead == "sgd":
+            shape = self.shape(self.last_epoch)
+            with look_ahead.raw_gradient_step((before * shape).tolist()) as gradients:
+                loss = self._validate(meta_loss, parameters)
+                # The hypergradient itself: the step looked at is -α s g.
+                products = look_ahead.inner_products(gradients) * -shape
+        else:
+            loss = self._validate(meta_loss, parameters)
+            products = look_ahead.inner_products()
+        tuned = self._tune(products, loss)
+        clear_gradients(parameters)
+        if tuned:
+            look_ahead.rescale(_ratio(self.learning_rates, before).tolist())
+
+    def _validate(self, meta_loss: Callable[[], Tensor], parameters: list[Tensor]) -> Tensor:
+        with self.meta_context():
+            return validation_gradient(meta_loss, parameters)
+
+    def _tune(self, products: Tensor, loss: Tensor | None = None) -> bool:
+        """Turns inner products into new learning rates; says whether it did."""
+        loss = products.new_full((), math.nan) if loss is None else loss.to(products)
+        values = torch.cat([loss.reshape(1), products])
+        if self.reduce is not None:
+            values = self.reduce(values)
+        overflow = [flag.to(values).reshape(1) for flag in self._found_inf]
+        # The only wait for the device in a step.
+        figures = torch.cat([values, *overflow]).double().cpu()
+        meta_loss, products, overflow_figures = figures.split([1, len(products), len(overflow)])
+        if overflow_figures.any():
+            return False
+        by_layer = self._look_ahead.sum_by_layer(products)
+        if self.lookahead == "optimizer":
+            by_layer = torch.where(self.learning_rates > 0, by_layer / self.learning_rates, 0.0)
+        finite = bool(by_layer.isfinite().all()) and (self.meta_source == "next_batch" or bool(meta_loss.isfinite()))
+        self._count_non_finite(finite)
+        self._measured = (float(meta_loss), by_layer.tolist())
+        if not finite:
+            return False
+        new = limit_change(
+            self.learning_rates,
+            self.rule(self.learning_rates, by_layer),
+            self.max_lr_change,
+            self.lr_min,
+            self.lr_max,
+        )
+        held = torch.tensor([self.last_epoch < self.hold_steps.get(layer, 0) for layer in self.layers])
+        self.learning_rates = torch.where(held, self.learning_rates, new)
+        return True
+
+    def _count_non_finite(self, finite: bool) -> None:
+        self.non_finite += not finite
+        self.non_finite_in_a_row = 0 if finite else self.non_finite_in_a_row + 1
+        if self.non_finite_in_a_row == NON_FINITE_WARNING_AFTER:
+            warnings.warn(
+                f"The validation loss or its hypergradients were not finite {NON_FINITE_WARNING_AFTER} times in a row; "
+                "the learning rates stay as they are. Look at the meta batches for broken images or labels, lower the "
+                "start learning rate or lr_max, or train in float32 or bfloat16 instead of float16.",
+                stacklevel=2,
+            )
+
+    def _record(self) -> None:
+        used = self.learning_rates * self.shape(self.last_epoch)
+        meta_loss, hypergradients = self._measured or (math.nan, None)
+        self.history.append(self.last_epoch, used.tolist(), meta_loss, hypergradients)
+        self._measured = None
+
+    def _write_learning_rates(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _parameters_by_layer(self) -> list[list[Tensor]]:
+        # Read anew each time: wrappers replace the group dicts and sharding replaces the parameters.
+        by_layer: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+        for layer, group in zip(self._group_layers, self.optimizer.param_groups, strict=True):
+            by_layer[layer] += group["params"]
+        return list(by_layer.values())
+
+
+def _unwrap(optimizer: Optimizer) -> Optimizer:
+    """The torch optimizer inside accelerate's wrappers, which know nothing of step hooks."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _found_inf(optimizer: Optimizer) -> list[Tensor]:
+    flag = getattr(optimizer, "found_inf", None)
+    return [] if flag is None else [flag]
+
+
+def _layer_of_groups(optimizer: Optimizer) -> list[str]:
+    return [group.get("layer", f"group_{i}") for i, group in enumerate(optimizer.param_groups)]
+
+
+def _start_learning_rates(optimizer: Optimizer, group_layers: list[str], layers: list[str]) -> Tensor:
+    rates: dict[str, float] = {}
+    for group, layer in zip(optimizer.param_groups, group_layers, strict=True):
+        rate = float(group.get("initial_lr", group["lr"]))
+        if rates.setdefault(layer, rate) != rate:
+            raise ValueError(
+                f"The param groups of layer {layer!r} start at different learning rates, {rates[layer]} and {rate}. "
+                "Give them the same lr, or layer names of their own."
+            )
+    return torch.tensor([rates[layer] for layer in layers], dtype=torch.float64)
+
+
+def _ratio(new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(old > 0, new / old, 1.0)

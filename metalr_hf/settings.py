@@ -1,0 +1,100 @@
+"""What the settings of learning-rate tuning may be; checked alike for the scheduler and the training arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+META_SOURCES = ("stream", "next_batch")
+LOOKAHEADS = ("optimizer", "sgd")
+META_MODES = ("train", "eval")
+
+
+def check_settings(
+    *,
+    hyper_lr: float,
+    lr_min: float,
+    lr_max: float,
+    max_lr_change: float | None,
+    meta_source: str,
+    meta_every: int,
+    lookahead: str,
+) -> None:
+    """Raises if a setting of learning-rate tuning is of the wrong type or out of range.
+
+    Args:
+        hyper_lr (`float`): Finite and not negative.
+        lr_min (`float`): Not negative.
+        lr_max (`float`): Above `lr_min`, possibly infinite.
+        max_lr_change (`float` or `None`): Above 1.
+        meta_source (`str`): `"stream"` or `"next_batch"`.
+        meta_every (`int`): 1 or more.
+        lookahead (`str`): `"optimizer"`, or `"sgd"` with the source `"stream"`.
+
+    Raises:
+        TypeError: if a number is not one.
+        ValueError: if a value is out of range. Both name the argument and what was given.
+    """
+    check_number("hyper_lr", hyper_lr)
+    if not 0 <= hyper_lr < math.inf:
+        raise ValueError(
+            f"hyper_lr={hyper_lr!r} must be finite and 0 or more; 0 switches tuning off, 0.1 is a good start."
+        )
+    check_number("lr_min", lr_min)
+    check_number("lr_max", lr_max)
+    if not 0 <= lr_min <= lr_max:
+        raise ValueError(f"lr_min={lr_min!r} and lr_max={lr_max!r} must satisfy 0 <= lr_min <= lr_max.")
+    if max_lr_change is not None:
+        check_number("max_lr_change", max_lr_change)
+        if not max_lr_change > 1:
+            raise ValueError(
+                f"max_lr_change={max_lr_change!r} must be above 1 (a rate changes at most by this factor), or None for "
+                "no trust region."
+            )
+    check_choice("meta_source", meta_source, META_SOURCES)
+    check_choice("lookahead", lookahead, LOOKAHEADS)
+    check_count("meta_every", meta_every)
+    if lookahead == "sgd" and meta_source == "next_batch":
+        raise ValueError(
+            'lookahead="sgd" needs meta_source="stream": the next batch\'s gradient is taken after the step that the '
+            "optimizer really took."
+        )
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises `TypeError` if a setting is not a number, `ValueError` if it is NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
+    if math.isnan(value):
+        raise ValueError(f"{name}={value!r} must be a number, not NaN.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises if a setting is not a whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} must be 1 or more.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises `ValueError` if a setting is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def check_learning_rates(learning_rates: Mapping[str, float], lr_min: float, lr_max: float) -> None:
+    """Raises `ValueError` if a start learning rate is outside the bounds.
+
+    Args:
+        learning_rates (`Mapping[str, float]`): Layer to start rate.
+        lr_min (`float`): Lower bound.
+        lr_max (`float`): Upper bound.
+    """
+    for layer, rate in learning_rates.items():
+        if not lr_min <= rate <= lr_max:
+            raise ValueError(
+                f"The start learning rate {rate:g} of layer {layer!r} is outside the bounds lr_min={lr_min:g} and "
+                f"lr_max={lr_max:g}. Change the learning rate or the bounds."
+            )

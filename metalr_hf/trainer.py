@@ -1,0 +1,381 @@
+"""MetaLRTrainer: where the learning-rate scheduler, the layers and the meta stream meet transformers' Trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
+
+from .history import LRHistory
+from .hypergradient import untouched
+from .layers import check_layer_groups, layer_groups, split_param_groups
+from .linearity import check_optimizer_name
+from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
+from .scheduler import MetaLRScheduler
+from .training_args import MetaLRTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+SCHEDULER_FILE = "scheduler.pt"
+
+
+class MetaLRTrainer(Trainer):
+    """[`~transformers.Trainer`] with one meta-tuned learning rate a layer.
+
+    Every argument of `Trainer` keeps its meaning, and `args` may be plain `TrainingArguments`. After each optimizer
+    step the learning rate of every layer is tuned by a validation gradient, taken from `meta_dataset`, from a held-out
+    share of the training set (`args.meta_split`), or from the next training batch (the default: no extra pass).
+    `eval_dataset` is never used to tune.
+
+    Args:
+        model (`PreTrainedModel` or `torch.nn.Module`):
+            The model. A bare timm model is put into transformers' `TimmWrapperForImageClassification`.
+        args ([`MetaLRTrainingArguments`] or `TrainingArguments`, *optional*):
+            The arguments.
+        *trainer_args:
+            Further positional arguments of `Trainer`, in its order.
+        meta_dataset (`datasets.Dataset`, `datasets.IterableDataset` or torch dataset, *optional*):
+            Labelled images to take validation batches from, prepared like the training set.
+        layer_groups (`Mapping[str, Sequence[str]]`, *optional*):
+            Layer name to parameter names, input side first and the head last. Defaults to
+            [`layer_groups`]`(model)`.
+        **kwargs:
+            All other arguments of `Trainer`, by keyword.
+
+    Raises:
+        ValueError: if the layers, the meta set or the optimizer cannot be used; see the message.
+
+    Example:
+
+    ```python
+    from metalr_hf import MetaLRTrainer
+
+    trainer = MetaLRTrainer(model=model, args=args, train_dataset=train, eval_dataset=test)
+    trainer.train()
+    trainer.lr_history.save("lr_history.csv")
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *trainer_args: Any,
+        meta_dataset: Any = None,
+        layer_groups: Mapping[str, Sequence[str]] | None = None,
+        **kwargs: Any,
+    ):
+        args = _with_tuning_arguments(args)
+        if args.deepspeed or args.deepspeed_plugin is not None:
+            raise ValueError(
+                f"deepspeed={args.deepspeed!r}: DeepSpeed steps the optimizer inside its backward, so there is no step "
+                "to tune. Use FSDP instead (args.fsdp, or `accelerate config`)."
+            )
+        if model is not None and hasattr(model, "pretrained_cfg"):
+            model, layer_groups = _wrap_bare_timm_model(model, layer_groups)
+        optimizer, scheduler = kwargs.get("optimizers") or (None, None)
+        if scheduler is not None:
+            raise ValueError(
+                "optimizers=(optimizer, scheduler): MetaLRTrainer's own scheduler holds the learning rates. Pass "
+                "optimizers=(optimizer, None) and choose the schedule's shape with args.lr_scheduler_type."
+            )
+        if optimizer is None and kwargs.get("optimizer_cls_and_kwargs") is None:
+            check_optimizer_name(args.optim)
+        self.meta_source = args.resolve_meta_source(meta_dataset is not None)
+        self.meta_dataset = meta_dataset
+        self._own_layer_groups = layer_groups
+        self._meta_stream: MetaStream | None = None
+        super().__init__(model, args, *trainer_args, **kwargs)
+        if self.train_dataset is not None:
+            self._prepare_meta_dataset()
+        if self.model_init is None:
+            self._layer_groups(self.model)
+
+    @property
+    def lr_history(self) -> LRHistory:
+        """The learning rate that every layer used at every optimizer step, an [`LRHistory`].
+
+        Raises:
+            ValueError: before `train()`.
+        """
+        if not isinstance(self.lr_scheduler, MetaLRScheduler):
+            raise ValueError("There is no learning-rate history yet: call train() first.")
+        return self.lr_scheduler.history
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; see [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: if the checkpoint is of a run with other layers.
+        """
+        if resume_from_checkpoint:
+            self._check_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Creates Trainer's optimizer, or takes the one handed in, and splits its param groups by layer."""
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if not all("layer" in group for group in optimizer.param_groups):
+            model = self.model if model is None else model
+            names = self._layer_groups(model)
+            parameters = dict(model.named_parameters())
+            layers = {layer: [parameters[name] for name in members] for layer, members in names.items()}
+            groups = split_param_groups(optimizer.param_groups, layers)
+            order = {layer: i for i, layer in enumerate(layers)}
+            groups.sort(key=lambda group: order[group["layer"]])
+            head = list(layers)[-1]
+            optimizer.param_groups.clear()
+            for group in groups:
+                group["lr"] = group["lr"] * (self.args.head_lr_multiplier if group["layer"] == head else 1)
+                optimizer.add_param_group(group)
+        return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> MetaLRScheduler:
+        """Creates the [`MetaLRScheduler`]: a stock scheduler would overwrite the tuned rates at each step."""
+        if self.lr_scheduler is None:
+            args = self.args
+            scheduler = MetaLRScheduler(
+                self.optimizer if optimizer is None else optimizer,
+                rule=args.lr_rule,
+                hyper_lr=args.hyper_lr,
+                meta_source=self.meta_source,
+                meta_every=args.meta_every,
+                lookahead=args.lookahead,
+                shape=schedule_shape(args, num_training_steps),
+                lr_min=args.lr_min,
+                lr_max=args.lr_max,
+                max_lr_change=args.max_lr_change,
+                meta_context=lambda: untouched(self.model, args.meta_mode),
+                reduce=self._mean_over_processes if args.world_size > 1 else None,
+            )
+            scheduler.hold_steps = {scheduler.layers[-1]: self._head_hold_steps()}
+            if self.meta_source == "stream":
+                self._meta_stream = self._create_meta_stream()
+                scheduler.stateful["meta_stream"] = self._meta_stream
+            self.lr_scheduler = scheduler
+            # Trainer's own mark of a scheduler that a second train() has to make anew.
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's forward and backward; then pulls a validation batch if the step about to be taken is tuned."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        scheduler = self.lr_scheduler
+        if (
+            self._meta_stream is not None
+            and self.accelerator.sync_gradients
+            and scheduler.will_tune
+            and scheduler.meta_loss is None
+        ):
+            scheduler.meta_loss = partial(self.compute_meta_loss, next(self._meta_stream))
+        return loss
+
+    def compute_meta_loss(self, inputs: dict[str, Any]) -> Tensor:
+        """The loss of a validation batch, computed as the training loss is.
+
+        Args:
+            inputs (`dict`): A batch as the data collator makes it.
+
+        Returns:
+            `torch.Tensor` of shape `()`: the loss, with its graph.
+        """
+        self.lr_scheduler.meta_loss = None
+        inputs = dict(self._prepare_inputs(inputs))
+        # A compute_loss_func may divide by the count. Models take their own mean without it.
+        count = None
+        if self.compute_loss_func is not None:
+            _, count = self.get_batch_samples(iter([inputs]), 1, self.args.device)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(self.model, inputs, num_items_in_batch=count)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the learning rates that the last step used, and how tuning goes, to a training row.
+
+        `learning_rate` is the geometric mean over the layers. Trackers (`args.report_to`) get every layer, as
+        `lr/<layer>`.
+        """
+        if "learning_rate" in logs and isinstance(self.lr_scheduler, MetaLRScheduler) and len(self.lr_history):
+            logs |= self._learning_rate_logs()
+        super().log(logs, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed_weights(self.state.best_model_checkpoint)
+
+    def _load_renamed_weights(self, folder: str) -> None:
+        # save_pretrained writes some models (ViT among them) under the names of their original release; Trainer looks
+        # for the model's own names, warns of missing keys, and would go on from untrained weights.
+        file = os.path.join(folder, SAFE_WEIGHTS_NAME)
+        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or not os.path.isfile(file):
+            return
+        with safe_open(file, framework="pt") as saved:
+            renamed = not set(saved.keys()) <= set(self.model.state_dict())
+        if renamed:
+            whole = type(self.model).from_pretrained(folder, config=self.model.config, dtype=self.model.dtype)
+            self.model.load_state_dict(whole.state_dict())
+            logger.info(f"Loaded the weights of {folder} again, under the names of their original release.")
+
+    def _learning_rate_logs(self) -> dict[str, float]:
+        history, scheduler = self.lr_history, self.lr_scheduler
+        rates = history.learning_rates[-1].tolist()
+        low, high = min(rates), max(rates)
+        mean = math.exp(sum(map(math.log, rates)) / len(rates)) if low > 0 else 0.0
+        logs = {
+            "learning_rate": low if low == high else mean,
+            "learning_rate_min": low,
+            "learning_rate_max": high,
+        }
+        meta_loss = float(history.meta_losses[-1])
+        if not math.isnan(meta_loss):
+            logs["meta_loss"] = meta_loss
+        if scheduler.non_finite:
+            logs["meta_non_finite"] = scheduler.non_finite
+        if self.args.report_to:
+            logs |= {f"lr/{layer}": rate for layer, rate in zip(history.layers, rates, strict=True)}
+        return logs
+
+    def _layer_groups(self, model: nn.Module) -> dict[str, list[str]]:
+        groups = layer_groups(model) if self._own_layer_groups is None else self._own_layer_groups
+        check_layer_groups(model, groups)
+        return {layer: list(names) for layer, names in groups.items()}
+
+    def _prepare_meta_dataset(self) -> None:
+        args = self.args
+        if self.meta_dataset is not None and args.meta_split > 0:
+            raise ValueError(
+                f"meta_dataset and meta_split={args.meta_split} are both given. Leave out one: a meta_dataset is used "
+                "as it is, meta_split holds out a share of train_dataset."
+            )
+        if args.meta_split > 0:
+            self.train_dataset, self.meta_dataset = split_meta_dataset(
+                self.train_dataset,
+                args.meta_split,
+                label_column=self._label_column(self.train_dataset),
+                seed=args.seed,
+            )
+        elif self.meta_dataset is not None:
+            classifier = type(self.model).__name__.endswith("ForImageClassification")
+            check_meta_dataset(
+                self.meta_dataset,
+                label_column=self._label_column(self.meta_dataset),
+                num_classes=self.model.config.num_labels if classifier else None,
+            )
+
+    def _label_column(self, dataset: Any) -> str:
+        columns = getattr(dataset, "column_names", None) or []
+        candidates = [*(self.args.label_names or []), "labels", "label"]
+        return next((name for name in candidates if name in columns), candidates[0] if columns else "labels")
+
+    def _create_meta_stream(self) -> MetaStream:
+        args = self.args
+        dataset = self.train_dataset if self.meta_dataset is None else self.meta_dataset
+        # The same two preparations that Trainer gives to its own loaders; no public method does them.
+        if isinstance(dataset, datasets.Dataset):
+            dataset, collator = self._remove_unused_columns(dataset, description="meta"), self.data_collator
+        else:
+            collator = self._get_collator_with_removed_columns(self.data_collator, description="meta")
+        return MetaStream(
+            dataset,
+            args.meta_batch_size or args.train_batch_size,
+            collator,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            num_workers=args.dataloader_num_workers,
+            process_index=args.process_index,
+            num_processes=args.world_size,
+        )
+
+    def _head_hold_steps(self) -> int:
+        args = self.args
+        if args.head_hold_epochs == 0:
+            return 0
+        if not has_length(self.train_dataset):
+            raise ValueError(
+                f"head_hold_epochs={args.head_hold_epochs} needs a training set with a length, to know how many steps "
+                "an epoch has. Leave it at 0 for a streamed training set."
+            )
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return math.ceil(args.head_hold_epochs * math.ceil(len(self.train_dataset) / rows))
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="mean")
+
+    def _check_checkpoint(self, resume_from_checkpoint: str | bool) -> None:
+        folder = (
+            get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else str(resume_from_checkpoint)
+        )
+        file = os.path.join(folder or "", SCHEDULER_FILE)
+        if folder is None or not os.path.isfile(file) or self.model_init is not None:
+            return
+        layers = torch.load(file, weights_only=True).get("layers")
+        own = list(self._layer_groups(self.model))
+        if layers is None:
+            raise ValueError(
+                f"{folder} is a checkpoint of a run without layer-wise learning rates. Start from its weights instead: "
+                f"load the model from {folder} and call train() without resume_from_checkpoint."
+            )
+        if layers != own:
+            raise ValueError(
+                f"{folder} is a checkpoint of a run with other layers: only there "
+                f"{[layer for layer in layers if layer not in own]}, only here "
+                f"{[layer for layer in own if layer not in layers]}, in another order otherwise. Resume with the same "
+                "model, frozen parameters and layer_groups."
+            )
+
+
+def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable[[int], float]:
+    """The shape s(t) of a schedule of transformers, as a function of the optimizer step.
+
+    Args:
+        args (`TrainingArguments`): Their `lr_scheduler_type`, `lr_scheduler_kwargs` and warm-up say which.
+        num_training_steps (`int`): Length of the run in optimizer steps.
+
+    Returns:
+        `Callable[[int], float]`: optimizer step 0, 1, ... to the factor of the learning rates.
+    """
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    schedule = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=stand_in,
+        num_warmup_steps=args.get_warmup_steps(num_training_steps),
+        num_training_steps=num_training_steps,
+        scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+    )
+    return schedule.lr_lambdas[0]
+
+
+def _with_tuning_arguments(args: TrainingArguments | None) -> MetaLRTrainingArguments:
+    if isinstance(args, MetaLRTrainingArguments):
+        return args
+    if args is None:
+        return MetaLRTrainingArguments()
+    return MetaLRTrainingArguments(**{f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init})
+
+
+def _wrap_bare_timm_model(
+    model: nn.Module, groups: Mapping[str, Sequence[str]] | None
+) -> tuple[nn.Module, Mapping[str, Sequence[str]] | None]:
+    from .timm_models import is_timm_model, wrap_timm_model
+
+    if not is_timm_model(model):
+        return model, groups
+    if groups is not None:
+        check_layer_groups(model, groups)
+        groups = {layer: [f"timm_model.{name}" for name in names] for layer, names in groups.items()}
+    return wrap_timm_model(model), groups

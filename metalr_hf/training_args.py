@@ -1,0 +1,205 @@
+"""MetaLRTrainingArguments: transformers' TrainingArguments and what tuning adds to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from .rules import get_rule
+from .settings import META_MODES, check_choice, check_count, check_number, check_settings
+
+# Chen et al. 2023, section 3.1, and the reference code, with the sign of the paper's equation.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "hyper_lr": 0.1,
+        "lr_rule": "proportional",
+        "lr_min": 1e-6,
+        "lr_max": 1e-2,
+        "max_lr_change": None,
+        "meta_source": "stream",
+        "meta_every": 1,
+        "head_hold_epochs": 5.0,
+        "lookahead": "sgd",
+        "lr_scheduler_type": SchedulerType.CONSTANT,
+    }
+}
+
+
+@dataclass
+class MetaLRTrainingArguments(TrainingArguments):
+    """Arguments of [`MetaLRTrainer`]: all of [`~transformers.TrainingArguments`], and the following.
+
+    `learning_rate` is where every layer starts, `lr_scheduler_type` and warm-up are the shape that multiplies the
+    tuned rates.
+
+    Args:
+        hyper_lr (`float`, *optional*, defaults to 0.1):
+            Step size η of the learning rates; 0 switches tuning off.
+        lr_rule (`str`, *optional*, defaults to `"proportional"`):
+            Learning-rate rule: `additive`, `proportional`, `adam`, or one registered with `register_rule`.
+        lr_min (`float`, *optional*, defaults to 1e-8):
+            Lower bound of every learning rate.
+        lr_max (`float`, *optional*, defaults to 1.0):
+            Upper bound of every learning rate.
+        max_lr_change (`float`, *optional*, defaults to 1.25):
+            Trust region: one update changes a learning rate at most by this factor; `inf` switches it off.
+        meta_source (`str`, *optional*):
+            Where the validation gradient comes from: `stream` (validation batches, one more forward and backward) or
+            `next_batch` (the next training batch, no extra pass). By default `stream` when there is a `meta_dataset`
+            or a `meta_split`, else `next_batch`.
+        meta_every (`int`, *optional*, defaults to 1):
+            Tune at every k-th optimizer step.
+        meta_batch_size (`int`, *optional*):
+            Validation images per device at a tuned step; the training batch size by default.
+        meta_split (`float`, *optional*, defaults to 0.0):
+            Share of the training set held out for validation batches, stratified by label; 0 holds nothing out.
+        meta_mode (`str`, *optional*, defaults to `"train"`):
+            How batch-norm and dropout work in the validation pass: `train` or `eval`; running statistics are never
+            touched by it.
+        lookahead (`str`, *optional*, defaults to `"optimizer"`):
+            `optimizer` differentiates the step really taken, `sgd` the raw-gradient step of the paper.
+        head_lr_multiplier (`float`, *optional*, defaults to 1.0):
+            The head starts at `learning_rate` times this.
+        head_hold_epochs (`float`, *optional*, defaults to 0.0):
+            The head keeps its start rate for so many first epochs.
+        preset (`str`, *optional*):
+            `paper` gives the settings of the paper to all of these that are left at their defaults, and a constant
+            schedule.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf import MetaLRTrainingArguments
+    >>> args = MetaLRTrainingArguments("runs/example", learning_rate=1e-4, meta_split=0.2)
+    >>> args.resolve_meta_source(has_meta_dataset=False)
+    'stream'
+
+    ```
+    """
+
+    hyper_lr: float = field(default=0.1, metadata={"help": "Step size η of the learning rates; 0 switches tuning off."})
+    lr_rule: str = field(
+        default="proportional",
+        metadata={
+            "help": "Learning-rate rule: `additive`, `proportional`, `adam`, or one registered with `register_rule`."
+        },
+    )
+    lr_min: float = field(default=1e-8, metadata={"help": "Lower bound of every learning rate."})
+    lr_max: float = field(default=1.0, metadata={"help": "Upper bound of every learning rate."})
+    max_lr_change: float | None = field(
+        default=1.25,
+        metadata={
+            "help": "Trust region: one update changes a learning rate at most by this factor; `inf` switches it off."
+        },
+    )
+    meta_source: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the validation gradient comes from: `stream` (validation batches, one more forward and "
+            "backward) or `next_batch` (the next training batch, no extra pass). By default `stream` when there is a "
+            "`meta_dataset` or a `meta_split`, else `next_batch`."
+        },
+    )
+    meta_every: int = field(default=1, metadata={"help": "Tune at every k-th optimizer step."})
+    meta_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Validation images per device at a tuned step; the training batch size by default."},
+    )
+    meta_split: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training set held out for validation batches, stratified by label; 0 holds nothing "
+            "out."
+        },
+    )
+    meta_mode: str = field(
+        default="train",
+        metadata={
+            "help": "How batch-norm and dropout work in the validation pass: `train` or `eval`; running statistics are "
+            "never touched by it."
+        },
+    )
+    lookahead: str = field(
+        default="optimizer",
+        metadata={
+            "help": "`optimizer` differentiates the step really taken, `sgd` the raw-gradient step of the paper."
+        },
+    )
+    head_lr_multiplier: float = field(default=1.0, metadata={"help": "The head starts at `learning_rate` times this."})
+    head_hold_epochs: float = field(
+        default=0.0, metadata={"help": "The head keeps its start rate for so many first epochs."}
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "`paper` gives the settings of the paper to all of these that are left at their defaults, and a "
+            "constant schedule."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._apply_preset()
+        if SchedulerType(self.lr_scheduler_type) in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            raise ValueError(
+                f"lr_scheduler_type={SchedulerType(self.lr_scheduler_type).value!r} watches a metric to change the "
+                "learning rate, which tuning does already. Use a schedule that depends on the step alone, such as "
+                "cosine, linear or constant."
+            )
+        super().__post_init__()
+        check_settings(
+            hyper_lr=self.hyper_lr,
+            lr_min=self.lr_min,
+            lr_max=self.lr_max,
+            max_lr_change=self.max_lr_change,
+            meta_source=self.meta_source or "stream",
+            meta_every=self.meta_every,
+            lookahead=self.lookahead,
+        )
+        get_rule(self.lr_rule, self.hyper_lr)
+        check_choice("meta_mode", self.meta_mode, META_MODES)
+        if self.meta_batch_size is not None:
+            check_count("meta_batch_size", self.meta_batch_size)
+        check_number("meta_split", self.meta_split)
+        if not 0 <= self.meta_split < 1:
+            raise ValueError(
+                f"meta_split={self.meta_split!r} must be in [0, 1): the share of the training set held out to tune on."
+            )
+        for name in ("head_lr_multiplier", "head_hold_epochs"):
+            check_number(name, getattr(self, name))
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
+
+    def _apply_preset(self) -> None:
+        if self.preset is None:
+            return
+        check_choice("preset", self.preset, tuple(PRESETS))
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) == defaults[name]:
+                setattr(self, name, value)
+
+    def resolve_meta_source(self, has_meta_dataset: bool) -> str:
+        """Where the validation gradient comes from, with the default filled in.
+
+        Args:
+            has_meta_dataset (`bool`): Whether the trainer was given a `meta_dataset`.
+
+        Returns:
+            `str`: `"stream"` or `"next_batch"`.
+
+        Raises:
+            ValueError: if there is a meta set that the source would leave unused.
+        """
+        has_meta_set = has_meta_dataset or self.meta_split > 0
+        if self.meta_source is None:
+            return "stream" if has_meta_set or self.lookahead == "sgd" else "next_batch"
+        if self.meta_source == "next_batch" and has_meta_set:
+            given = "meta_dataset" if has_meta_dataset else f"meta_split={self.meta_split}"
+            raise ValueError(
+                f'meta_source="next_batch" takes the validation gradient from the next training batch and would leave '
+                f'{given} unused. Set meta_source="stream", or leave out {given.split("=")[0]}.'
+            )
+        return self.meta_source

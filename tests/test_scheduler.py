@@ -48,8 +48,14 @@ def test_groups_of_a_layer_share_one_learning_rate_and_groups_without_a_layer_st
     train(model, optimizer, scheduler, 3)
     rates = [group["lr"] for group in optimizer.param_groups]
     assert rates[0] == rates[1] != rates[2]
-    assert scheduler.get_last_lr() == rates == [*[float(scheduler.learning_rates[0])] * 2, float(scheduler.learning_rates[1])]
-    alone = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))]}, {"params": [nn.Parameter(torch.ones(1))]}], lr=0.1)
+    assert (
+        scheduler.get_last_lr()
+        == rates
+        == [*[float(scheduler.learning_rates[0])] * 2, float(scheduler.learning_rates[1])]
+    )
+    alone = torch.optim.SGD(
+        [{"params": [nn.Parameter(torch.ones(1))]}, {"params": [nn.Parameter(torch.ones(1))]}], lr=0.1
+    )
     assert MetaLRScheduler(alone).layers == ["group_0", "group_1"]
 
 

@@ -1,0 +1,164 @@
+"""The arguments of a training run: from the command line, a JSON or YAML file, or both."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+from .data import DataArguments
+from .training_args import MetaLRTrainingArguments
+
+# For the run without a model or a data set of the user's; each only where the user did not say otherwise.
+DEMO_DEFAULTS: dict[str, Any] = {
+    # Too low on purpose: raising it is what the demo shows.
+    "learning_rate": 1e-4,
+    "num_train_epochs": 12.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "max_train_samples": 500,
+    "logging_steps": 16,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which model is fine-tuned.
+
+    Args:
+        model_name_or_path (`str`, *optional*):
+            Hub id, local folder or `timm/...`. By default EfficientNet-Lite0 with ImageNet weights that come with pip.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Run the model code that the repository brings along.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local folder or `timm/...`. By default EfficientNet-Lite0 with ImageNet weights that come "
+            "with pip."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the model code that the repository brings along."}
+    )
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """All arguments of `metalr-hf train`.
+
+    Args:
+        model ([`ModelArguments`]): Which model.
+        data ([`DataArguments`]): Which images.
+        training ([`MetaLRTrainingArguments`]): How to train.
+        overwrite_output_dir (`bool`): Whether the files of an earlier run may be deleted.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: MetaLRTrainingArguments
+    overwrite_output_dir: bool = False
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse would print its usage first: two hundred arguments.
+        raise ValueError(f"{message} (`metalr-hf train --help` lists the arguments)")
+
+
+def parse_train_arguments(argv: list[str]) -> TrainArguments:
+    """Reads the arguments of `metalr-hf train`.
+
+    Args:
+        argv (`list[str]`):
+            Arguments, or a JSON or YAML file with them, possibly followed by arguments that override it.
+
+    Returns:
+        [`TrainArguments`]: with the demo's settings where neither a model nor a data set is named.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: if an argument is unknown or its value is none it can have.
+
+    Example:
+
+    ```python
+    from metalr_hf.arguments import parse_train_arguments
+
+    arguments = parse_train_arguments(["--output_dir", "runs/demo", "--hyper_lr", "0.05"])
+    arguments.training.hyper_lr  # 0.05
+    ```
+    """
+    kinds: Any = (ModelArguments, DataArguments, MetaLRTrainingArguments)
+    parser = _Parser(
+        kinds,
+        prog="metalr-hf train",
+        description="Fine-tunes an image classifier. Instead of arguments, or before them, a JSON or YAML file may be "
+        "given: metalr-hf train run.yaml --seed 1",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="Delete the files of an earlier run in output_dir."
+    )
+    known = [f.name for kind in kinds for f in fields(kind) if f.init]
+    known.append("overwrite_output_dir")
+    from_file: dict[str, Any] = {}
+    if argv and not argv[0].startswith("-"):
+        from_file, argv = _read_file(argv[0], known), argv[1:]
+    # Pinning memory without an accelerator only warns.
+    parser.set_defaults(remove_unused_columns=False, dataloader_pin_memory=torch.accelerator.is_available())
+    parser.set_defaults(**from_file)
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        _refuse_unknown(rest[0].lstrip("-").split("=")[0], known, "argument")
+    if given.output_dir is None:
+        raise ValueError("output_dir is missing: name the folder for the model and its files with --output_dir.")
+    if given.dataset_name is None and given.data_dir is None:
+        parser.set_defaults(augment="crop")
+        if given.model_name_or_path is None:
+            parser.set_defaults(**DEMO_DEFAULTS)
+        parser.set_defaults(**from_file)
+    try:
+        model, data, training, others = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, TypeError) as error:
+        raise ValueError(str(error)) from error
+    if data.streaming and training.max_steps <= 0:
+        raise ValueError("A stream does not say how long it is: set how many steps to train with --max_steps.")
+    # The columns of images are needed until they are prepared, which happens when they are read.
+    training.remove_unused_columns = False
+    return TrainArguments(model, data, training, others.overwrite_output_dir)
+
+
+def _read_file(file: str, known: list[str]) -> dict[str, Any]:
+    if not os.path.isfile(file):
+        raise FileNotFoundError(
+            f"{file!r} does not exist. The first argument is a JSON or YAML file or an argument that starts with --."
+        )
+    text = Path(file).read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file!r} is not valid JSON or YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file!r} must hold arguments and their values, not a {type(values).__name__}.")
+    for name in values:
+        if name not in known:
+            _refuse_unknown(str(name), known, f"argument in {file!r}")
+    # YAML reads a bare `no` as false.
+    return {name: "no" if name.endswith("_strategy") and value is False else value for name, value in values.items()}
+
+
+def _refuse_unknown(name: str, known: list[str], what: str) -> NoReturn:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else " `metalr-hf train --help` lists them all."
+    raise ValueError(f"{name!r} is no {what}.{hint}")

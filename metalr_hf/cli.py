@@ -1,0 +1,135 @@
+"""The command line: `metalr-hf train` and `metalr-hf plot`."""
+
+# torch and transformers are imported inside the commands, so that `metalr-hf --help` answers at once.
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): The arguments; those of the process by default.
+
+    Returns:
+        `int`: the exit code: 0, 2 after bad input, 130 after Ctrl-C.
+
+    Example:
+
+    ```python
+    from metalr_hf.cli import main
+
+    main(["train", "--output_dir", "runs/demo"])
+    main(["plot", "runs/demo", "--kind", "heatmap"])
+    ```
+    """
+    commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
+        "train": (train, "fine-tune a pretrained image classifier with one tuned learning rate a layer"),
+        "plot": (plot, "draw the learning rates of a finished run"),
+    }
+    parser = argparse.ArgumentParser(
+        prog="metalr-hf",
+        description="Fine-tune pretrained vision models with one meta-tuned learning rate a layer.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<8}{what}" for name, (_, what) in commands.items())
+        + "\n\n`metalr-hf COMMAND --help` lists the arguments of a command.\n"
+        "A first run, on images that come with pip: metalr-hf train --output_dir runs/demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=commands, metavar="COMMAND", help=" or ".join(commands))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
+    given = parser.parse_args(argv)
+    try:
+        return commands[given.command][0](given.arguments)
+    except KeyboardInterrupt:
+        _say("Interrupted.")
+        return INTERRUPTED
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError) as error:
+        if not _is_message_to_user(error):
+            raise
+        _say(f"metalr-hf {given.command}: {' '.join(str(error).split())}")
+        return 2
+
+
+def train(argv: list[str]) -> int:
+    """`metalr-hf train`: fine-tunes, measures the test split and leaves the run's files in `output_dir`.
+
+    Args:
+        argv (`list[str]`): The arguments, or a JSON or YAML file with them, which further arguments override.
+
+    Returns:
+        `int`: the exit code.
+    """
+    from .arguments import parse_train_arguments
+    from .run import prepare_output_dir, run_training, usable_checkpoint
+
+    arguments = parse_train_arguments(argv)
+    checkpoint = prepare_output_dir(arguments)
+    try:
+        run_training(arguments, checkpoint)
+    except KeyboardInterrupt:
+        last = usable_checkpoint(arguments.training.output_dir)
+        if last is None:
+            _say("Interrupted before the first checkpoint; --save_strategy and --save_steps say when there is one.")
+        else:
+            command = shlex.join(["metalr-hf", "train", *argv, "--resume_from_checkpoint", "true"])
+            _say(f"Interrupted. The last checkpoint is {last}. Resume with:\n{command}")
+        return INTERRUPTED
+    return 0
+
+
+def plot(argv: list[str]) -> int:
+    """`metalr-hf plot`: draws the learning rates of a run, from its folder or its `lr_history.csv`.
+
+    Args:
+        argv (`list[str]`): The arguments.
+
+    Returns:
+        `int`: the exit code.
+
+    Raises:
+        FileNotFoundError: if there is no history.
+    """
+    parser = argparse.ArgumentParser(prog="metalr-hf plot", description="Draws the learning rates of a finished run.")
+    parser.add_argument("run", type=Path, help="folder of a run, or an lr_history.csv")
+    parser.add_argument("--kind", choices=("curves", "heatmap"), default="curves", help="default: curves")
+    parser.add_argument("--output", type=Path, help="picture; by default learning_rates.png beside the history")
+    given = parser.parse_args(argv)
+    file = given.run / "lr_history.csv" if given.run.is_dir() else given.run
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist. Give the output folder of a finished run, or the lr_history.csv in it."
+        )
+    output = given.output or file.with_name("learning_rates.png")
+    from .history import LRHistory
+    from .plots import plot_learning_rates
+
+    plot_learning_rates(LRHistory.load(file), kind=given.kind).savefig(output, dpi=150, bbox_inches="tight")
+    print(output)
+    return 0
+
+
+def _say(message: str) -> None:
+    # Of several processes one speaks.
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
+def _is_message_to_user(error: Exception) -> bool:
+    """Whether this package raised the error itself; one of a library below it keeps its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == Path(__file__).parent
+
+
+if __name__ == "__main__":
+    sys.exit(main())

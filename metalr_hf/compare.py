@@ -1,0 +1,459 @@
+"""Fine-tuning strategies side by side: equal budgets, several seeds or folds, every run a line in a file."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, set_seed
+
+from .data import IMAGE, LABEL
+from .settings import check_count, check_number
+from .strategies import Job, Strategy, get_strategy
+from .transforms import collate_images
+
+RowTransform = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
+
+RESULTS = "results.jsonl"
+TIMINGS = "timings.jsonl"
+SETTINGS = "settings.json"
+
+
+@dataclass
+class Cell:
+    """A model and a data set to compare on.
+
+    Args:
+        name (`str`): What it is called in the report.
+        make_model (`Callable[[Sequence[str]], torch.nn.Module]`):
+            Class names to a pretrained model with a fresh head, which takes `pixel_values` and `labels` as transformers'
+            models do. A module that takes images and returns logits is given a cross-entropy loss.
+        train (`datasets.Dataset`): Rows with `image` and `label`, a `ClassLabel`.
+        test (`datasets.Dataset`, *optional*): The same. Not needed with folds.
+        train_transform (`Callable`):
+            A batch of rows with `image` and `label` to `pixel_values` and `labels`, with augmentation, such as an
+            [`~metalr_hf.transforms.ImageTransform`].
+        test_transform (`Callable`): The same without augmentation.
+    """
+
+    name: str
+    make_model: Callable[[Sequence[str]], nn.Module]
+    train: datasets.Dataset
+    test: datasets.Dataset | None
+    train_transform: RowTransform
+    test_transform: RowTransform
+
+    @property
+    def classes(self) -> list[str]:
+        """The class names."""
+        return list(self.train.features["label"].names)
+
+
+@dataclass
+class Comparison:
+    """What is compared on each cell.
+
+    Args:
+        strategies (`list[str]`): Names of registered strategies.
+        learning_rates (`list[float]`): Start learning rates. A strategy without one runs once a seed.
+        seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): Each draws the training subset, the head and the order.
+        steps (`int`, *optional*, defaults to 60): Optimizer steps of every run.
+        batch_size (`int`, *optional*, defaults to 32): Images a step.
+        train_size (`int`, *optional*): Size of a stratified subset of the training images; all by default.
+        noise (`float`, *optional*, defaults to 0.0): Share of training labels flipped to another class.
+        folds (`int`, *optional*, defaults to 0): Stratified cross-validation in place of the test split.
+        group_column (`str`, *optional*): Rows that share a value of it (a patient, a video) stay in one fold.
+        weight_decay (`float`, *optional*, defaults to 0.01): Of every strategy's optimizer.
+        tuning (`dict`, *optional*): Arguments of `MetaLRTrainingArguments` for the strategies that tune.
+
+    Raises:
+        ValueError, TypeError: if a value is out of range or a strategy unknown.
+    """
+
+    strategies: list[str]
+    learning_rates: list[float]
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    steps: int = 60
+    batch_size: int = 32
+    train_size: int | None = None
+    noise: float = 0.0
+    folds: int = 0
+    group_column: str | None = None
+    weight_decay: float = 0.01
+    tuning: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.strategies:
+            get_strategy(name)
+        for rate in self.learning_rates:
+            check_number("learning_rates", rate)
+            if not 0 < rate < float("inf"):
+                raise ValueError(f"learning_rates={rate!r} is not a positive number.")
+        check_count("steps", self.steps)
+        check_count("batch_size", self.batch_size)
+        if not 0 <= self.noise < 1:
+            raise ValueError(f"noise={self.noise!r} must be in [0, 1): the share of training labels to flip.")
+        if self.folds == 1 or self.folds < 0:
+            raise ValueError(f"folds={self.folds!r} must be 2 or more, or 0 to use the test split.")
+
+    def same_runs(self) -> dict[str, Any]:
+        """The settings that every run in a results folder shares; the others only say which runs there are."""
+        free = ("strategies", "learning_rates", "seeds")
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison: a line in the results file."""
+
+    cell: str
+    strategy: str
+    learning_rate: float | None
+    seed: int
+    fold: int | None
+
+    @property
+    def label(self) -> str:
+        """A name for the run's files."""
+        parts = [
+            self.cell,
+            self.strategy,
+            f"lr{self.learning_rate:g}" if self.learning_rate else "",
+            f"seed{self.seed}",
+        ]
+        parts.append("" if self.fold is None else f"fold{self.fold}")
+        return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts if part)
+
+
+def compare(
+    cells: Sequence[Cell],
+    comparison: Comparison,
+    output_dir: str | os.PathLike[str],
+    progress: Callable[[int, int, float], None] = lambda done, total, seconds_left: None,
+) -> list[dict[str, Any]]:
+    """Runs what is missing of a comparison.
+
+    Args:
+        cells (`Sequence[Cell]`): Models and data sets.
+        comparison (`Comparison`): Strategies, learning rates, seeds and budget.
+        output_dir (`str` or `os.PathLike`):
+            Gets `results.jsonl` (one line a run, appended when it ends, free of times, so that the same runs give the
+            same file), `timings.jsonl`, `settings.json` and each run's `lr_history.csv`.
+        progress (`Callable[[int, int, float], None]`, *optional*):
+            Called after each run with the runs done, the runs in all and the seconds left.
+
+    Returns:
+        `list[dict]`: the results of all runs.
+
+    Raises:
+        ValueError: if the folder holds a comparison with other settings, or a cell has fewer rows than folds.
+        RuntimeError: if another process is at work in the folder.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    by_name = {cell.name: cell for cell in cells}
+    for cell in cells:
+        _check_cell(cell, comparison)
+    with _only_process(folder):
+        _check_settings_file(folder, comparison)
+        rows = read_results(folder)
+        done = {_key(row) for row in rows}
+        missing = [run for run in _runs(cells, comparison) if _key(asdict(run)) not in done]
+        started, total = time.monotonic(), len(missing) + len(rows)
+        for count, run in enumerate(missing, start=1):
+            row, seconds = _result(by_name[run.cell], run, comparison, folder)
+            _append_line(folder / RESULTS, row)
+            _append_line(folder / TIMINGS, {**asdict(run), "seconds": round(seconds, 2)})
+            rows.append(row)
+            left = (time.monotonic() - started) / count * (len(missing) - count)
+            progress(total - len(missing) + count, total, left)
+    return rows
+
+
+def read_results(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The results of a folder; a last line cut off by a crash is dropped from the file.
+
+    Args:
+        folder (`str` or `os.PathLike`): The output folder of a comparison.
+
+    Returns:
+        `list[dict]`: a row a run.
+    """
+    return _read_lines(Path(folder) / RESULTS)
+
+
+def _runs(cells: Sequence[Cell], comparison: Comparison) -> Iterator[Run]:
+    folds: list[int | None] = list(range(comparison.folds)) if comparison.folds else [None]
+    for cell in cells:
+        for seed in comparison.seeds:
+            for fold in folds:
+                for name in comparison.strategies:
+                    rates: list[Any] = comparison.learning_rates if get_strategy(name).uses_learning_rate else [None]
+                    yield from (Run(cell.name, name, rate, seed, fold) for rate in rates)
+
+
+def _result(cell: Cell, run: Run, comparison: Comparison, folder: Path) -> tuple[dict[str, Any], float]:
+    """The row of a run, and how long it took; a failed run is a row with its reason."""
+    started = time.monotonic()
+    try:
+        outcome = _train_and_test(cell, run, comparison, folder)
+    except (RuntimeError, ValueError, ArithmeticError, ImportError) as error:
+        outcome = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+    return {**asdict(run), **outcome}, time.monotonic() - started
+
+
+def _train_and_test(cell: Cell, run: Run, comparison: Comparison, folder: Path) -> dict[str, Any]:
+    strategy = get_strategy(run.strategy)
+    train, test = _training_and_test_rows(cell, run, comparison)
+    set_seed(run.seed)
+    model = cell.make_model(cell.classes)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = _make_trainer(strategy, model, train, cell, run, comparison, scratch)
+        watch = _Watch(trainer)
+        output = trainer.train()
+        prediction = trainer.predict(_prepared(test, cell.test_transform))
+    history = getattr(trainer, "lr_history", None)
+    if history is not None:
+        (folder / "lr_history").mkdir(exist_ok=True)
+        history.save(folder / "lr_history" / f"{run.label}.csv")
+    scores = _scores(prediction.predictions, prediction.label_ids, cell.classes)
+    if not np.isfinite(output.training_loss):
+        return {"status": "failed", "reason": f"training loss {output.training_loss}", **scores}
+    return {
+        "status": "done",
+        **scores,
+        "train_loss": round(float(output.training_loss), 6),
+        "steps": int(output.global_step),
+        "cost": round(watch.cost(), 4),
+        "images": watch.digest.hexdigest(),
+    }
+
+
+def _make_trainer(
+    strategy: Strategy,
+    model: nn.Module,
+    train: datasets.Dataset,
+    cell: Cell,
+    run: Run,
+    comparison: Comparison,
+    scratch: str,
+) -> Trainer:
+    arguments = {
+        "output_dir": scratch,
+        "max_steps": comparison.steps,
+        "per_device_train_batch_size": comparison.batch_size,
+        "per_device_eval_batch_size": 4 * comparison.batch_size,
+        "weight_decay": comparison.weight_decay,
+        "seed": run.seed,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        # A run whose loss is not finite has failed, and must say so.
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+    job = Job(
+        model=model if _takes_labels(model) else Classifier(model),
+        # A strategy without a learning rate gets Trainer's default, and must not look at it.
+        learning_rate=run.learning_rate or 5e-5,
+        arguments=arguments,
+        trainer_arguments={"train_dataset": _prepared(train, cell.train_transform), "data_collator": collate_images},
+        tuning_arguments=comparison.tuning,
+    )
+    trainer = strategy.make_trainer(job)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class Classifier(nn.Module):
+    """A network from images to logits, with a cross-entropy loss: what Trainer can train.
+
+    Args:
+        network (`torch.nn.Module`): Takes images of shape `(batch, channels, height, width)`, returns logits of shape
+            `(batch, classes)`.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss (if there are labels) and logits."""
+        logits = self.network(pixel_values)
+        return (
+            {"logits": logits}
+            if labels is None
+            else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        )
+
+
+class _Watch:
+    """Notes the images of every training step, and counts the passes."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.steps = 0
+        self.digest = hashlib.blake2b(digest_size=8)
+        step = trainer.training_step
+
+        def watched(model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            self.steps += 1
+            for key in ("pixel_values", "labels"):
+                self.digest.update(inputs[key].detach().cpu().contiguous().numpy().tobytes())
+            return step(model, inputs, *args, **kwargs)
+
+        trainer.training_step = watched  # type: ignore[method-assign]
+
+    def cost(self) -> float:
+        """Forward and backward passes over those of a plain run; a forward alone counts for a third."""
+        history = getattr(self.trainer, "lr_history", None)
+        validations = 0 if history is None else int(np.isfinite(history.meta_losses).sum())
+        return (self.steps + validations) / max(1, self.steps)
+
+
+def _training_and_test_rows(cell: Cell, run: Run, comparison: Comparison) -> tuple[datasets.Dataset, datasets.Dataset]:
+    train, test = cell.train, cell.test
+    if run.fold is not None:
+        train_rows, test_rows = fold_rows(train, comparison.folds, run.seed, comparison.group_column)[run.fold]
+        train, test = train.select(train_rows), train.select(test_rows)
+    assert test is not None
+    labels = np.array(train.with_format(None)["label"])
+    if comparison.train_size is not None and comparison.train_size < len(train):
+        rows, _ = train_test_split(
+            np.arange(len(train)), train_size=comparison.train_size, stratify=labels, random_state=run.seed
+        )
+        train, labels = train.select(rows), labels[rows]
+    if comparison.noise:
+        train = _flip_labels(train, labels, comparison.noise, run.seed, len(cell.classes))
+    return train, test
+
+
+def fold_rows(
+    data: datasets.Dataset, folds: int, seed: int, group_column: str | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows of every fold, stratified by label.
+
+    Args:
+        data (`datasets.Dataset`): Rows with `label`.
+        folds (`int`): How many.
+        seed (`int`): Of the shuffling.
+        group_column (`str`, *optional*): Rows that share a value of it stay in one fold.
+
+    Returns:
+        `list[tuple[numpy.ndarray, numpy.ndarray]]`: training and test rows of every fold.
+    """
+    labels = np.array(data.with_format(None)["label"])
+    if group_column is None:
+        return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels))
+    groups = np.array(data.with_format(None)[group_column])
+    return list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups))
+
+
+def _flip_labels(
+    train: datasets.Dataset, labels: np.ndarray, noise: float, seed: int, classes: int
+) -> datasets.Dataset:
+    generator = np.random.default_rng(seed)
+    flipped = generator.permutation(len(labels))[: round(noise * len(labels))]
+    noisy = labels.copy()
+    noisy[flipped] = (noisy[flipped] + generator.integers(1, classes, len(flipped))) % classes
+    feature = train.features["label"]
+    return train.remove_columns("label").add_column("label", noisy, feature=feature)
+
+
+def _scores(predictions: Any, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """What is reported of a run, all on the test rows: accuracy (in all and a class), macro F1, loss."""
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    if not np.isfinite(logits).all():
+        return {"accuracy": None, "macro_f1": None, "test_loss": None, "class_accuracy": {}}
+    guess, ids = logits.argmax(-1), list(range(len(classes)))
+    probabilities = torch.from_numpy(logits).double().softmax(-1).numpy()
+    by_class = recall_score(labels, guess, labels=ids, average=None, zero_division=0.0)
+    return {
+        "accuracy": round(float(accuracy_score(labels, guess)), 6),
+        "macro_f1": round(float(f1_score(labels, guess, average="macro")), 6),
+        "test_loss": round(float(log_loss(labels, probabilities, labels=ids)), 6),
+        "class_accuracy": {name: round(float(value), 6) for name, value in zip(classes, by_class, strict=True)},
+    }
+
+
+def _prepared(data: datasets.Dataset, transform: RowTransform) -> datasets.Dataset:
+    return data.select_columns([IMAGE, LABEL]).with_transform(transform)
+
+
+def _takes_labels(model: nn.Module) -> bool:
+    return hasattr(model, "config") or hasattr(model, "pretrained_cfg") or isinstance(model, Classifier)
+
+
+def _check_cell(cell: Cell, comparison: Comparison) -> None:
+    if not comparison.folds and cell.test is None:
+        raise ValueError(f"The data set of {cell.name!r} has no test split. Name one, or use folds.")
+    if comparison.folds > len(cell.train):
+        raise ValueError(f"folds={comparison.folds} is more than the {len(cell.train)} rows of {cell.name!r}.")
+    column = comparison.group_column
+    if column is not None and column not in cell.train.column_names:
+        raise ValueError(f"group_column={column!r} is not a column of {cell.name!r}: {cell.train.column_names}.")
+
+
+def _check_settings_file(folder: Path, comparison: Comparison) -> None:
+    file, own = folder / SETTINGS, json.loads(json.dumps(comparison.same_runs()))
+    if file.exists():
+        there = json.loads(file.read_text())
+        other = {name: (there.get(name), own.get(name)) for name in {*there, *own} if there.get(name) != own.get(name)}
+        if other:
+            raise ValueError(
+                f"output_dir={str(folder)!r} holds a comparison with other settings (there, here): {other}. Use another "
+                "folder, or the same settings."
+            )
+    file.write_text(json.dumps(own, indent=2) + "\n")
+
+
+@contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "w") as lock:
+        try:
+            # Released by the system when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RuntimeError(
+                f"Another process is at work in output_dir={str(folder)!r}. Wait for it to end."
+            ) from error
+        yield
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("cell", "strategy", "learning_rate", "seed", "fold"))
+
+
+def _append_line(file: Path, row: dict[str, Any]) -> None:
+    with open(file, "a") as lines:
+        lines.write(json.dumps(row) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]

@@ -1,0 +1,241 @@
+"""One training run: from the arguments of the command line to the files that it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+
+from .arguments import ModelArguments, TrainArguments
+from .data import load_images
+from .metrics import build_compute_metrics
+from .plots import plot_learning_rates
+from .trainer import MetaLRTrainer
+from .transforms import collate_images, load_image_processor, prepare_images
+
+RUN_FILES = (
+    "model.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "README.md",
+    "learning_rates.png",
+    "lr_history.csv",
+    "all_results.json",
+    "trainer_state.json",
+)
+CHECKPOINT_STATE = "trainer_state.json"
+
+
+def prepare_output_dir(arguments: TrainArguments) -> str | None:
+    """Makes sure that a run starts in a folder of its own, or finds the checkpoint that it goes on from.
+
+    Args:
+        arguments ([`TrainArguments`]): The run's arguments.
+
+    Returns:
+        `str`, *optional*: the checkpoint to resume from.
+
+    Raises:
+        FileExistsError: if the folder holds another run.
+        FileNotFoundError: if there is no checkpoint to resume from.
+    """
+    folder, resume = str(arguments.training.output_dir), arguments.training.resume_from_checkpoint
+    wanted = str(resume).lower() if resume is not None else "false"
+    if wanted == "true":
+        checkpoint = usable_checkpoint(folder)
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"resume_from_checkpoint: there is no complete checkpoint in output_dir={folder!r}. Leave out "
+                "--resume_from_checkpoint to start from the beginning."
+            )
+        return checkpoint
+    if wanted != "false":
+        if not _is_complete(Path(str(resume))):
+            raise FileNotFoundError(f"resume_from_checkpoint={resume!r} is not the folder of a complete checkpoint.")
+        return str(resume)
+    with arguments.training.main_process_first(desc="looking at the output folder"):
+        left = _left_by_a_run(Path(folder))
+        if left and not arguments.overwrite_output_dir:
+            raise FileExistsError(
+                f"output_dir={folder!r} holds another run ({', '.join(path.name for path in left[:3])}). Give another "
+                "folder with --output_dir, go on with that run with --resume_from_checkpoint true, or delete its files "
+                "with --overwrite_output_dir."
+            )
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return None
+
+
+def usable_checkpoint(folder: str | os.PathLike[str] | None) -> str | None:
+    """The last complete checkpoint in a folder; one whose writing was interrupted does not count.
+
+    Args:
+        folder (`str` or `os.PathLike`, *optional*): Output folder of a run.
+
+    Returns:
+        `str`, *optional*: the checkpoint's folder.
+    """
+    complete = [path for path in _checkpoints(Path(folder or ".")) if _is_complete(path)]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit())
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # Trainer writes this file last.
+    try:
+        json.loads((checkpoint / CHECKPOINT_STATE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def _left_by_a_run(folder: Path) -> list[Path]:
+    files = [folder / name for name in (*RUN_FILES, "training_args.bin")]
+    return [path for path in files if path.exists()] + _checkpoints(folder)
+
+
+def load_model(arguments: ModelArguments, id2label: Mapping[int, str]) -> PreTrainedModel:
+    """Loads a pretrained image classifier with a head for given classes.
+
+    Args:
+        arguments ([`ModelArguments`]): Which model.
+        id2label (`Mapping[int, str]`): Class number to class name.
+
+    Returns:
+        `transformers.PreTrainedModel`: with a fresh head if the pretrained one has another number of classes.
+
+    Raises:
+        FileNotFoundError: if there is no such model, or no network to fetch it.
+    """
+    if arguments.model_name_or_path is None:
+        from .demo import demo_model
+
+        return demo_model(dict(id2label))
+    name = arguments.model_name_or_path
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            name,
+            num_labels=len(id2label),
+            id2label=dict(id2label),
+            label2id={label: i for i, label in id2label.items()},
+            ignore_mismatched_sizes=True,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, "model", error) from error
+
+
+def _load_processor(arguments: TrainArguments, model: PreTrainedModel) -> BaseImageProcessor:
+    name, data = arguments.model.model_name_or_path, arguments.data
+    if name is None and data.dataset_name is None and data.data_dir is None and data.image_size is None:
+        from .demo import demo_image_processor
+
+        return demo_image_processor()
+    try:
+        return load_image_processor(model, name, data.image_size, trust_remote_code=arguments.model.trust_remote_code)
+    except OSError as error:
+        raise _not_loaded(str(name), "image processor", error) from error
+
+
+def _not_loaded(name: str, what: str, error: Exception) -> ValueError | FileNotFoundError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, ValueError):
+        return ValueError(f"model_name_or_path={name!r}: its {what} could not be loaded: {first}")
+    return FileNotFoundError(
+        f"model_name_or_path={name!r}: no {what} there. It must be a local folder or a model that can be reached on "
+        f"the Hub: check the name and the network; private ones need `hf auth login`. ({first})"
+    )
+
+
+def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> dict[str, float]:
+    """Trains, measures the test split once, writes the run's files and shows what came out.
+
+    Args:
+        arguments ([`TrainArguments`]): The run's arguments.
+        checkpoint (`str`, *optional*): Checkpoint to resume from.
+
+    Returns:
+        `dict[str, float]`: what `all_results.json` holds: `test_accuracy` and so on.
+    """
+    training, data = arguments.training, arguments.data
+    with training.main_process_first(desc="loading the images"):
+        splits = load_images(data, seed=training.seed)
+    set_seed(training.seed)
+    model = load_model(arguments.model, splits.id2label)
+    processor = _load_processor(arguments, model)
+    prepared = prepare_images(splits, processor, data.augment, seed=training.seed)
+    trainer = MetaLRTrainer(
+        model=model,
+        args=training,
+        train_dataset=prepared.train,
+        eval_dataset=None if training.eval_strategy == IntervalStrategy.NO else prepared.test,
+        meta_dataset=prepared.meta,
+        processing_class=processor,
+        data_collator=collate_images,
+        compute_metrics=build_compute_metrics(data.metrics),
+    )
+    results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    results |= trainer.evaluate(prepared.test, metric_key_prefix="test")
+    if trainer.is_world_process_zero():
+        _write_files(trainer, results)
+        _show(trainer, results)
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+def _write_files(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
+    folder = Path(str(trainer.args.output_dir))
+    trainer.save_metrics("all", results, combined=False)
+    trainer.save_state()
+    trainer.lr_history.save(folder / "lr_history.csv")
+    figure = plot_learning_rates(trainer.lr_history)
+    figure.savefig(folder / "learning_rates.png", dpi=150, bbox_inches="tight")
+    trainer.create_model_card(tags=["image-classification", "metalr"])
+    if hasattr(trainer.model, "timm_model"):
+        from .timm_models import make_config_portable
+
+        make_config_portable(folder)
+
+
+def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
+    console = Console()
+    table = Table(title="On the test split")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in results.items():
+        if name.startswith("test_") and not name.endswith(("_runtime", "_per_second")):
+            table.add_row(name.removeprefix("test_"), f"{value:.4f}")
+    console.print(table)
+    table = Table(title="Learning rates")
+    for title in ("layer", "start", "final"):
+        table.add_column(title, justify="left" if title == "layer" else "right")
+    scheduler: Any = trainer.lr_scheduler
+    start = {group["layer"]: group["initial_lr"] for group in scheduler.optimizer.param_groups}
+    for layer, final in zip(scheduler.layers, scheduler.learning_rates.tolist(), strict=True):
+        table.add_row(layer, f"{start[layer]:.1e}", f"{final:.1e}")
+    console.print(table)
+    schedule = SchedulerType(trainer.args.lr_scheduler_type).value
+    if schedule != "constant":
+        console.print(f"The {schedule} schedule multiplies these rates.")
+    if scheduler.non_finite:
+        console.print(
+            f"Steps not tuned, because a validation loss or hypergradient was not finite: {scheduler.non_finite}"
+        )
+    console.print(f"The model, its learning rates and its results are in {trainer.args.output_dir}", soft_wrap=True)

@@ -127,7 +127,10 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
         parser.set_defaults(augment="crop")
         if given.model_name_or_path is None:
             parser.set_defaults(**DEMO_DEFAULTS)
-        parser.set_defaults(**from_file)
+    elif given.model_name_or_path is None:
+        # What EfficientNet-Lite0 was pretrained on; the digits need less.
+        parser.set_defaults(image_size=224)
+    parser.set_defaults(**from_file)
     try:
         model, data, training, others = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, TypeError) as error:

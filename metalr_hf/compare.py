@@ -41,8 +41,8 @@ class Cell:
     Args:
         name (`str`): What it is called in the report.
         make_model (`Callable[[Sequence[str]], torch.nn.Module]`):
-            Class names to a pretrained model with a fresh head, which takes `pixel_values` and `labels` as transformers'
-            models do. A module that takes images and returns logits is given a cross-entropy loss.
+            Class names to a pretrained model with a fresh head, which takes `pixel_values` and `labels` as models of
+            transformers do. A module that takes images and returns logits is given a cross-entropy loss.
         train (`datasets.Dataset`): Rows with `image` and `label`, a `ClassLabel`.
         test (`datasets.Dataset`, *optional*): The same. Not needed with folds.
         train_transform (`Callable`):
@@ -71,7 +71,7 @@ class Comparison:
     Args:
         strategies (`list[str]`): Names of registered strategies.
         learning_rates (`list[float]`): Start learning rates. A strategy without one runs once a seed.
-        seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): Each draws the training subset, the head and the order.
+        seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): Each draws a training subset, a head and an order.
         steps (`int`, *optional*, defaults to 60): Optimizer steps of every run.
         batch_size (`int`, *optional*, defaults to 32): Images a step.
         train_size (`int`, *optional*): Size of a stratified subset of the training images; all by default.
@@ -433,7 +433,7 @@ def _only_process(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RuntimeError(
-                f"Another process is at work in output_dir={str(folder)!r}. Wait for it to end."
+                f"Another process is at work in output_dir={str(folder)!r}: wait for it."
             ) from error
         yield
 

@@ -115,6 +115,11 @@ class DataArguments:
         if isinstance(self.metrics, str):
             self.metrics = [self.metrics]
 
+    @property
+    def is_demo(self) -> bool:
+        """Whether no data set is named, so that it is scikit-learn's digits."""
+        return self.dataset_name is None and self.data_dir is None
+
 
 @dataclass(frozen=True)
 class ImageSplits:
@@ -194,7 +199,7 @@ def load_images(args: DataArguments, *, seed: int = 42) -> ImageSplits:
 
 
 def _load_splits(args: DataArguments) -> Mapping[str, Any]:
-    if args.dataset_name is None and args.data_dir is None:
+    if args.is_demo:
         from .demo import demo_dataset
 
         splits = demo_dataset()

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -142,10 +143,9 @@ def load_model(arguments: ModelArguments, id2label: Mapping[int, str]) -> PreTra
 
 def _load_processor(arguments: TrainArguments, model: PreTrainedModel) -> BaseImageProcessor:
     name, data = arguments.model.model_name_or_path, arguments.data
-    if name is None and data.dataset_name is None and data.data_dir is None and data.image_size is None:
-        from .demo import demo_image_processor
-
-        return demo_image_processor()
+    if name is None and data.is_demo:
+        # A digit fills its image: none of it may be cropped away.
+        model.config.pretrained_cfg["crop_pct"] = 1.0
     try:
         return load_image_processor(model, name, data.image_size, trust_remote_code=arguments.model.trust_remote_code)
     except OSError as error:
@@ -209,9 +209,9 @@ def _write_files(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
     figure.savefig(folder / "learning_rates.png", dpi=150, bbox_inches="tight")
     trainer.create_model_card(tags=["image-classification", "metalr"])
     if hasattr(trainer.model, "timm_model"):
-        from .timm_models import make_config_portable
+        from .timm_models import make_portable
 
-        make_config_portable(folder)
+        make_portable(folder)
 
 
 def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:

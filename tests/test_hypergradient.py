@@ -154,6 +154,8 @@ def train_step(model, optimizer, scheduler, data, validation=None, clip=None):
     grads = {name: model.get_parameter(name).grad.clone() for name in names_of(optimizer)}
     optimizer.step()
     scheduler.step(None if validation is None else lambda: loss_of(model, validation))
+    if validation is not None:
+        assert all(model.get_parameter(name).grad is None for name in grads), "the validation gradient is left behind"
     optimizer.zero_grad()
     return before, grads
 

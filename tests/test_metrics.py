@@ -1,0 +1,76 @@
+import evaluate
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from transformers import EvalPrediction
+
+from metalr_hf.metrics import METRICS, build_compute_metrics, load_metric
+
+generator = np.random.default_rng(0)
+LABELS = generator.integers(0, 4, 200)
+LOGITS = generator.normal(size=(200, 4)).astype("float32")
+LOGITS[np.arange(200), LABELS] += 1
+PROBABILITIES = np.exp(LOGITS.astype("float64")) / np.exp(LOGITS.astype("float64")).sum(1, keepdims=True)
+
+
+def test_figures_agree_with_scikit_learn():
+    results = build_compute_metrics(["accuracy", "macro_f1", "auroc"])(EvalPrediction(LOGITS, LABELS))
+    guess = LOGITS.argmax(1)
+    assert results == pytest.approx(
+        {
+            "accuracy": accuracy_score(LABELS, guess),
+            "macro_f1": f1_score(LABELS, guess, average="macro"),
+            "auroc": roc_auc_score(LABELS, PROBABILITIES, multi_class="ovr"),
+        }
+    )
+    assert all(type(value) is float for value in results.values())
+
+
+def test_auroc_of_two_classes_and_of_an_absent_class():
+    two, labels = LOGITS[:, :2], (LABELS > 1).astype(int)
+    results = build_compute_metrics(["auroc"])(EvalPrediction(two, labels))
+    assert results["auroc"] == pytest.approx(roc_auc_score(labels, two[:, 1] - two[:, 0]))
+    absent = build_compute_metrics(["auroc"])(EvalPrediction(LOGITS, np.minimum(LABELS, 2)))
+    assert np.isnan(absent["auroc"])
+
+
+def test_dice_by_hand_with_ignored_pixels_and_an_absent_class():
+    truth = np.array([[[0, 0, 1, 255], [1, 1, 0, 0]]])
+    guess = np.array([[[0, 1, 1, 1], [1, 0, 0, 0]]])
+    results = load_metric("dice").compute(predictions=guess, references=truth, num_classes=3)
+    # Class 0: 3 in both, 4 true and 4 guessed; class 1: 2 in both, 3 true and 3 guessed; class 2 nowhere.
+    assert results["dice_0"] == pytest.approx(6 / 8)
+    assert results["dice_1"] == pytest.approx(4 / 6)
+    assert np.isnan(results["dice_2"])
+    assert results["dice"] == pytest.approx((6 / 8 + 4 / 6) / 2)
+
+
+def test_logits_in_a_tuple_are_the_first_of_it():
+    outputs = EvalPrediction((LOGITS, np.zeros((200, 7))), LABELS)
+    assert build_compute_metrics(["accuracy"])(outputs)["accuracy"] == accuracy_score(LABELS, LOGITS.argmax(1))
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_built_in_metrics_are_evaluate_metrics_that_write_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
+    metric = load_metric(name)
+    assert isinstance(metric, evaluate.Metric)
+    assert metric.keep_in_memory
+
+
+def test_any_other_name_goes_to_evaluate(tmp_path):
+    script = tmp_path / "always_one" / "always_one.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import datasets\n"
+        "import evaluate\n"
+        "class AlwaysOne(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        integers = datasets.Value('int64')\n"
+        "        features = datasets.Features(predictions=integers, references=integers)\n"
+        "        return evaluate.MetricInfo(description='', citation='', inputs_description='', features=features)\n"
+        "    def _compute(self, predictions, references):\n"
+        "        return {'one': 1.0}\n"
+    )
+    metric = load_metric(str(script))
+    assert metric.compute(predictions=[0], references=[1]) == {"one": 1.0}

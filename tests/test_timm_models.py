@@ -1,0 +1,110 @@
+import json
+
+import datasets
+import pytest
+import timm
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+from metalr_hf.demo import demo_model
+from metalr_hf.timm_models import is_timm_model, make_portable, wrap_timm_model
+
+NAMES = {0: "benign", 1: "malignant", 2: 'dünn | "quer"'}
+
+
+def images(size, n=4):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def network(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=3, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("test_efficientnet", {}),
+        ("test_resnet", {}),
+        ("test_vit", {}),
+        ("test_convnext", {}),
+        ("test_vit", {"img_size": 96}),
+        ("test_resnet", {"drop_rate": 0.3}),
+    ],
+)
+def test_a_wrapped_network_reloads_with_equal_logits_in_both_libraries(tmp_path, name, kwargs):
+    bare = network(name, **kwargs)
+    wrapped = wrap_timm_model(bare, NAMES).eval()
+    pixels = images(kwargs.get("img_size", bare.pretrained_cfg["input_size"][-1]))
+    with torch.no_grad():
+        expected = wrapped(pixel_values=pixels).logits
+        assert torch.equal(expected, bare.eval()(pixels))
+        wrapped.save_pretrained(tmp_path)
+        make_portable(tmp_path)
+        again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(pixel_values=pixels).logits, expected)
+        in_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert torch.equal(in_timm(pixels), expected)
+    assert again.config.id2label == NAMES
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert processor is not None
+
+
+def test_the_demo_model_reloads_with_equal_logits_in_both_libraries(tmp_path):
+    model = demo_model(NAMES).eval()
+    model.save_pretrained(tmp_path)
+    make_portable(tmp_path)
+    with torch.no_grad():
+        expected = model(pixel_values=images(64)).logits
+        assert torch.equal(
+            AutoModelForImageClassification.from_pretrained(tmp_path).eval()(pixel_values=images(64)).logits, expected
+        )
+        assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images(64)), expected)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["label_names"] == list(NAMES.values())
+    assert "num_classes" not in config["model_args"]
+
+
+def test_the_network_itself_is_wrapped_and_an_optimizer_over_it_stays_valid(tmp_path):
+    bare = network("test_efficientnet")
+    optimizer = torch.optim.SGD(bare.parameters(), lr=1e-2)
+    rows = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images(64, 8))]
+    args = MetaLRTrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to="none", save_strategy="no", use_cpu=True
+    )
+    before = bare.conv_stem.weight.clone()
+    trainer = MetaLRTrainer(model=bare, args=args, train_dataset=rows, optimizers=(optimizer, None))
+    trainer.train()
+    assert not torch.equal(before, bare.conv_stem.weight)
+    assert trainer.lr_history.layers[0] == "stem"
+    assert trainer.lr_history.layers[-1] == "head"
+    trainer.save_model(str(tmp_path / "saved"))
+    make_portable(tmp_path / "saved")
+    reloaded = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    assert torch.equal(reloaded.conv_stem.weight, bare.conv_stem.weight)
+
+
+def test_own_layers_of_a_bare_network_keep_their_names(tmp_path):
+    bare = network("test_vit")
+    groups = {"all": [name for name, _ in bare.named_parameters()]}
+    data = datasets.Dataset.from_dict({"pixel_values": [[[[0.0]]]], "labels": [0]})
+    args = MetaLRTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = MetaLRTrainer(model=bare, args=args, train_dataset=data, layer_groups=groups)
+    assert trainer.create_optimizer().param_groups[0]["layer"] == "all"
+
+
+def test_what_is_no_timm_classifier_is_told_apart_or_refused():
+    assert is_timm_model(network("test_vit"))
+    assert not is_timm_model(torch.nn.Linear(2, 2))
+    assert not is_timm_model(wrap_timm_model(network("test_vit")))
+    with pytest.raises(ValueError, match=r"no classifier \(num_classes=0\)"):
+        wrap_timm_model(timm.create_model("test_vit", num_classes=0))
+    with pytest.raises(ValueError, match="id2label names 2 classes, but the timm model has 3"):
+        wrap_timm_model(network("test_vit"), {0: "a", 1: "b"})
+
+
+def test_a_folder_that_holds_no_timm_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no architecture"):
+        make_portable(tmp_path)

@@ -162,6 +162,6 @@ def _read_file(file: str, known: list[str]) -> dict[str, Any]:
 
 
 def _refuse_unknown(name: str, known: list[str], what: str) -> NoReturn:
-    near = difflib.get_close_matches(name, known, n=3)
+    near = [other for other in known if other.startswith(name)][:3] or difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else " `metalr-hf train --help` lists them all."
     raise ValueError(f"{name!r} is no {what}.{hint}")

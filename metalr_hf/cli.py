@@ -109,6 +109,8 @@ def plot(argv: list[str]) -> int:
             f"{file} does not exist. Give the output folder of a finished run, or the lr_history.csv in it."
         )
     output = given.output or file.with_name("learning_rates.png")
+    if not output.suffix:
+        raise ValueError(f"--output={output} needs an ending that says the format, such as .png, .pdf or .svg.")
     from .history import LRHistory
     from .plots import plot_learning_rates
 

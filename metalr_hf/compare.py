@@ -194,7 +194,7 @@ def read_results(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Returns:
         `list[dict]`: a row a run.
     """
-    return _read_lines(Path(folder) / RESULTS)
+    return read_lines(Path(folder) / RESULTS)
 
 
 def _runs(cells: Sequence[Cell], comparison: Comparison) -> Iterator[Run]:
@@ -419,8 +419,8 @@ def _check_settings_file(folder: Path, comparison: Comparison) -> None:
         other = {name: (there.get(name), own.get(name)) for name in {*there, *own} if there.get(name) != own.get(name)}
         if other:
             raise ValueError(
-                f"output_dir={str(folder)!r} holds a comparison with other settings (there, here): {other}. Use another "
-                "folder, or the same settings."
+                f"output_dir={str(folder)!r} holds a comparison with other settings (there, here): {other}. Use "
+                "another folder, or the same settings."
             )
     file.write_text(json.dumps(own, indent=2) + "\n")
 
@@ -432,9 +432,7 @@ def _only_process(folder: Path) -> Iterator[None]:
             # Released by the system when the process ends, however it ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RuntimeError(
-                f"Another process is at work in output_dir={str(folder)!r}: wait for it."
-            ) from error
+            raise RuntimeError(f"Another process is at work in output_dir={str(folder)!r}: wait for it.") from error
         yield
 
 
@@ -449,7 +447,8 @@ def _append_line(file: Path, row: dict[str, Any]) -> None:
         os.fsync(lines.fileno())
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; a last line cut off by a crash is dropped from it."""
     if not file.exists():
         return []
     text = file.read_text()

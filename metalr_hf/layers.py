@@ -103,8 +103,8 @@ def check_layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]]) ->
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"layer_groups misses the trainable {', '.join(map(repr, missing[:3]))}{more}. Put each trainable parameter "
-            "into one layer, or freeze it."
+            f"layer_groups misses the trainable {', '.join(map(repr, missing[:3]))}{more}. Put each trainable "
+            "parameter into one layer, or freeze it."
         )
 
 
@@ -135,8 +135,8 @@ def split_param_groups(
             layer = layer_of.get(id(parameter))
             if layer is None:
                 raise ValueError(
-                    f"The optimizer holds a parameter of shape {tuple(parameter.shape)} that belongs to no layer: it is "
-                    "frozen, or not of this model. Build the optimizer from the model's trainable parameters."
+                    f"The optimizer holds a parameter of shape {tuple(parameter.shape)} that belongs to no layer: it "
+                    "is frozen, or not of this model. Build the optimizer from the model's trainable parameters."
                 )
             by_layer.setdefault(layer, []).append(parameter)
         split += [{**group, "params": parameters, "layer": layer} for layer, parameters in by_layer.items()]

@@ -32,7 +32,8 @@ REFUSED_OPTIMIZERS = {
 }
 ALTERNATIVES = "Use adamw_torch, sgd, or another optimizer whose update is linear in the learning rate."
 
-_PROBE_STEPS = 3
+# Some optimizers change their regime after a few steps (RAdam at the sixth).
+_PROBE_STEPS = 8
 
 
 def check_optimizer_name(optim: str) -> None:
@@ -63,6 +64,11 @@ def check_linear(optimizer: Optimizer) -> None:
         ValueError: with what did not hold.
     """
     name = type(optimizer).__name__
+    if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):
+        raise ValueError(
+            f"{name} cannot be tuned: it wraps another optimizer, and what it adds to the step is not known. "
+            f"{ALTERNATIVES}"
+        )
     device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
     try:
         start, full, half = _try_steps(optimizer, torch.device("cpu"), torch.float64)
@@ -78,6 +84,8 @@ def check_linear(optimizer: Optimizer) -> None:
             raise _untried(name, error) from error
     for before, after_full, after_half in zip(start, _parameters(full), _parameters(half), strict=True):
         step, half_step = (after_full - before).double(), (after_half - before).double()
+        if not step.any():
+            raise ValueError(f"{name} cannot be tuned: its step did not move the parameters. {ALTERNATIVES}")
         if not torch.allclose(step, 2 * half_step, rtol=tolerance, atol=tolerance * float(step.abs().max())):
             raise ValueError(
                 f"{name} cannot be tuned: its update is not linear in the learning rate (with half the rate it moves "
@@ -100,7 +108,7 @@ def _try_steps(
         for _ in range(_PROBE_STEPS - 1):
             _step(probe, _draw_gradients(probe, generator))
         gradients = _draw_gradients(probe, generator)
-        start, full, half = _parameters(probe), copy.deepcopy(probe), copy.deepcopy(probe)
+        start, full, half = _parameters(probe), _duplicate(probe), _duplicate(probe)
         for group in half.param_groups:
             group["lr"] = group["lr"] * 0.5
         _step(full, gradients)
@@ -117,17 +125,11 @@ def _untried(name: str, error: Exception) -> ValueError:
 
 def _probe_copy(optimizer: Optimizer, device: torch.device, dtype: torch.dtype) -> Optimizer:
     """The same optimizer with a fresh state, over one small tensor a group in place of its parameters."""
-    # Not copy.copy: Optimizer.__getstate__ keeps only what torch's own optimizers have.
-    probe = object.__new__(type(optimizer))
-    left_out = ("param_groups", "state", "step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    probe.__dict__.update({k: v for k, v in vars(optimizer).items() if k not in left_out})
-    probe.__dict__.update(_optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
-    probe.state = defaultdict(dict)
-    probe.param_groups = []
+    probe = _like(optimizer, defaultdict(dict), [])
     for group in optimizer.param_groups:
         options = {k: v.cpu().clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
-        # Large enough not to drown in rounding; the rate itself is of no interest.
-        options["lr"] = 0.01
+        # Large enough to be above what an optimizer may cut it off at.
+        options["lr"] = 1.0
         # These change no equation, but may refuse the CPU.
         options.update({k: False for k in ("fused", "capturable") if options.get(k)})
         like = next(iter(group["params"]), torch.zeros(1))
@@ -135,6 +137,21 @@ def _probe_copy(optimizer: Optimizer, device: torch.device, dtype: torch.dtype) 
         values = torch.linspace(0.5, 1.5, math.prod(shape), device=device, dtype=dtype).reshape(shape)
         probe.param_groups.append({"params": [values.requires_grad_()], **options})
     return probe
+
+
+def _duplicate(probe: Optimizer) -> Optimizer:
+    # Together, so that the state's keys remain the groups' parameters.
+    return _like(probe, *copy.deepcopy((probe.state, probe.param_groups)))
+
+
+def _like(optimizer: Optimizer, state: Any, param_groups: list[dict[str, Any]]) -> Optimizer:
+    # Not copy.copy: Optimizer.__getstate__ keeps only what torch's own optimizers have.
+    twin = object.__new__(type(optimizer))
+    left_out = ("step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name not in left_out})
+    twin.__dict__.update(_optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
+    twin.state, twin.param_groups = state, param_groups
+    return twin
 
 
 def _draw_gradients(probe: Optimizer, generator: torch.Generator) -> list[Tensor]:

@@ -129,7 +129,7 @@ def load_model(arguments: ModelArguments, id2label: Mapping[int, str]) -> PreTra
         return demo_model(dict(id2label))
     name = arguments.model_name_or_path
     try:
-        return AutoModelForImageClassification.from_pretrained(
+        model = AutoModelForImageClassification.from_pretrained(
             name,
             num_labels=len(id2label),
             id2label=dict(id2label),
@@ -139,6 +139,10 @@ def load_model(arguments: ModelArguments, id2label: Mapping[int, str]) -> PreTra
         )
     except (OSError, ValueError) as error:
         raise _not_loaded(name, "model", error) from error
+    if hasattr(model.config, "label_names"):
+        # timm's own list of the classes, which would be saved instead of the new ones.
+        model.config.label_names = list(id2label.values())
+    return model
 
 
 def _load_processor(arguments: TrainArguments, model: PreTrainedModel) -> BaseImageProcessor:

@@ -160,6 +160,7 @@ class MetaLRScheduler(LRScheduler):
         self.non_finite_in_a_row = 0
         self._look_ahead = LookAhead()
         self._found_inf: list[Tensor] = []
+        self._noted: Tensor | None = None
         self._measured: tuple[float, list[float]] | None = None
         self._hooks = self._register_hooks(optimizer)
         super().__init__(optimizer)
@@ -187,6 +188,19 @@ class MetaLRScheduler(LRScheduler):
                 self._look_ahead.discard()
             self._record()
         super().step()
+
+    def note_gradients(self, scale: float = 1.0) -> None:
+        """Takes the hypergradient of `meta_source="next_batch"` from the gradients as they are now.
+
+        Call it between the backward and whatever changes the gradients before the optimizer's step, such as clipping,
+        which would make the hypergradients smaller than they are. Without the call they are taken as the optimizer
+        gets them.
+
+        Args:
+            scale (`float`, *optional*, defaults to 1.0): Factor that the loss was multiplied by (`GradScaler`).
+        """
+        if self.meta_source == "next_batch" and self._look_ahead.taken:
+            self._noted = self._look_ahead.inner_products() / scale
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of every param group at the present step: α times the schedule's shape."""
@@ -263,12 +277,15 @@ class MetaLRScheduler(LRScheduler):
 
     def _before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.meta_source == "next_batch" and self._look_ahead.taken:
-            # A fused optimizer unscales by itself, after this hook.
-            scale = getattr(optimizer, "grad_scale", None)
+            if self._noted is None:
+                # A fused optimizer unscales by itself, after this hook.
+                scale = getattr(optimizer, "grad_scale", None)
+                self.note_gradients(1.0 if scale is None else float(scale))
             self._found_inf += _found_inf(optimizer)
-            products = self._look_ahead.inner_products()
-            if self._tune(products if scale is None else products / scale.to(products)):
+            assert self._noted is not None
+            if self._tune(self._noted):
                 self._write_learning_rates()
+            self._noted = None
             self._look_ahead.discard()
         if self.will_tune:
             self._found_inf = []
@@ -366,8 +383,8 @@ class MetaLRScheduler(LRScheduler):
 
 def _unwrap(optimizer: Optimizer) -> Optimizer:
     """The torch optimizer inside accelerate's wrappers, which know nothing of step hooks."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
+    while type(optimizer).__module__.startswith("accelerate."):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
 
 
@@ -383,6 +400,11 @@ def _layer_of_groups(optimizer: Optimizer) -> list[str]:
 def _start_learning_rates(optimizer: Optimizer, group_layers: list[str], layers: list[str]) -> Tensor:
     rates: dict[str, float] = {}
     for group, layer in zip(optimizer.param_groups, group_layers, strict=True):
+        if group.get("lr") is None:
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot be tuned: it has no learning rate (lr=None) but makes its own. "
+                "Give it one; Adafactor of transformers also needs relative_step=False."
+            )
         rate = float(group.get("initial_lr", group["lr"]))
         if rates.setdefault(layer, rate) != rate:
             raise ValueError(

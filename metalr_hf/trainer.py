@@ -171,16 +171,16 @@ class MetaLRTrainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Trainer's forward and backward; then pulls a validation batch if the step about to be taken is tuned."""
+        """Trainer's forward and backward; then a validation batch is pulled if the step about to be taken is tuned."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         scheduler = self.lr_scheduler
-        if (
-            self._meta_stream is not None
-            and self.accelerator.sync_gradients
-            and scheduler.will_tune
-            and scheduler.meta_loss is None
-        ):
-            scheduler.meta_loss = partial(self.compute_meta_loss, next(self._meta_stream))
+        if self.accelerator.sync_gradients:
+            if self._meta_stream is None:
+                # Before Trainer clips them.
+                scaler = self.accelerator.scaler
+                scheduler.note_gradients(1.0 if scaler is None else scaler.get_scale())
+            elif scheduler.will_tune and scheduler.meta_loss is None:
+                scheduler.meta_loss = partial(self.compute_meta_loss, next(self._meta_stream))
         return loss
 
     def compute_meta_loss(self, inputs: dict[str, Any]) -> Tensor:

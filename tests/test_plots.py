@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -33,7 +35,7 @@ def test_first_layer_and_head_are_named_and_labels_keep_their_distance(layers):
     assert "head" in names
     heights = sorted(np.log10(text.get_position()[1]) for text in ax.texts)
     low, high = np.log10(ax.get_ylim())
-    assert all(b - a > (high - low) / 17 for a, b in zip(heights, heights[1:], strict=False))
+    assert all(b - a > (high - low) / 17 for a, b in itertools.pairwise(heights))
     assert len(names) <= 7
 
 

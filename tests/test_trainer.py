@@ -231,6 +231,20 @@ def test_clipping_decay_groups_smoothing_and_own_losses_count_in_the_validation_
         assert measured == pytest.approx(sum(expected[name] for name in layer_groups(start)[layer]), rel=1e-3, abs=1e-6)
 
 
+def test_clipping_does_not_shrink_the_hypergradient_of_the_next_batch(tmp_path):
+    start = vit(dropout=0.0)
+    run = Recording(
+        model=copy.deepcopy(start),
+        args=arguments(tmp_path, max_grad_norm=0.01, max_steps=2, meta_source="next_batch"),
+        train_dataset=images(),
+    )
+    run.train()
+    first, second = run.batches
+    _, expected = reference_first_step(start, lambda model, batch: model(**batch).loss, first, second, run.args)
+    for layer, measured in zip(run.lr_history.layers, run.lr_history.hypergradients[1], strict=True):
+        assert measured == pytest.approx(sum(expected[name] for name in layer_groups(start)[layer]), rel=1e-3, abs=1e-6)
+
+
 def test_schedule_and_warm_up_multiply_the_tuned_rates_and_the_log_holds_the_rates_used(tmp_path):
     run = trainer(tmp_path, max_steps=8, lr_scheduler_type="cosine", warmup_steps=2, hyper_lr=0.0)
     run.train()

@@ -1,0 +1,236 @@
+"""The report of a comparison: a table, a picture and what they were made from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .compare import SETTINGS, TIMINGS, read_lines, read_results
+
+PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.4
+MOST_COLUMNS = 2
+
+
+def write_report(folder: str | os.PathLike[str]) -> Path:
+    """Writes `report.md` and `report.png` from the results in a folder.
+
+    Args:
+        folder (`str` or `os.PathLike`): The output folder of a comparison.
+
+    Returns:
+        `pathlib.Path`: the report.
+
+    Raises:
+        ValueError: if there are no results yet.
+
+    Example:
+
+    ```python
+    from metalr_hf.report import write_report
+
+    write_report("runs/comparison")
+    ```
+    """
+    folder = Path(folder)
+    results = pd.DataFrame(read_results(folder))
+    if results.empty:
+        raise ValueError(f"{folder} holds no results to report: run a comparison with it as output_dir first.")
+    plot_comparison(results).savefig(folder / "report.png", dpi=150)
+    timings = pd.DataFrame(read_lines(folder / TIMINGS))
+    parts = ["# Fine-tuning strategies side by side", "![Test accuracy over the start learning rate](report.png)"]
+    for cell, rows in results.groupby("cell", sort=False):
+        parts += [f"## {cell}", _accuracy_table(rows)]
+        if rows["fold"].notna().any():
+            parts += [
+                "Accuracy of each class, over all folds, at each strategy's best learning rate:",
+                _class_table(rows),
+            ]
+    parts += [_notes(folder, results, timings)]
+    report = folder / "report.md"
+    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return report
+
+
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over seeds and folds of every strategy and start learning rate of a cell.
+
+    Args:
+        rows (`pandas.DataFrame`): Results of one cell.
+
+    Returns:
+        `pandas.DataFrame`: indexed by strategy and learning rate (NaN for a strategy without one), in the order of the
+            runs; columns `mean`, `std`, `loss`, `cost` and `failed`. A failed run counts as an accuracy of zero.
+    """
+    rows = rows.assign(
+        accuracy=pd.to_numeric(rows["accuracy"]).where(rows["status"] == "done", 0.0) if "accuracy" in rows else 0.0,
+        test_loss=pd.to_numeric(rows.get("test_loss", np.nan)),
+        cost=pd.to_numeric(rows.get("cost", np.nan)),
+        failed=rows["status"] != "done",
+    )
+    groups = rows.groupby(["strategy", "learning_rate"], sort=False, dropna=False)
+    return pd.DataFrame(
+        {
+            "mean": groups["accuracy"].mean(),
+            "std": groups["accuracy"].std(ddof=1).fillna(0.0),
+            "loss": groups["test_loss"].mean(),
+            "cost": groups["cost"].mean(),
+            "failed": groups["failed"].sum(),
+        }
+    )
+
+
+def plot_comparison(results: pd.DataFrame) -> Figure:
+    """Draws test accuracy over the start learning rate, a panel a cell and a line a strategy.
+
+    Args:
+        results (`pandas.DataFrame`): What [`~metalr_hf.compare.read_results`] gave.
+
+    Returns:
+        `matplotlib.figure.Figure`: bands are a standard deviation over seeds and folds; a strategy without a learning
+            rate is a level line.
+    """
+    cells, strategies = list(dict.fromkeys(results["cell"])), list(dict.fromkeys(results["strategy"]))
+    columns = min(MOST_COLUMNS, len(cells))
+    lines = -(-len(cells) // columns)
+    figure = Figure(figsize=(max(6.0, PANEL_WIDTH * columns), PANEL_HEIGHT * lines + 0.5), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    colors = _colors(strategies)
+    for panel, cell in zip(panels, cells, strict=False):
+        _draw_cell(panel, summarise(results[results["cell"] == cell]), colors)
+        panel.set_title(cell, fontsize="medium")
+    for panel in panels[len(cells) :]:
+        panel.set_visible(False)
+    panels[0].set_ylabel("test accuracy")
+    handles = [mpl.lines.Line2D([], [], color=color, label=name, **_style(name)) for name, color in colors.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+    return figure
+
+
+def _draw_cell(ax: Axes, summary: pd.DataFrame, colors: dict[str, Any]) -> None:
+    rates = summary.index.get_level_values("learning_rate").astype(float)
+    known = rates[np.isfinite(rates)]
+    span = [known.min(), known.max()] if len(known) else [1e-4, 1e-2]
+    for name, points in summary.groupby(level="strategy", sort=False):
+        x = points.index.get_level_values("learning_rate").to_numpy(float)
+        mean, std = points["mean"].to_numpy(), points["std"].to_numpy()
+        if np.isnan(x).all():
+            x, mean, std = np.array(span), np.repeat(mean, 2), np.repeat(std, 2)
+        order = np.argsort(x)
+        ax.plot(x[order], mean[order], color=colors[str(name)], **_style(str(name)))
+        ax.fill_between(x[order], (mean - std)[order], (mean + std)[order], color=colors[str(name)], alpha=0.15, lw=0)
+    ax.set_xscale("log")
+    ax.set_xlabel("start learning rate")
+    ax.grid(color="0.88", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _colors(strategies: Sequence[str]) -> dict[str, Any]:
+    """Ours in one strong colour, the others in muted ones that the colour-blind tell apart."""
+    others = [name for name in strategies if not _is_tuned(name)]
+    palette = mpl.colormaps["cividis"](np.linspace(0.0, 0.85, max(1, len(others))))
+    tuned = [name for name in strategies if _is_tuned(name)]
+    strong = mpl.colormaps["autumn"](np.linspace(0.0, 0.6, max(1, len(tuned))))
+    own = {**dict(zip(others, palette, strict=False)), **dict(zip(tuned, strong, strict=False))}
+    return {name: own[name] for name in strategies}
+
+
+def _style(strategy: str) -> dict[str, Any]:
+    tuned = _is_tuned(strategy)
+    return {"linewidth": 2.2 if tuned else 1.4, "marker": "o" if tuned else ".", "linestyle": "-" if tuned else "--"}
+
+
+def _is_tuned(strategy: str) -> bool:
+    return strategy.startswith("metalr")
+
+
+def _accuracy_table(rows: pd.DataFrame) -> str:
+    summary = summarise(rows)
+    rates = sorted({float(rate) for rate in summary.index.get_level_values("learning_rate") if not pd.isna(rate)})
+    best = summary["mean"].max()
+    header = ["strategy", *[f"{rate:g}" for rate in rates], "worst", "mean", "best", "test loss at best", "cost"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for name, points in summary.groupby(level="strategy", sort=False):
+        by_rate = {float(rate): point for (_, rate), point in points.iterrows()}
+        level = next((point for rate, point in by_rate.items() if np.isnan(rate)), None)
+        entries = [_entry(level if level is not None else by_rate.get(rate), best) for rate in rates]
+        top = points.iloc[int(points["mean"].to_numpy().argmax())]
+        cost = points["cost"].mean()
+        lines.append(
+            [
+                str(name).replace("|", "\\|"),
+                *entries,
+                f"{points['mean'].min():.3f}",
+                f"{points['mean'].mean():.3f}",
+                _entry(top, best),
+                "" if np.isnan(top["loss"]) else f"{top['loss']:.3f}",
+                "" if np.isnan(cost) else f"{cost:.2f}x",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _entry(point: Any, best: float) -> str:
+    if point is None:
+        return ""
+    text = f"{point['mean']:.3f} ± {point['std']:.3f}"
+    if point["failed"]:
+        text += f" ({int(point['failed'])} failed)"
+    return f"**{text}**" if point["mean"] == best else text
+
+
+def _class_table(rows: pd.DataFrame) -> str:
+    classes = list(rows["class_accuracy"].dropna().iloc[0])
+    lines = [["strategy", "learning rate", *classes, "total", "macro F1"]]
+    lines.append(["---", *["---:"] * (len(classes) + 3)])
+    summary = summarise(rows)
+    for name in dict.fromkeys(rows["strategy"]):
+        rate = summary.loc[[name], "mean"].idxmax()[1]
+        same = rows["learning_rate"].isna() if pd.isna(rate) else rows["learning_rate"] == rate
+        chosen = rows[(rows["strategy"] == name) & same & (rows["status"] == "done")]
+        if chosen.empty:
+            continue
+        by_class = pd.DataFrame(list(chosen["class_accuracy"])).mean()
+        lines.append(
+            [
+                name,
+                "" if pd.isna(rate) else f"{rate:g}",
+                *[f"{by_class[c]:.3f}" for c in classes],
+                f"{chosen['accuracy'].mean():.3f}",
+                f"{chosen['macro_f1'].mean():.3f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _notes(folder: Path, results: pd.DataFrame, timings: pd.DataFrame) -> str:
+    seeds = sorted(set(results["seed"]))
+    notes = [
+        "Columns are start learning rates; entries are test accuracy, mean ± standard deviation over seeds "
+        f"{', '.join(map(str, seeds))}"
+        + (" and folds" if results["fold"].notna().any() else "")
+        + ". The best entry is "
+        "bold. *worst*, *mean* and *best* are over the start learning rates. *cost* is forward and backward passes "
+        "over those of a plain run of equal steps, validation and calibration included. The test split was used once a run, "
+        "after training, with the last weights.",
+        f"Settings of all runs: `{(folder / SETTINGS).read_text(encoding='utf-8').strip()}`".replace("\n", " "),
+    ]
+    failed = results[results["status"] != "done"]
+    if not failed.empty:
+        reasons = failed.groupby(["cell", "strategy", "reason"]).size()
+        notes.append("Failed runs, counted as an accuracy of zero:")
+        lines = [f"- {count} × {cell}, {name}: {reason}" for (cell, name, reason), count in reasons.items()]
+        notes.append("\n".join(lines))
+    if not timings.empty:
+        median = timings.groupby("strategy", sort=False)["seconds"].median()
+        notes.append(
+            "Median seconds a run: " + ", ".join(f"{name} {value:.0f}" for name, value in median.items()) + "."
+        )
+    return "\n\n".join(notes)

@@ -1,0 +1,74 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from metalr_hf.report import plot_comparison, summarise, write_report
+
+
+def result(strategy, rate, seed, accuracy, cell="net → digits", **kwargs):
+    row = {"cell": cell, "strategy": strategy, "learning_rate": rate, "seed": seed, "fold": None, "status": "done"}
+    row |= {"accuracy": accuracy, "macro_f1": accuracy, "test_loss": 1 - accuracy, "cost": 1.0, "steps": 60}
+    return {**row, "class_accuracy": {"a": accuracy, "b": accuracy}, **kwargs}
+
+
+def results():
+    rows = []
+    for seed in (0, 1, 2):
+        for rate in (1e-4, 1e-3):
+            rows.append(result("cosine", rate, seed, 0.5 + 0.1 * seed + (0.2 if rate == 1e-3 else 0)))
+            rows.append(result("metalr", rate, seed, 0.9 + 0.01 * seed, cost=2.0))
+        rows.append(result("prodigy", None, seed, 0.6))
+    rows[-1] |= {"status": "failed", "reason": "OutOfMemoryError: too big", "accuracy": None, "test_loss": None}
+    return rows
+
+
+def folder(tmp_path, rows):
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "settings.json").write_text(json.dumps({"steps": 60}))
+    return tmp_path
+
+
+def test_means_deviations_and_failures():
+    summary = summarise(pd.DataFrame(results()))
+    assert summary.loc[("cosine", 1e-4), "mean"] == pytest.approx(0.6)
+    assert summary.loc[("cosine", 1e-4), "std"] == pytest.approx(np.std([0.5, 0.6, 0.7], ddof=1))
+    free = summary[summary.index.get_level_values("strategy") == "prodigy"].iloc[0]
+    assert free["failed"] == 1
+    assert free["mean"] == pytest.approx(0.4), "a failed run counts as zero"
+
+
+def test_the_report_has_a_row_a_strategy_with_the_best_entry_in_bold(tmp_path):
+    text = write_report(folder(tmp_path, results())).read_text()
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert "0.600 ± 0.100 | 0.800 ± 0.100 | 0.600 | 0.700 | 0.800 ± 0.100 | 0.200 | 1.00x" in lines["cosine"]
+    assert lines["metalr"].count("**0.910 ± 0.010**") == 3
+    assert lines["metalr"].endswith("| 2.00x |")
+    assert "(1 failed)" in lines["prodigy"]
+    assert "1 × net → digits, prodigy: OutOfMemoryError: too big" in text
+    assert (tmp_path / "report.png").stat().st_size > 5000
+
+
+def test_the_picture_has_a_panel_a_cell_a_line_a_strategy_and_level_lines():
+    rows = results() + [{**row, "cell": "other"} for row in results()]
+    figure = plot_comparison(pd.DataFrame(rows))
+    assert [ax.get_title() for ax in figure.axes] == ["net → digits", "other"]
+    for ax in figure.axes:
+        assert ax.get_xscale() == "log"
+        assert len(ax.lines) == 3
+        cosine, metalr, prodigy = ax.lines
+        assert cosine.get_ydata() == pytest.approx([0.6, 0.8])
+        assert metalr.get_linewidth() > cosine.get_linewidth()
+        assert len(set(prodigy.get_ydata())) == 1
+
+
+def test_folds_bring_a_table_of_classes(tmp_path):
+    rows = [result("cosine", 1e-3, 0, 0.5 + 0.2 * fold, fold=fold) for fold in (0, 1)]
+    text = write_report(folder(tmp_path, rows)).read_text()
+    assert "| cosine | 0.001 | 0.600 | 0.600 | 0.600 | 0.600 |" in text
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no results to report"):
+        write_report(tmp_path)

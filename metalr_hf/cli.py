@@ -1,4 +1,4 @@
-"""The command line: `metalr-hf train` and `metalr-hf plot`."""
+"""The command line: `metalr-hf train`, `compare` and `plot`."""
 
 # torch and transformers are imported inside the commands, so that `metalr-hf --help` answers at once.
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "train": (train, "fine-tune a pretrained image classifier with one tuned learning rate a layer"),
+        "compare": (compare, "run fine-tuning strategies side by side on equal budgets"),
         "plot": (plot, "draw the learning rates of a finished run"),
     }
     parser = argparse.ArgumentParser(
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("Interrupted.")
         return INTERRUPTED
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, RuntimeError) as error:
         if not _is_message_to_user(error):
             raise
         _say(f"metalr-hf {given.command}: {' '.join(str(error).split())}")
@@ -82,6 +83,26 @@ def train(argv: list[str]) -> int:
         else:
             command = shlex.join(["metalr-hf", "train", *argv, "--resume_from_checkpoint", "true"])
             _say(f"Interrupted. The last checkpoint is {last}. Resume with:\n{command}")
+        return INTERRUPTED
+    return 0
+
+
+def compare(argv: list[str]) -> int:
+    """`metalr-hf compare`: runs strategies side by side and leaves results, report and picture in `output_dir`.
+
+    Args:
+        argv (`list[str]`): The arguments, or a YAML or JSON file with them, which further arguments override.
+
+    Returns:
+        `int`: the exit code.
+    """
+    from .compare_run import parse_compare_arguments, run_comparison
+
+    arguments, tuning = parse_compare_arguments(argv)
+    try:
+        run_comparison(arguments, tuning)
+    except KeyboardInterrupt:
+        _say(f"Interrupted. What has run is in {arguments.output_dir}; the same command runs the rest.")
         return INTERRUPTED
     return 0
 

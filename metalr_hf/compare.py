@@ -80,6 +80,7 @@ class Comparison:
         group_column (`str`, *optional*): Rows that share a value of it (a patient, a video) stay in one fold.
         weight_decay (`float`, *optional*, defaults to 0.01): Of every strategy's optimizer.
         tuning (`dict`, *optional*): Arguments of `MetaLRTrainingArguments` for the strategies that tune.
+        preparation (`dict`, *optional*): How the cells' images are prepared; kept in the folder's settings.
 
     Raises:
         ValueError, TypeError: if a value is out of range or a strategy unknown.
@@ -96,6 +97,7 @@ class Comparison:
     group_column: str | None = None
     weight_decay: float = 0.01
     tuning: dict[str, Any] = field(default_factory=dict)
+    preparation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.strategies:
@@ -378,7 +380,7 @@ def _flip_labels(
     return train.remove_columns("label").add_column("label", noisy, feature=feature)
 
 
-def _scores(predictions: Any, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+def _scores(predictions: Any, labels: Any, classes: Sequence[str]) -> dict[str, Any]:
     """What is reported of a run, all on the test rows: accuracy (in all and a class), macro F1, loss."""
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
     if not np.isfinite(logits).all():

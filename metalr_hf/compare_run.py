@@ -111,8 +111,9 @@ def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict
         FileNotFoundError: if the file is not there.
         ValueError: if the file holds something else than arguments.
     """
+    kinds: Any = (CompareArguments, TuningArguments)
     parser = HfArgumentParser(
-        (CompareArguments, TuningArguments),
+        kinds,
         prog="metalr-hf compare",
         description="Runs fine-tuning strategies side by side on equal budgets. Instead of arguments, or before them, "
         "a YAML or JSON file may be given.",
@@ -134,8 +135,9 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any]) -> None:
         tuning (`dict`): Arguments of `MetaLRTrainingArguments` for the strategies that tune.
     """
     comparison = Comparison(
-        **{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Comparison) if f.name != "tuning"},
+        **{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Comparison) if hasattr(arguments, f.name)},
         tuning=tuning,
+        preparation={"image_size": arguments.image_size, "augment": arguments.augment},
     )
     if tuning:
         # Refuses a bad one now rather than in each run.

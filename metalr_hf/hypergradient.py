@@ -276,7 +276,7 @@ def preserve_random_state(device: torch.device | None = None) -> Iterator[None]:
                 torch.mps.set_rng_state(mps_state)
 
 
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources)
 

@@ -157,12 +157,13 @@ def _look_through_wrappers(model: nn.Module) -> tuple[nn.Module, str]:
 
 def _timm_layers(network: nn.Module, granularity: str) -> dict[str, list[str]]:
     """Layers by timm's group matcher; empty if there is none that works."""
-    if not hasattr(network, "group_matcher"):
+    matcher: Any = getattr(network, "group_matcher", None)
+    if matcher is None:
         return {}
     from timm.models import group_parameters
 
     try:
-        layer_ids = group_parameters(network, network.group_matcher(coarse=granularity == "stage"), reverse=True)
+        layer_ids = group_parameters(network, matcher(coarse=granularity == "stage"), reverse=True)
     except (AttributeError, NotImplementedError, KeyError, TypeError):
         # Some architectures inherit the method but do not support it, or only one of its granularities.
         return {}

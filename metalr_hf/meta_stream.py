@@ -6,18 +6,21 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .hypergradient import preserve_random_state
 
 LABEL_CANDIDATES = ("label", "labels")
+EMPTY = "meta_dataset is empty: there is nothing to tune on. Give labelled images, at least one for each process."
 
 
 class MetaStream:
@@ -53,8 +56,6 @@ class MetaStream:
     >>> from metalr_hf.meta_stream import MetaStream
     >>> stream = MetaStream(range(5), batch_size=3, collate_fn=list)
     >>> batches = [next(stream) for _ in range(5)]
-    >>> [len(batch) for batch in batches]
-    [3, 3, 3, 3, 3]
     >>> sorted(sum(batches, []))
     [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
 
@@ -80,21 +81,20 @@ class MetaStream:
         self.position = 0
         self._place: dict[str, int] = {}
         self._iterator: Iterator[Any] | None = None
-        self._sampler: _BatchSampler | None = None
+        self._rows_after: Callable[[int], Iterator[tuple[int, list[int]]]] | None = None
         if isinstance(dataset, IterableDataset):
             if isinstance(dataset, datasets.IterableDataset):
                 dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
                 dataset = split_dataset_by_node(dataset, process_index, num_processes)
             # A copy, so that set_epoch does not move a training set that is read at the same time.
-            self._source: Any = _IterableBatches(
-                copy.copy(dataset), collate_fn, seed, process_index, batch_size, num_processes
-            )
+            dataset = copy.copy(dataset)
+            self._source: Any = _IterableBatches(dataset, collate_fn, seed, process_index, batch_size, num_processes)
             num_workers = min(num_workers, 1)
         else:
             if len(dataset) == 0:
-                raise ValueError("meta_dataset is empty: there is nothing to tune on. Give labelled images.")
+                raise ValueError(EMPTY)
             self._source = _MapBatches(dataset, collate_fn, seed, process_index)
-            self._sampler = _BatchSampler(len(dataset), batch_size, seed, process_index, num_processes)
+            self._rows_after = partial(_numbered_rows, len(dataset), batch_size, seed, process_index, num_processes)
         self._num_workers = num_workers
 
     def __iter__(self) -> MetaStream:
@@ -123,14 +123,12 @@ class MetaStream:
         self._iterator = None
 
     def _start(self) -> Iterator[Any]:
-        if self._sampler is None:
+        if self._rows_after is None:
             self._source.first, self._source.place = self.position, self._place
-        else:
-            self._sampler.first = self.position
         loader: DataLoader[Any] = DataLoader(
             self._source,
             batch_size=None,
-            sampler=self._sampler,
+            sampler=None if self._rows_after is None else self._rows_after(self.position),
             num_workers=self._num_workers,
             # Without one, every iterator draws a seed from the global generator.
             generator=torch.Generator().manual_seed(0),
@@ -139,29 +137,20 @@ class MetaStream:
         return iter(loader)
 
 
-@dataclass(eq=False)
-class _BatchSampler(Sampler[tuple[int, list[int]]]):
+def _numbered_rows(
+    rows: int, batch_size: int, seed: int, process_index: int, num_processes: int, first: int
+) -> Iterator[tuple[int, list[int]]]:
     """Numbers and rows of this process's batches: the epochs' permutations one after the other, dealt out in turn."""
-
-    rows: int
-    batch_size: int
-    seed: int
-    process_index: int
-    num_processes: int
-    first: int = 0
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        number, epoch, order = self.first, -1, [0]
-        while True:
-            start = (number * self.num_processes + self.process_index) * self.batch_size
-            batch = []
-            for place in range(start, start + self.batch_size):
-                if place // self.rows != epoch:
-                    epoch = place // self.rows
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.rows).tolist()
-                batch.append(order[place % self.rows])
-            yield number, batch
-            number += 1
+    epoch, order = -1, [0]
+    for number in itertools.count(first):
+        start = (number * num_processes + process_index) * batch_size
+        batch = []
+        for place in range(start, start + batch_size):
+            if place // rows != epoch:
+                epoch = place // rows
+                order = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+            batch.append(order[place % rows])
+        yield number, batch
 
 
 @dataclass(eq=False)
@@ -188,11 +177,10 @@ class _MapBatches(Dataset[Any]):
         return fetch(indices) if fetch else [self.dataset[i] for i in indices]
 
     def _fails(self, index: int) -> bool:
-        try:
+        with suppress(Exception):
             self._fetch([index])
-        except Exception:
-            return True
-        return False
+            return False
+        return True
 
 
 @dataclass(eq=False)
@@ -214,11 +202,8 @@ class _IterableBatches(IterableDataset[Any]):
             with preserve_random_state():
                 taken = [next(rows) for _ in range(self.batch_size)]
                 _seed_generators(self.seed, number, self.process_index)
-                try:
-                    batch = self.collate_fn([row for row, _ in taken])
-                except Exception as error:
-                    raise _unusable(f"Validation batch {number} (up to {taken[-1][1]})", error) from error
-            yield batch, taken[-1][1]
+                batch, place = self.collate_fn([row for row, _ in taken]), taken[-1][1]
+            yield batch, place
 
     def _rows(self, epoch: int, read_before: int) -> Iterator[tuple[Any, dict[str, int]]]:
         # datasets' own streams are dealt out already.
@@ -240,10 +225,7 @@ class _IterableBatches(IterableDataset[Any]):
                 if count >= read_before and (count + epoch - self.process_index) % deal == 0:
                     yield row, {"epoch": epoch, "row": count + 1}
             if count == 0:
-                raise ValueError(
-                    f"meta_dataset is empty: its stream ended without a row for process {self.process_index}. Give "
-                    "labelled images, at least one for each process."
-                )
+                raise ValueError(EMPTY)
             epoch, read_before = epoch + 1, 0
 
 
@@ -268,8 +250,7 @@ def split_meta_dataset(
         dataset (`datasets.Dataset` or map-style torch dataset):
             The training set.
         meta_split (`float`):
-            The share to hold out, in (0, 1). Each class keeps at least one row to train on, and gives its share rounded
-            up or down, so that the shares of rare classes add up.
+            The share to hold out, in (0, 1). Each class gives its part of it, rounded, and keeps at least one row.
         label_column (`str`, *optional*, defaults to `"label"`):
             The column of the classes (integers or strings). Other labels, as masks or numbers to predict, are not
             stratified. Torch datasets have it, or `"labels"`, as a key of their rows.
@@ -293,13 +274,10 @@ def split_meta_dataset(
     ```
     """
     if not 0 <= meta_split < 1:
-        raise ValueError(
-            f"meta_split={meta_split!r} must be in [0, 1): the share of the training set held out to tune on."
-        )
+        raise ValueError(f"meta_split={meta_split!r} must be in [0, 1): the share of the training set to hold out.")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
-            f"meta_split={meta_split} needs a training set with a length; a stream cannot be split. Pass the rows to "
-            "tune on as meta_dataset."
+            f"meta_split={meta_split}: a stream cannot be split. Pass the rows to tune on as meta_dataset."
         )
     labels = _labels(dataset, label_column)
     generator = np.random.default_rng(seed)
@@ -312,10 +290,8 @@ def split_meta_dataset(
         rows = generator.permutation(np.flatnonzero(members == label))
         held_out += rows[: min(int(count), len(rows) - 1)].tolist()
     if not held_out:
-        raise ValueError(
-            f"meta_split={meta_split} of {len(labels)} training rows holds out none. Make it larger, or pass a "
-            "meta_dataset."
-        )
+        n = len(labels)
+        raise ValueError(f"meta_split={meta_split} of {n} rows holds out none. Make it larger, or pass a meta_dataset.")
     meta = sorted(held_out)
     train = sorted(set(range(len(labels))).difference(meta))
     if isinstance(dataset, datasets.Dataset):
@@ -328,8 +304,7 @@ def check_meta_dataset(dataset: Any, *, label_column: str, num_classes: int | No
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or torch dataset):
-            The meta set. Of any but a `datasets.Dataset` only the description of its columns and the first row are
-            looked at.
+            The meta set. Of any but a `datasets.Dataset` only the columns and the first row are looked at.
         label_column (`str`):
             The column of the classes.
         num_classes (`int`, *optional*):
@@ -347,7 +322,7 @@ def check_meta_dataset(dataset: Any, *, label_column: str, num_classes: int | No
     ```
     """
     if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError("meta_dataset is empty: there is nothing to tune on. Give labelled images.")
+        raise ValueError(EMPTY)
     feature = None
     if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None:
         feature = dataset.features[_label_name(dataset.features, [label_column], "meta_dataset")]
@@ -372,7 +347,7 @@ def _first_label(dataset: Any, label_column: str) -> set[Any]:
     with preserve_random_state():
         row = next(iter(dataset), None) if isinstance(dataset, IterableDataset) else dataset[0]
     if row is None:
-        raise ValueError("meta_dataset is empty: its stream has no row to tune on. Give labelled images.")
+        raise ValueError(EMPTY)
     label = _row_label(row, label_column, "meta_dataset") if isinstance(row, Mapping) else ()
     return {label} if label is None or isinstance(label, (int, str)) else set()
 
@@ -401,13 +376,13 @@ def _row_label(row: Any, label_column: str, what: str) -> Any:
 
 
 def _label_name(columns: Mapping[str, Any], names: Sequence[str], what: str) -> str:
-    found = next((name for name in names if name in columns), None)
-    if found is None:
-        raise ValueError(
-            f"{what} has no column {names[0]!r} to take the classes from; its columns are {list(columns)}. Rename the "
-            "column of the classes to 'label' or 'labels', or name it in args.label_names."
-        )
-    return found
+    for name in names:
+        if name in columns:
+            return name
+    raise ValueError(
+        f"{what} has no column {names[0]!r} to take the classes from; its columns are {list(columns)}. Rename the "
+        "column of the classes to 'label' or 'labels', or name it in args.label_names."
+    )
 
 
 def _is_class(feature: Any) -> bool:

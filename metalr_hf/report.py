@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,8 @@ def _accuracy_table(rows: pd.DataFrame) -> str:
     header = ["strategy", *[f"{rate:g}" for rate in rates], "worst", "mean", "best", "test loss at best", "cost"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name, points in summary.groupby(level="strategy", sort=False):
-        by_rate = {float(rate): point for (_, rate), point in points.iterrows()}
+        rates_of_points = points.index.get_level_values("learning_rate").astype(float)
+        by_rate = {rate: points.iloc[i] for i, rate in enumerate(rates_of_points)}
         level = next((point for rate, point in by_rate.items() if np.isnan(rate)), None)
         entries = [_entry(level if level is not None else by_rate.get(rate), best) for rate in rates]
         top = points.iloc[int(points["mean"].to_numpy().argmax())]
@@ -214,20 +216,17 @@ def _notes(folder: Path, results: pd.DataFrame, timings: pd.DataFrame) -> str:
     seeds = sorted(set(results["seed"]))
     notes = [
         "Columns are start learning rates; entries are test accuracy, mean ± standard deviation over seeds "
-        f"{', '.join(map(str, seeds))}"
-        + (" and folds" if results["fold"].notna().any() else "")
-        + ". The best entry is "
-        "bold. *worst*, *mean* and *best* are over the start learning rates. *cost* is forward and backward passes "
-        "over those of a plain run of equal steps, validation and calibration included. The test split was used once a run, "
-        "after training, with the last weights.",
+        f"{', '.join(map(str, seeds))}{' and folds' if results['fold'].notna().any() else ''}. The best entry is bold. "
+        "*worst*, *mean* and *best* are over the start learning rates. *cost* is forward and backward passes over "
+        "those of a plain run of equal steps, validation included. The test split was used once a run, after training, "
+        "with the last weights.",
         f"Settings of all runs: `{(folder / SETTINGS).read_text(encoding='utf-8').strip()}`".replace("\n", " "),
     ]
     failed = results[results["status"] != "done"]
     if not failed.empty:
-        reasons = failed.groupby(["cell", "strategy", "reason"]).size()
+        reasons = Counter(failed["cell"] + ", " + failed["strategy"] + ": " + failed["reason"])
         notes.append("Failed runs, counted as an accuracy of zero:")
-        lines = [f"- {count} × {cell}, {name}: {reason}" for (cell, name, reason), count in reasons.items()]
-        notes.append("\n".join(lines))
+        notes.append("\n".join(f"- {count} × {reason}" for reason, count in reasons.items()))
     if not timings.empty:
         median = timings.groupby("strategy", sort=False)["seconds"].median()
         notes.append(

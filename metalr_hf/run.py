@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedModel,
@@ -129,20 +130,17 @@ def load_model(arguments: ModelArguments, id2label: Mapping[int, str]) -> PreTra
         return demo_model(dict(id2label))
     name = arguments.model_name_or_path
     try:
-        model = AutoModelForImageClassification.from_pretrained(
-            name,
-            num_labels=len(id2label),
-            id2label=dict(id2label),
-            label2id={label: i for i, label in id2label.items()},
-            ignore_mismatched_sizes=True,
-            trust_remote_code=arguments.trust_remote_code,
+        config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+        config.id2label = dict(id2label)
+        config.label2id = {label: i for i, label in id2label.items()}
+        if hasattr(config, "label_names"):
+            # timm's own list of the classes, which would be saved instead of the new ones.
+            config.label_names = list(id2label.values())
+        return AutoModelForImageClassification.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, trust_remote_code=arguments.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise _not_loaded(name, "model", error) from error
-    if hasattr(model.config, "label_names"):
-        # timm's own list of the classes, which would be saved instead of the new ones.
-        model.config.label_names = list(id2label.values())
-    return model
 
 
 def _load_processor(arguments: TrainArguments, model: PreTrainedModel) -> BaseImageProcessor:

@@ -237,13 +237,9 @@ class LayerRates(TrainerCallback):
         self.scales: dict[str, float] = {}
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: torch.optim.Optimizer,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         layers: dict[str, list[torch.Tensor]] = {}
         for group in optimizer.param_groups:
             layers.setdefault(group["layer"], []).extend(group["params"])

@@ -69,14 +69,15 @@ def wrap_timm_model(model: nn.Module, id2label: Mapping[int, str] | None = None)
     if len(id2label) != classes:
         raise ValueError(f"id2label names {len(id2label)} classes, but the timm model has {classes}.")
     pretrained_cfg, model_args = _description(model)
-    config = TimmWrapperConfig(
-        architecture=pretrained_cfg["architecture"],
-        pretrained_cfg=pretrained_cfg,
-        model_args=model_args,
-        num_labels=classes,
-        id2label=dict(id2label),
-        label2id={name: i for i, name in id2label.items()},
-    )
+    settings: dict[str, Any] = {
+        "architecture": pretrained_cfg["architecture"],
+        "pretrained_cfg": pretrained_cfg,
+        "model_args": model_args,
+        "num_labels": classes,
+        "id2label": dict(id2label),
+        "label2id": {name: i for i, name in id2label.items()},
+    }
+    config = TimmWrapperConfig(**settings)
     with torch.device("meta"):
         wrapper = TimmWrapperForImageClassification(config)
     wrapper.timm_model = model
@@ -113,7 +114,8 @@ def make_portable(folder: str | os.PathLike[str]) -> None:
 
 def _description(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """The network's `pretrained_cfg` as its saved form has it, and the arguments it was visibly made with."""
-    pretrained_cfg = {**_default_cfg(model.pretrained_cfg["architecture"]), **model.pretrained_cfg}
+    own: Any = model.pretrained_cfg
+    pretrained_cfg = {**_default_cfg(own["architecture"]), **own}
     model_args: dict[str, Any] = {}
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is not None and list(size) != list(pretrained_cfg["input_size"][-2:]):

@@ -67,6 +67,11 @@ class MetaLRTrainer(Trainer):
     ```
     """
 
+    args: MetaLRTrainingArguments
+    model: Any
+    lr_scheduler: Any
+    optimizer: Any
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -199,7 +204,10 @@ class MetaLRTrainer(Trainer):
         if self.compute_loss_func is not None:
             _, count = self.get_batch_samples(iter([inputs]), 1, self.args.device)
         with self.compute_loss_context_manager():
-            return self.compute_loss(self.model, inputs, num_items_in_batch=count)
+            loss = self.compute_loss(self.model, inputs, num_items_in_batch=count)
+        assert isinstance(loss, Tensor)
+        # A vector under DataParallel.
+        return loss.mean()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the learning rates that the last step used, and how tuning goes, to a training row.
@@ -219,10 +227,10 @@ class MetaLRTrainer(Trainer):
         super()._load_best_model()
         self._load_renamed_weights(self.state.best_model_checkpoint)
 
-    def _load_renamed_weights(self, folder: str) -> None:
+    def _load_renamed_weights(self, folder: str | None) -> None:
         # save_pretrained writes some models (ViT among them) under the names of their original release; Trainer looks
         # for the model's own names, warns of missing keys, and would go on from untrained weights.
-        file = os.path.join(folder, SAFE_WEIGHTS_NAME)
+        file = os.path.join(folder or "", SAFE_WEIGHTS_NAME)
         if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or not os.path.isfile(file):
             return
         with safe_open(file, framework="pt") as saved:
@@ -355,7 +363,7 @@ def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable
         optimizer=stand_in,
         num_warmup_steps=args.get_warmup_steps(num_training_steps),
         num_training_steps=num_training_steps,
-        scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+        scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
     )
     return schedule.lr_lambdas[0]
 

@@ -14,13 +14,16 @@ import yaml
 from transformers import HfArgumentParser
 
 from .data import DataArguments
-from .training_args import MetaLRTrainingArguments
+from .training_args import PRESETS, MetaLRTrainingArguments
 
 # For the run without a model or a data set of the user's; each only where the user did not say otherwise.
 DEMO_DEFAULTS: dict[str, Any] = {
     # Too low on purpose: raising it is what the demo shows.
     "learning_rate": 1e-4,
-    "num_train_epochs": 12.0,
+    "num_train_epochs": 8.0,
+    "lr_scheduler_type": "cosine",
+    # Twice the cost of next_batch a step, and for so short a run clearly better.
+    "meta_source": "stream",
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "max_train_samples": 500,
@@ -126,7 +129,8 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     if given.dataset_name is None and given.data_dir is None:
         parser.set_defaults(augment="crop")
         if given.model_name_or_path is None:
-            parser.set_defaults(**DEMO_DEFAULTS)
+            preset = PRESETS.get(given.preset, {})
+            parser.set_defaults(**{name: value for name, value in DEMO_DEFAULTS.items() if name not in preset})
     elif given.model_name_or_path is None:
         # What EfficientNet-Lite0 was pretrained on; the digits need less.
         parser.set_defaults(image_size=224)

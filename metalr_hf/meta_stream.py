@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .hypergradient import preserve_random_state
 
-LABEL_CANDIDATES = ("label", "labels")
 EMPTY = "meta_dataset is empty: there is nothing to tune on. Give labelled images, at least one for each process."
 
 
@@ -40,7 +40,8 @@ class MetaStream:
         seed (`int`, *optional*, defaults to 0):
             Of the shuffling and of random augmentation.
         num_workers (`int`, *optional*, defaults to 0):
-            Processes that load ahead. Iterable datasets are read by one at most, to keep their order.
+            Processes that load ahead. An iterable dataset is read by one at most, that of `datasets` by none, to keep
+            the order.
         process_index (`int`, *optional*, defaults to 0), num_processes (`int`, *optional*, defaults to 1):
             Which of how many processes this is; each gets batches of its own.
         shuffle_buffer_size (`int`, *optional*, defaults to 1000):
@@ -55,8 +56,7 @@ class MetaStream:
     ```python
     >>> from metalr_hf.meta_stream import MetaStream
     >>> stream = MetaStream(range(5), batch_size=3, collate_fn=list)
-    >>> batches = [next(stream) for _ in range(5)]
-    >>> sorted(sum(batches, []))
+    >>> sorted(row for _ in range(5) for row in next(stream))
     [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
 
     ```
@@ -83,13 +83,15 @@ class MetaStream:
         self._iterator: Iterator[Any] | None = None
         self._rows_after: Callable[[int], Iterator[tuple[int, list[int]]]] | None = None
         if isinstance(dataset, IterableDataset):
+            num_workers = min(num_workers, 1)
             if isinstance(dataset, datasets.IterableDataset):
-                dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
+                # In a worker it would shuffle in another order, whatever the seed.
+                num_workers = 0
+                dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer_size, **_one_shard_at_a_time(dataset))
                 dataset = split_dataset_by_node(dataset, process_index, num_processes)
             # A copy, so that set_epoch does not move a training set that is read at the same time.
             dataset = copy.copy(dataset)
             self._source: Any = _IterableBatches(dataset, collate_fn, seed, process_index, batch_size, num_processes)
-            num_workers = min(num_workers, 1)
         else:
             if len(dataset) == 0:
                 raise ValueError(EMPTY)
@@ -118,23 +120,18 @@ class MetaStream:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Goes on after the batches taken before; an iterable dataset is read again from its epoch's start."""
-        self._place = {name: value for name, value in state_dict.items() if name != "position"}
-        self.position = state_dict["position"]
+        self._place = dict(state_dict)
+        self.position = self._place.pop("position")
         self._iterator = None
 
     def _start(self) -> Iterator[Any]:
         if self._rows_after is None:
             self._source.first, self._source.place = self.position, self._place
-        loader: DataLoader[Any] = DataLoader(
-            self._source,
-            batch_size=None,
-            sampler=None if self._rows_after is None else self._rows_after(self.position),
-            num_workers=self._num_workers,
-            # Without one, every iterator draws a seed from the global generator.
-            generator=torch.Generator().manual_seed(0),
-            collate_fn=_as_it_is,
-        )
-        return iter(loader)
+        sampler = None if self._rows_after is None else self._rows_after(self.position)
+        # Without a generator, every iterator draws a seed from the global one.
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_workers": self._num_workers, "collate_fn": _as_it_is, "generator": generator}
+        return iter(DataLoader(self._source, batch_size=None, sampler=sampler, **options))
 
 
 def _numbered_rows(
@@ -202,8 +199,8 @@ class _IterableBatches(IterableDataset[Any]):
             with preserve_random_state():
                 taken = [next(rows) for _ in range(self.batch_size)]
                 _seed_generators(self.seed, number, self.process_index)
-                batch, place = self.collate_fn([row for row, _ in taken]), taken[-1][1]
-            yield batch, place
+                batch = self.collate_fn([row for row, _ in taken])
+            yield batch, taken[-1][1]
 
     def _rows(self, epoch: int, read_before: int) -> Iterator[tuple[Any, dict[str, int]]]:
         # datasets' own streams are dealt out already.
@@ -227,6 +224,12 @@ class _IterableBatches(IterableDataset[Any]):
             if count == 0:
                 raise ValueError(EMPTY)
             epoch, read_before = epoch + 1, 0
+
+
+def _one_shard_at_a_time(dataset: datasets.IterableDataset) -> dict[str, int]:
+    # Versions that read several do so in threads, which would draw from the training's generators at any moment.
+    name = "max_buffer_input_shards"
+    return {name: 1} if name in inspect.signature(dataset.shuffle).parameters else {}
 
 
 def _seed_generators(*seeds: int) -> None:
@@ -276,9 +279,7 @@ def split_meta_dataset(
     if not 0 <= meta_split < 1:
         raise ValueError(f"meta_split={meta_split!r} must be in [0, 1): the share of the training set to hold out.")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError(
-            f"meta_split={meta_split}: a stream cannot be split. Pass the rows to tune on as meta_dataset."
-        )
+        raise ValueError(f"meta_split={meta_split}: a stream cannot be split. Pass rows to tune on as meta_dataset.")
     labels = _labels(dataset, label_column)
     generator = np.random.default_rng(seed)
     classes, members = np.unique(labels, return_inverse=True)
@@ -290,8 +291,9 @@ def split_meta_dataset(
         rows = generator.permutation(np.flatnonzero(members == label))
         held_out += rows[: min(int(count), len(rows) - 1)].tolist()
     if not held_out:
-        n = len(labels)
-        raise ValueError(f"meta_split={meta_split} of {n} rows holds out none. Make it larger, or pass a meta_dataset.")
+        raise ValueError(
+            f"meta_split={meta_split} of {len(labels)} rows holds out none. Raise it, or pass a meta_dataset."
+        )
     meta = sorted(held_out)
     train = sorted(set(range(len(labels))).difference(meta))
     if isinstance(dataset, datasets.Dataset):
@@ -323,9 +325,9 @@ def check_meta_dataset(dataset: Any, *, label_column: str, num_classes: int | No
     """
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(EMPTY)
-    feature = None
-    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.features is not None:
-        feature = dataset.features[_label_name(dataset.features, [label_column], "meta_dataset")]
+    feature, features = None, getattr(dataset, "features", None)
+    if isinstance(features, datasets.Features):
+        feature = features[_label_name(features, [label_column], "meta_dataset")]
     if isinstance(feature, datasets.ClassLabel) and num_classes is not None and feature.num_classes != num_classes:
         raise ValueError(
             f"meta_dataset has {feature.num_classes} classes ({', '.join(feature.names[:5])}, ...), but the model has "
@@ -371,7 +373,7 @@ def _labels(dataset: Any, label_column: str) -> np.ndarray:
 def _row_label(row: Any, label_column: str, what: str) -> Any:
     if not isinstance(row, Mapping):
         raise ValueError(f"{what} has rows of {type(row)}; give rows as dicts with the class as {label_column!r}.")
-    label = row[_label_name(row, (label_column, *LABEL_CANDIDATES), what)]
+    label = row[_label_name(row, (label_column, "label", "labels"), what)]
     return label.tolist() if isinstance(label, (torch.Tensor, np.ndarray, np.generic)) else label
 
 
@@ -386,9 +388,8 @@ def _label_name(columns: Mapping[str, Any], names: Sequence[str], what: str) -> 
 
 
 def _is_class(feature: Any) -> bool:
-    if isinstance(feature, datasets.Value):
-        return feature.dtype.removeprefix("large_").startswith(("int", "uint", "string", "bool"))
-    return isinstance(feature, datasets.ClassLabel)
+    kinds = ("int", "uint", "string", "large_string", "bool")
+    return isinstance(feature, (datasets.ClassLabel, datasets.Value)) and feature.dtype.startswith(kinds)
 
 
 def _column(dataset: datasets.Dataset, name: str) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,24 @@ def wrap_timm_model(model: nn.Module, id2label: Mapping[int, str] | None = None)
     """Puts a timm network into transformers' wrapper: Trainer can feed, save and publish it.
 
     The network itself is taken, not a copy: an optimizer over its parameters stays valid. What was given to
-    `timm.create_model` is known as far as the network tells: the input size of one with a fixed size is kept, so that
-    the saved model is built alike; others (a depth, a drop rate) are not, and a network whose tensors differ for it has
-    to be saved and loaded by its maker.
+    `timm.create_model` (an image size, a depth, input channels, pooling, drop rates) goes into the configuration as
+    timm's `get_model_args` tells it, so that the saved model is built alike. Three things cannot be known: arguments
+    that JSON does not hold (`act_layer=torch.nn.SiLU`; `act_layer="silu"` is fine), modules exchanged after the
+    network was made, and, with a timm that has no `get_model_args`, all arguments but the image size and the channels.
+    Of the first, and of any tensor that differs in name or shape, a warning tells.
 
     Args:
         model (`torch.nn.Module`):
             A network from `timm.create_model`, with a classifier.
         id2label (`Mapping[int, str]`, *optional*):
-            Class number to class name. Numbers by default.
+            Class number, from 0 on without a gap and in any order, to class name. Numbers by default.
 
     Returns:
         `TimmWrapperForImageClassification`: takes `pixel_values` and `labels`.
 
     Raises:
-        ValueError: if the network has no classifier, or another number of classes than `id2label`.
+        ValueError: if the network has no classifier, or `id2label` another number of classes or other numbers than
+            0, 1, 2 ...
 
     Example:
 
@@ -68,18 +72,20 @@ def wrap_timm_model(model: nn.Module, id2label: Mapping[int, str] | None = None)
         id2label = {i: f"LABEL_{i}" for i in range(classes)}
     if len(id2label) != classes:
         raise ValueError(f"id2label names {len(id2label)} classes, but the timm model has {classes}.")
+    id2label = _in_order(id2label)
     pretrained_cfg, model_args = _description(model)
     settings: dict[str, Any] = {
         "architecture": pretrained_cfg["architecture"],
         "pretrained_cfg": pretrained_cfg,
         "model_args": model_args,
         "num_labels": classes,
-        "id2label": dict(id2label),
+        "id2label": id2label,
         "label2id": {name: i for i, name in id2label.items()},
     }
     config = TimmWrapperConfig(**settings)
     with torch.device("meta"):
         wrapper = TimmWrapperForImageClassification(config)
+    _warn_of_other_tensors(model, wrapper.timm_model)
     wrapper.timm_model = model
     return wrapper
 
@@ -96,35 +102,108 @@ def make_portable(folder: str | os.PathLike[str]) -> None:
         folder (`str` or `os.PathLike`): Where `save_pretrained` of a `TimmWrapper` wrote to.
 
     Raises:
-        ValueError: if the folder does not hold a timm model.
+        ValueError: if the folder does not hold a timm model, or holds it in several files.
     """
     file = Path(folder) / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if "architecture" not in config:
         raise ValueError(f"{file} is not the configuration of a timm model: it names no architecture.")
+    weights = Path(folder) / SAFE_WEIGHTS_NAME
+    if not weights.is_file():
+        raise ValueError(
+            f"{folder} holds no {SAFE_WEIGHTS_NAME}, and timm reads a model from one file only. Save it with a larger "
+            'max_shard_size: model.save_pretrained(folder, max_shard_size="500GB").'
+        )
     model_args = {name: value for name, value in (config.get("model_args") or {}).items() if name != "num_classes"}
     pretrained_cfg = config.get("pretrained_cfg") or _default_cfg(config["architecture"])
     config |= {"model_args": model_args, "pretrained_cfg": pretrained_cfg}
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    weights = Path(folder) / SAFE_WEIGHTS_NAME
     tensors = load_file(weights)
     if any(name.startswith(PREFIX) for name in tensors):
         save_file({name.removeprefix(PREFIX): value for name, value in tensors.items()}, weights, {"format": "pt"})
 
 
+def _in_order(id2label: Mapping[int, str]) -> dict[int, str]:
+    """The names by class number: the saved form is a plain list, which would take them in the order given."""
+    by_number = {int(number): name for number, name in id2label.items()}
+    if sorted(by_number) != list(range(len(id2label))):
+        raise ValueError(
+            f"id2label has the class numbers {list(id2label)}. They have to be 0 to {len(id2label) - 1}, each once."
+        )
+    return dict(sorted(by_number.items()))
+
+
 def _description(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The network's `pretrained_cfg` as its saved form has it, and the arguments it was visibly made with."""
+    """The network's `pretrained_cfg` as its saved form has it, and the arguments to make it again."""
     own: Any = model.pretrained_cfg
     pretrained_cfg = {**_default_cfg(own["architecture"]), **own}
-    model_args: dict[str, Any] = {}
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None and list(size) != list(pretrained_cfg["input_size"][-2:]):
-        model_args["img_size"] = list(size)
-        pretrained_cfg["input_size"] = [3, *size]
-    # Where its first weights came from says nothing about the ones it will be saved with.
-    for name in ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "num_classes"):
+    model_args = _model_args(model)
+    channels, *size = pretrained_cfg["input_size"]
+    new_size = model_args.get("img_size", size)
+    new_size = [new_size, new_size] if isinstance(new_size, int) else list(new_size)
+    new_channels = model_args.get("in_chans", channels)
+    pretrained_cfg["input_size"] = [new_channels, *new_size]
+    for name in ("mean", "std"):
+        values = pretrained_cfg.get(name)
+        # As timm exports it: the mean of the three where they do not fit, else the image processor fails.
+        if values is not None and len(values) not in (1, new_channels):
+            pretrained_cfg[name] = [sum(values) / len(values)] * new_channels
+    if new_size != size:
+        for name in ("test_input_size", "pool_size", "test_pool_size"):
+            pretrained_cfg.pop(name, None)
+    # Where its first weights came from, and in which form, says nothing about the ones it will be saved with.
+    for name in ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "num_classes", "label_offset"):
         pretrained_cfg.pop(name, None)
+    pretrained_cfg["custom_load"] = False
     return json.loads(json.dumps(pretrained_cfg)), model_args
+
+
+def _model_args(model: nn.Module) -> dict[str, Any]:
+    """What `timm.create_model` has to be given to make the network again, as far as known and writable."""
+    try:
+        from timm.models import get_model_args
+    except ImportError:
+        known = _visible_args(model)
+    else:
+        # timm's function leaves out drop rates, but who trains the reloaded model further wants them.
+        given = getattr(model, "_model_args", {})
+        known = {name: value for name, value in given.items() if "drop" in name} | get_model_args(model)
+    known.pop("num_classes", None)
+    model_args = {}
+    for name, value in known.items():
+        try:
+            model_args[name] = json.loads(json.dumps(value))
+        except TypeError:
+            warnings.warn(
+                f"{name}={value!r} was given to timm.create_model and cannot be written to config.json: the saved "
+                "model will be built without it. Give it by its name if timm has one, as in act_layer='silu'.",
+                stacklevel=4,
+            )
+    return model_args
+
+
+def _visible_args(model: nn.Module) -> dict[str, Any]:
+    cfg: Any = model.pretrained_cfg
+    channels, *size = cfg["input_size"]
+    own = {
+        "img_size": getattr(getattr(model, "patch_embed", None), "img_size", None),
+        "in_chans": getattr(model, "in_chans", None),
+    }
+    usual = {"img_size": tuple(size), "in_chans": channels}
+    return {name: value for name, value in own.items() if value is not None and value != usual[name]}
+
+
+def _warn_of_other_tensors(model: nn.Module, rebuilt: nn.Module) -> None:
+    own, other = ({name: value.shape for name, value in m.state_dict().items()} for m in (model, rebuilt))
+    different = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+    if different:
+        cfg: Any = model.pretrained_cfg
+        warnings.warn(
+            f"{len(different)} tensors of this network are not those of {cfg['architecture']} made with "
+            f"its known arguments (first: {different[0]}). It can be trained, but what is saved will not load "
+            "with from_pretrained or timm.create_model; keep the code that makes it.",
+            stacklevel=3,
+        )
 
 
 def _default_cfg(architecture: str) -> dict[str, Any]:

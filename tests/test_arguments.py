@@ -27,6 +27,13 @@ def test_what_the_user_says_goes_before_the_demo(tmp_path):
     assert arguments.training.per_device_train_batch_size == DEMO_DEFAULTS["per_device_train_batch_size"]
 
 
+def test_a_preset_goes_before_the_demo(tmp_path):
+    arguments = parse_train_arguments(["--output_dir", str(tmp_path), "--preset", "paper"])
+    assert arguments.training.lr_scheduler_type == "constant"
+    assert arguments.training.lookahead == "sgd"
+    assert arguments.training.learning_rate == DEMO_DEFAULTS["learning_rate"]
+
+
 def test_with_own_images_or_model_there_are_no_demo_settings(tmp_path):
     output = ["--output_dir", str(tmp_path)]
     own_images = parse_train_arguments([*output, "--dataset_name", "beans"])

@@ -67,7 +67,8 @@ def accuracy(folder):
 
 
 def test_a_run_leaves_its_eight_files_and_a_model_that_reloads(tmp_path, images, vit, capsys):
-    assert run(tmp_path, images, vit, "--num_train_epochs", "8", "--augment", "none", "--save_strategy", "no") == 0
+    more = ["--num_train_epochs", "12", "--lr_scheduler_type", "constant", "--augment", "none", "--save_strategy", "no"]
+    assert run(tmp_path, images, vit, *more) == 0
     assert set(RUN_FILES) <= set(os.listdir(tmp_path))
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert {"test_accuracy", "test_macro_f1", "test_loss", "train_loss"} <= set(results)
@@ -78,14 +79,14 @@ def test_a_run_leaves_its_eight_files_and_a_model_that_reloads(tmp_path, images,
     assert config.label2id == {name: i for i, name in enumerate(NAMES)}
     history = LRHistory.load(tmp_path / "lr_history.csv")
     assert list(pandas.read_csv(tmp_path / "lr_history.csv").columns)[0] == "step"
-    assert history.steps.tolist() == list(range(48))
+    assert history.steps.tolist() == list(range(72))
     assert history.learning_rates[0] == pytest.approx(1e-3)
     assert width(tmp_path / "learning_rates.png") > 300
-    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 48
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 72
     assert "- learning_rate: 0.001" in (tmp_path / "README.md").read_text()
     shown = capsys.readouterr().out
     assert f"{results['test_accuracy']:.4f}" in shown
-    assert "The linear schedule multiplies these rates." in shown
+    assert "schedule" not in shown
     assert str(tmp_path) in shown
     lines = [line.split("│")[1:4] for line in shown.splitlines() if "e-0" in line and "│" in line]
     rates = {layer.strip(): (start.strip(), final.strip()) for layer, start, final in lines}
@@ -101,6 +102,7 @@ def test_a_timm_model_reloads_in_both_libraries(tmp_path, images, capsys):
     assert set(RUN_FILES) <= set(os.listdir(tmp_path / "run"))
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert accuracy(tmp_path / "run") == pytest.approx(results["test_accuracy"], abs=0.07)
+    assert "The linear schedule multiplies these rates." in capsys.readouterr().out
     pixels = torch.rand(2, 3, 32, 32)
     ours = AutoModelForImageClassification.from_pretrained(tmp_path / "run").eval()
     theirs = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
@@ -135,6 +137,13 @@ def test_a_stream_a_meta_split_and_a_subset(tmp_path, images, vit, capsys):
     results = json.loads((tmp_path / "split" / "all_results.json").read_text())
     assert "test_accuracy" in results
     assert "test_macro_f1" not in results
+
+
+def test_a_non_finite_loss_is_shown_in_the_table(tmp_path, images, vit, capsys):
+    # Steps so long that the validation loss overflows.
+    more = ["--learning_rate", "1e30", "--lr_max", "1e31", "--max_steps", "3", "--optim", "sgd", "--max_grad_norm", "0"]
+    assert run(tmp_path, images, vit, *more, "--meta_source", "stream", "--save_strategy", "no") == 0
+    assert "was not finite: " in capsys.readouterr().out
 
 
 def test_an_output_folder_that_holds_another_run(tmp_path, images, vit, capsys):

@@ -162,7 +162,7 @@ def test_processes_take_other_rows_of_an_epoch(make):
     streams = [MetaStream(make(), 1, collate, process_index=rank, num_processes=2) for rank in range(2)]
     for _ in range(3):
         epoch = [row_numbers(take(stream, ROWS // 2)) for stream in streams]
-        assert sorted(sum(epoch, [])) == list(range(ROWS))
+        assert sorted(chain.from_iterable(epoch)) == list(range(ROWS))
 
 
 def test_processes_augment_differently():
@@ -171,11 +171,10 @@ def test_processes_augment_differently():
 
 
 @every_dataset
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 2), (2, 0), (2, 2)])
-@pytest.mark.parametrize("taken", [0, 2, 5, 8])
+@pytest.mark.parametrize(
+    ("before", "after", "taken"), [(0, 0, 0), (0, 0, 2), (0, 0, 8), (0, 2, 5), (2, 0, 5), (2, 2, 2)]
+)
 def test_a_resumed_stream_goes_on_bitwise(make, before, after, taken):
-    if (before, after) != (0, 0) and taken in (0, 8):
-        pytest.skip("workers matter in mid-epoch")
     dataset = make()
     options = {"seed": 5, "shuffle_buffer_size": 4}
     stream = MetaStream(dataset, 4, collate, num_workers=before, **options)
@@ -238,9 +237,12 @@ def test_a_row_that_cannot_be_read_is_named(num_workers):
     stream = MetaStream(Corrupt(), ROWS, collate, num_workers=num_workers)
     with pytest.raises(RuntimeError, match=r"Row 7 \(validation batch 0\) of the meta set .*broken data stream"):
         next(stream)
+
+
+def test_a_row_that_a_transform_fails_on_is_named():
     broken = table().with_transform(lambda columns: {"row": [1 // (i - 7) for i in columns["row"]]})
     with pytest.raises(RuntimeError, match=r"Row 7 \(validation batch 0\) of the meta set .*ZeroDivisionError"):
-        next(MetaStream(broken, ROWS, collate, num_workers=num_workers))
+        next(MetaStream(broken, ROWS, collate))
 
 
 def test_the_batch_of_a_failure_is_tried_again():
@@ -258,14 +260,13 @@ def test_the_batch_of_a_failure_is_tried_again():
     assert same(batches, expected)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_row_of_a_stream_that_cannot_be_read_is_named(num_workers):
+def test_a_row_of_a_stream_that_cannot_be_read_is_named():
     class Broken(IterableDataset):
         def __iter__(self):
             yield from map(augmented, range(3))
             raise ValueError("broken data stream")
 
-    stream = MetaStream(Broken(), 2, collate, num_workers=num_workers)
+    stream = MetaStream(Broken(), 2, collate)
     assert next(stream)["row"] == [0, 1]
     with pytest.raises(RuntimeError, match=r"Row 3 of epoch 0 of the meta set .*broken data stream"):
         next(stream)
@@ -282,9 +283,8 @@ def test_a_batch_that_cannot_be_collated_says_which_rows():
 def test_an_empty_set_is_refused():
     with pytest.raises(ValueError, match="meta_dataset is empty"):
         MetaStream([], 2, list)
-    for num_workers in (0, 1):
-        with pytest.raises(ValueError, match="meta_dataset is empty"):
-            next(MetaStream(Stream(0), 2, list, num_workers=num_workers))
+    with pytest.raises(ValueError, match="meta_dataset is empty"):
+        next(MetaStream(Stream(0), 2, list))
     with pytest.raises(ValueError, match="meta_dataset is empty"):
         next(MetaStream(table().to_iterable_dataset().filter(lambda row: False), 2, list))
 
@@ -337,7 +337,7 @@ def test_split_is_stratified_disjoint_and_keeps_the_order(labels):
 
 
 def test_rare_classes_give_their_share_together_and_keep_a_row():
-    for seed in range(20):
+    for seed in range(5):
         train, meta = split_meta_dataset(labelled([i % 100 for i in range(300)]), 0.1, seed=seed)
         assert len(meta) == 30
         assert max(Counter(meta["label"]).values()) == 1
@@ -391,10 +391,10 @@ def test_split_of_a_torch_dataset(name):
         (labelled(LABELS), -0.1, r"meta_split=-0.1 must be in \[0, 1\)"),
         (labelled(LABELS), float("nan"), r"meta_split=nan must be in \[0, 1\)"),
         (labelled(LABELS), 0.0, "meta_split=0.0 of 63 rows holds out none"),
-        (labelled([0, 1, 2]), 0.5, "meta_split=0.5 of 3 rows holds out none. Make it larger, or pass a meta_dataset"),
+        (labelled([0, 1, 2]), 0.5, "meta_split=0.5 of 3 rows holds out none. Raise it, or pass a meta_dataset"),
         ([], 0.5, "meta_split=0.5 of 0 rows holds out none"),
-        (labelled(LABELS).to_iterable_dataset(), 0.2, "a stream cannot be split. Pass .* as meta_dataset"),
-        (Stream(), 0.2, "a stream cannot be split. Pass .* as meta_dataset"),
+        (labelled(LABELS).to_iterable_dataset(), 0.2, "a stream cannot be split. Pass rows to tune on as meta_dataset"),
+        (Stream(), 0.2, "a stream cannot be split. Pass rows to tune on as meta_dataset"),
         (table(), 0.2, r"meta_split: .* no column 'label' .* columns are \['row'\]"),
         ([{"x": 1}], 0.2, r"meta_split: .* no column 'label' .* columns are \['x'\]"),
         ([(1, 2)], 0.2, "meta_split: .* rows of <class 'tuple'>"),

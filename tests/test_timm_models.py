@@ -4,7 +4,7 @@ import datasets
 import pytest
 import timm
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.demo import demo_model
@@ -13,8 +13,8 @@ from metalr_hf.timm_models import is_timm_model, make_portable, wrap_timm_model
 NAMES = {0: "benign", 1: "malignant", 2: 'dünn | "quer"'}
 
 
-def images(size, n=4):
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+def images(size, n=4, channels=3):
+    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def network(name, **kwargs):
@@ -30,13 +30,18 @@ def network(name, **kwargs):
         ("test_vit", {}),
         ("test_convnext", {}),
         ("test_vit", {"img_size": 96}),
+        ("test_vit", {"depth": 2}),
+        ("test_vit", {"global_pool": "avg"}),
+        ("test_resnet", {"global_pool": "max"}),
+        ("test_resnet", {"act_layer": "silu"}),
         ("test_resnet", {"drop_rate": 0.3}),
+        ("test_resnet", {"in_chans": 1}),
     ],
 )
 def test_a_wrapped_network_reloads_with_equal_logits_in_both_libraries(tmp_path, name, kwargs):
     bare = network(name, **kwargs)
     wrapped = wrap_timm_model(bare, NAMES).eval()
-    pixels = images(kwargs.get("img_size", bare.pretrained_cfg["input_size"][-1]))
+    pixels = images(kwargs.get("img_size", bare.pretrained_cfg["input_size"][-1]), channels=kwargs.get("in_chans", 3))
     with torch.no_grad():
         expected = wrapped(pixel_values=pixels).logits
         assert torch.equal(expected, bare.eval()(pixels))
@@ -48,7 +53,8 @@ def test_a_wrapped_network_reloads_with_equal_logits_in_both_libraries(tmp_path,
         assert torch.equal(in_timm(pixels), expected)
     assert again.config.id2label == NAMES
     processor = AutoImageProcessor.from_pretrained(tmp_path)
-    assert processor is not None
+    assert list(processor.data_config["input_size"]) == list(pixels.shape[1:])
+    assert len(processor.data_config["mean"]) == pixels.shape[1]
 
 
 def test_the_demo_model_reloads_with_equal_logits_in_both_libraries(tmp_path):
@@ -108,3 +114,60 @@ def test_a_folder_that_holds_no_timm_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="names no architecture"):
         make_portable(tmp_path)
+
+
+def test_class_names_in_any_order_stay_with_their_numbers(tmp_path):
+    shuffled = wrap_timm_model(network("test_resnet"), {2: "c", 0: "a", 1: "b"})
+    shuffled.save_pretrained(tmp_path)
+    make_portable(tmp_path)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == {0: "a", 1: "b", 2: "c"}
+    with pytest.raises(ValueError, match=r"class numbers \[1, 2, 3\]. They have to be 0 to 2"):
+        wrap_timm_model(network("test_resnet"), {1: "a", 2: "b", 3: "c"})
+
+
+def test_drop_rates_come_back_for_further_training(tmp_path):
+    wrap_timm_model(network("test_resnet", drop_rate=0.3)).save_pretrained(tmp_path)
+    make_portable(tmp_path)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).timm_model.drop_rate == 0.3
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).drop_rate == 0.3
+
+
+def test_what_cannot_be_saved_is_said_when_wrapped():
+    with pytest.warns(UserWarning, match="act_layer=.*cannot be written to config.json"):
+        wrap_timm_model(network("test_resnet", act_layer=torch.nn.SiLU))
+    changed = network("test_resnet")
+    changed.fc = torch.nn.Sequential(torch.nn.Dropout(0.1), changed.fc)
+    with pytest.warns(UserWarning, match=r"4 tensors of this network .* \(first: fc.1.bias\)"):
+        wrap_timm_model(changed)
+
+
+def test_without_timms_record_of_arguments_the_size_and_channels_are_still_known(monkeypatch, tmp_path):
+    monkeypatch.delattr("timm.models.get_model_args")
+    bare = network("test_vit", img_size=96, in_chans=1).eval()
+    wrap_timm_model(bare).save_pretrained(tmp_path)
+    make_portable(tmp_path)
+    pixels = images(96, channels=1)
+    with torch.no_grad():
+        again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(pixel_values=pixels).logits, bare(pixels))
+
+
+def test_a_wrapped_network_trains_in_the_stock_trainer(tmp_path):
+    bare = network("test_efficientnet")
+    before = bare.conv_stem.weight.clone()
+    rows = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images(64, 8))]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to="none", save_strategy="no", use_cpu=True
+    )
+    trainer = Trainer(model=wrap_timm_model(bare, NAMES), args=args, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert not torch.equal(before, bare.conv_stem.weight)
+
+
+def test_a_model_saved_in_several_files_is_refused_before_anything_is_written(tmp_path):
+    wrap_timm_model(network("test_resnet")).save_pretrained(tmp_path, max_shard_size="200KB")
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"no model.safetensors, .* max_shard_size"):
+        make_portable(tmp_path)
+    assert (tmp_path / "config.json").read_text() == before

@@ -1,0 +1,56 @@
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from metalr_hf import MetaLRTrainingArguments
+
+STOCK = {f.name for f in dataclasses.fields(TrainingArguments)}
+ADDED = [f for f in dataclasses.fields(MetaLRTrainingArguments) if f.name not in STOCK]
+README = Path(__file__).parents[1] / "README.md"
+
+
+def same_text(text):
+    return " ".join(text.replace("`", "").split())
+
+
+def table_row(argument):
+    default = "" if argument.default is None else f"`{argument.default}`"
+    return f"| `{argument.name}` | {default} | {argument.metadata['help']} |"
+
+
+@pytest.mark.parametrize("argument", ADDED, ids=lambda argument: argument.name)
+def test_help_docstring_and_readme_say_the_same(argument):
+    document = inspect.getdoc(MetaLRTrainingArguments)
+    described = re.search(rf"^    {argument.name} \([^\n]*\):\n((?:        [^\n]*\n)+)", document, re.MULTILINE)
+    assert described, f"{argument.name} is not in the docstring"
+    assert same_text(described[1]) == same_text(argument.metadata["help"])
+    default = re.search(rf"^    {argument.name} \(.*defaults to `?([^`)]*)`?\)", document, re.MULTILINE)
+    written = default[1].strip('"') if default else "None"
+    assert (float(written) if isinstance(argument.default, float) else written) in (
+        argument.default,
+        str(argument.default),
+    )
+    assert table_row(argument) in README.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_command_line_parses_what_tuning_adds(tmp_path):
+    parser = HfArgumentParser(MetaLRTrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--hyper_lr", "0.2", "--max_lr_change", "inf", "--meta_split", "0.1"]
+    )
+    assert (args.hyper_lr, args.max_lr_change, args.meta_split) == (0.2, float("inf"), 0.1)
+
+
+def test_the_source_follows_from_what_is_there(tmp_path):
+    def source(has_meta_dataset=False, **kwargs):
+        return MetaLRTrainingArguments(str(tmp_path), **kwargs).resolve_meta_source(has_meta_dataset)
+
+    assert source() == "next_batch"
+    assert source(has_meta_dataset=True) == source(meta_split=0.1) == source(meta_source="stream") == "stream"
+    assert source(lookahead="sgd") == source(preset="paper") == "stream"
+    with pytest.raises(ValueError, match="would leave meta_dataset unused"):
+        source(has_meta_dataset=True, meta_source="next_batch")

@@ -20,7 +20,7 @@ from .training_args import PRESETS, MetaLRTrainingArguments
 DEMO_DEFAULTS: dict[str, Any] = {
     # Too low on purpose: raising it is what the demo shows.
     "learning_rate": 1e-4,
-    "num_train_epochs": 8.0,
+    "num_train_epochs": 10.0,
     "lr_scheduler_type": "cosine",
     # Twice the cost of next_batch a step, and for so short a run clearly better.
     "meta_source": "stream",

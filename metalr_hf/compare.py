@@ -17,12 +17,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, set_seed
 
 from .data import IMAGE, LABEL
+from .folds import flip_labels, fold_rows, stratified_subset
+from .metrics import score_classes
 from .settings import check_count, check_number
 from .strategies import Job, Strategy, get_strategy
 from .transforms import collate_images
@@ -221,7 +221,14 @@ def _result(cell: Cell, run: Run, comparison: Comparison, folder: Path) -> tuple
 
 def _train_and_test(cell: Cell, run: Run, comparison: Comparison, folder: Path) -> dict[str, Any]:
     strategy = get_strategy(run.strategy)
-    train, test = _training_and_test_rows(cell, run, comparison)
+    train, test = cell.train, cell.test
+    if run.fold is not None:
+        train_rows, test_rows = fold_rows(train, comparison.folds, run.seed, comparison.group_column)[run.fold]
+        train, test = train.select(train_rows), train.select(test_rows)
+    assert test is not None
+    train = stratified_subset(train, comparison.train_size or len(train), run.seed)
+    if comparison.noise:
+        train = flip_labels(train, comparison.noise, run.seed)
     set_seed(run.seed)
     model = cell.make_model(cell.classes)
     with tempfile.TemporaryDirectory() as scratch:
@@ -233,7 +240,7 @@ def _train_and_test(cell: Cell, run: Run, comparison: Comparison, folder: Path) 
     if history is not None:
         (folder / "lr_history").mkdir(exist_ok=True)
         history.save(folder / "lr_history" / f"{run.label}.csv")
-    scores = _scores(prediction.predictions, prediction.label_ids, cell.classes)
+    scores = score_classes(prediction.predictions, prediction.label_ids, cell.classes)
     if not np.isfinite(output.training_loss):
         return {"status": "failed", "reason": f"training loss {output.training_loss}", **scores}
     return {
@@ -331,71 +338,6 @@ class _Watch:
         return (self.steps + validations) / max(1, self.steps)
 
 
-def _training_and_test_rows(cell: Cell, run: Run, comparison: Comparison) -> tuple[datasets.Dataset, datasets.Dataset]:
-    train, test = cell.train, cell.test
-    if run.fold is not None:
-        train_rows, test_rows = fold_rows(train, comparison.folds, run.seed, comparison.group_column)[run.fold]
-        train, test = train.select(train_rows), train.select(test_rows)
-    assert test is not None
-    labels = np.array(train.with_format(None)["label"])
-    if comparison.train_size is not None and comparison.train_size < len(train):
-        rows, _ = train_test_split(
-            np.arange(len(train)), train_size=comparison.train_size, stratify=labels, random_state=run.seed
-        )
-        train, labels = train.select(rows), labels[rows]
-    if comparison.noise:
-        train = _flip_labels(train, labels, comparison.noise, run.seed, len(cell.classes))
-    return train, test
-
-
-def fold_rows(
-    data: datasets.Dataset, folds: int, seed: int, group_column: str | None = None
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows of every fold, stratified by label.
-
-    Args:
-        data (`datasets.Dataset`): Rows with `label`.
-        folds (`int`): How many.
-        seed (`int`): Of the shuffling.
-        group_column (`str`, *optional*): Rows that share a value of it stay in one fold.
-
-    Returns:
-        `list[tuple[numpy.ndarray, numpy.ndarray]]`: training and test rows of every fold.
-    """
-    labels = np.array(data.with_format(None)["label"])
-    if group_column is None:
-        return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels))
-    groups = np.array(data.with_format(None)[group_column])
-    return list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups))
-
-
-def _flip_labels(
-    train: datasets.Dataset, labels: np.ndarray, noise: float, seed: int, classes: int
-) -> datasets.Dataset:
-    generator = np.random.default_rng(seed)
-    flipped = generator.permutation(len(labels))[: round(noise * len(labels))]
-    noisy = labels.copy()
-    noisy[flipped] = (noisy[flipped] + generator.integers(1, classes, len(flipped))) % classes
-    feature = train.features["label"]
-    return train.remove_columns("label").add_column("label", noisy, feature=feature)
-
-
-def _scores(predictions: Any, labels: Any, classes: Sequence[str]) -> dict[str, Any]:
-    """What is reported of a run, all on the test rows: accuracy (in all and a class), macro F1, loss."""
-    logits = predictions[0] if isinstance(predictions, tuple) else predictions
-    if not np.isfinite(logits).all():
-        return {"accuracy": None, "macro_f1": None, "test_loss": None, "class_accuracy": {}}
-    guess, ids = logits.argmax(-1), list(range(len(classes)))
-    probabilities = torch.from_numpy(logits).double().softmax(-1).numpy()
-    by_class = recall_score(labels, guess, labels=ids, average=None, zero_division=0.0)
-    return {
-        "accuracy": round(float(accuracy_score(labels, guess)), 6),
-        "macro_f1": round(float(f1_score(labels, guess, average="macro")), 6),
-        "test_loss": round(float(log_loss(labels, probabilities, labels=ids)), 6),
-        "class_accuracy": {name: round(float(value), 6) for name, value in zip(classes, by_class, strict=True)},
-    }
-
-
 def _prepared(data: datasets.Dataset, transform: RowTransform) -> datasets.Dataset:
     return data.select_columns([IMAGE, LABEL]).with_transform(transform)
 
@@ -431,7 +373,7 @@ def _check_settings_file(folder: Path, comparison: Comparison) -> None:
 def _only_process(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as lock:
         try:
-            # Released by the system when the process ends, however it ends.
+            # Released by the system however the process ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RuntimeError(f"Another process is at work in output_dir={str(folder)!r}: wait for it.") from error

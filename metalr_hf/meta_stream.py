@@ -126,11 +126,11 @@ class MetaStream:
 
     def _start(self) -> Iterator[Any]:
         if self._rows_after is None:
-            self._source.first, self._source.place = self.position, self._place
+            self._source.place = self._place
         sampler = None if self._rows_after is None else self._rows_after(self.position)
         # Without a generator, every iterator draws a seed from the global one.
         generator = torch.Generator().manual_seed(0)
-        options = {"num_workers": self._num_workers, "collate_fn": _as_it_is, "generator": generator}
+        options: dict[str, Any] = {"num_workers": self._num_workers, "collate_fn": _as_it_is, "generator": generator}
         return iter(DataLoader(self._source, batch_size=None, sampler=sampler, **options))
 
 
@@ -190,15 +190,13 @@ class _IterableBatches(IterableDataset[Any]):
     process_index: int
     batch_size: int
     num_processes: int
-    first: int = 0
     place: dict[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[Any, dict[str, int]]]:
         rows = self._rows(self.place.get("epoch", 0), self.place.get("row", 0))
-        for number in itertools.count(self.first):
+        while True:
             with preserve_random_state():
                 taken = [next(rows) for _ in range(self.batch_size)]
-                _seed_generators(self.seed, number, self.process_index)
                 batch = self.collate_fn([row for row, _ in taken])
             yield batch, taken[-1][1]
 

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, recall_score, roc_auc_score
 from transformers import EvalPrediction
 
 _ClassIds = datasets.Features(predictions=datasets.Value("int64"), references=datasets.Value("int64"))
@@ -161,3 +161,29 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities of shape `(rows, classes)`, float64, from logits."""
     powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
+
+
+def score_classes(predictions: Any, labels: Any, classes: Sequence[str]) -> dict[str, Any]:
+    """What a comparison reports of a run's test rows, rounded to six digits.
+
+    Args:
+        predictions (`numpy.ndarray` of shape `(rows, classes)`): Logits, or a tuple that begins with them.
+        labels (`numpy.ndarray` of shape `(rows,)`): Class ids.
+        classes (`Sequence[str]`): Class names.
+
+    Returns:
+        `dict`: `accuracy`, `macro_f1`, `test_loss` (cross-entropy) and `class_accuracy` (share of each class's rows
+            that are right); `None` where the logits are not finite.
+    """
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    if not np.isfinite(logits).all():
+        return {"accuracy": None, "macro_f1": None, "test_loss": None, "class_accuracy": {}}
+    guess, ids = logits.argmax(-1), list(range(len(classes)))
+    probabilities = softmax(logits)
+    by_class = recall_score(labels, guess, labels=ids, average=None, zero_division=0.0)
+    return {
+        "accuracy": round(float(accuracy_score(labels, guess)), 6),
+        "macro_f1": round(float(f1_score(labels, guess, average="macro")), 6),
+        "test_loss": round(float(log_loss(labels, probabilities, labels=ids)), 6),
+        "class_accuracy": {name: round(float(value), 6) for name, value in zip(classes, by_class, strict=True)},
+    }

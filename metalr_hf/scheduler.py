@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .history import LRHistory
 from .hypergradient import LookAhead, clear_gradients, validation_gradient
 from .linearity import check_linear
+from .optimizers import layer_of_groups, overflow_flags, start_learning_rates, unwrap
 from .rules import Rule, get_rule, limit_change
 from .settings import check_learning_rates, check_settings
 
@@ -99,7 +100,7 @@ class MetaLRScheduler(LRScheduler):
     ...     optimizer.zero_grad()
     >>> scheduler.layers
     ['stem', 'head']
-    >>> bool((scheduler.learning_rates > 1e-3).all())
+    >>> bool((scheduler.learning_rates > 1e-4).all())
     True
 
     ```
@@ -145,15 +146,15 @@ class MetaLRScheduler(LRScheduler):
         # loaded with the scheduler when it is put here.
         self.stateful: dict[str, Any] = {}
 
-        self._group_layers = _layer_of_groups(optimizer)
+        self._group_layers = layer_of_groups(optimizer)
         self.layers = list(dict.fromkeys(self._group_layers))
-        self.learning_rates = _start_learning_rates(optimizer, self._group_layers, self.layers)
+        self.learning_rates = start_learning_rates(optimizer, self._group_layers, self.layers)
         check_learning_rates(dict(zip(self.layers, self.learning_rates.tolist(), strict=True)), lr_min, lr_max)
         unknown = sorted(set(hold_steps or {}) - set(self.layers))
         if unknown:
             raise ValueError(f"hold_steps names layers that are not there: {unknown}. The layers are {self.layers}.")
         self.hold_steps = dict(hold_steps or {})
-        check_linear(_unwrap(optimizer))
+        check_linear(unwrap(optimizer))
 
         self.history = LRHistory(self.layers)
         self.non_finite = 0
@@ -272,7 +273,7 @@ class MetaLRScheduler(LRScheduler):
             if (own := scheduler()) is not None:
                 own._after_optimizer_step(optimizer)
 
-        base = _unwrap(optimizer)
+        base = unwrap(optimizer)
         return [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
 
     def _before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -281,7 +282,7 @@ class MetaLRScheduler(LRScheduler):
                 # A fused optimizer unscales by itself, after this hook.
                 scale = getattr(optimizer, "grad_scale", None)
                 self.note_gradients(1.0 if scale is None else float(scale))
-            self._found_inf += _found_inf(optimizer)
+            self._found_inf += overflow_flags(optimizer)
             assert self._noted is not None
             if self._tune(self._noted):
                 self._write_learning_rates()
@@ -294,7 +295,7 @@ class MetaLRScheduler(LRScheduler):
     def _after_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.will_tune:
             # A fused optimizer that has met an overflow runs its hooks but leaves the parameters where they are.
-            self._found_inf += _found_inf(optimizer)
+            self._found_inf += overflow_flags(optimizer)
             self._look_ahead.after_step()
 
     def _validate_tune_rescale(self, meta_loss: Callable[[], Tensor]) -> None:
@@ -379,39 +380,6 @@ class MetaLRScheduler(LRScheduler):
         for layer, group in zip(self._group_layers, self.optimizer.param_groups, strict=True):
             by_layer[layer] += group["params"]
         return list(by_layer.values())
-
-
-def _unwrap(optimizer: Optimizer) -> Optimizer:
-    """The torch optimizer inside accelerate's wrappers, which know nothing of step hooks."""
-    while type(optimizer).__module__.startswith("accelerate."):
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
-    return optimizer
-
-
-def _found_inf(optimizer: Optimizer) -> list[Tensor]:
-    flag = getattr(optimizer, "found_inf", None)
-    return [] if flag is None else [flag]
-
-
-def _layer_of_groups(optimizer: Optimizer) -> list[str]:
-    return [group.get("layer", f"group_{i}") for i, group in enumerate(optimizer.param_groups)]
-
-
-def _start_learning_rates(optimizer: Optimizer, group_layers: list[str], layers: list[str]) -> Tensor:
-    rates: dict[str, float] = {}
-    for group, layer in zip(optimizer.param_groups, group_layers, strict=True):
-        if group.get("lr") is None:
-            raise ValueError(
-                f"{type(optimizer).__name__} cannot be tuned: it has no learning rate (lr=None) but makes its own. "
-                "Give it one; Adafactor of transformers also needs relative_step=False."
-            )
-        rate = float(group.get("initial_lr", group["lr"]))
-        if rates.setdefault(layer, rate) != rate:
-            raise ValueError(
-                f"The param groups of layer {layer!r} start at different learning rates, {rates[layer]} and {rate}. "
-                "Give them the same lr, or layer names of their own."
-            )
-    return torch.tensor([rates[layer] for layer in layers], dtype=torch.float64)
 
 
 def _ratio(new: Tensor, old: Tensor) -> Tensor:

@@ -12,10 +12,8 @@ import torch
 from sklearn.metrics import recall_score
 from torch import nn
 
-from metalr_hf.compare import Cell, Comparison, compare, fold_rows, read_results
+from metalr_hf.compare import Cell, Comparison, compare, read_results
 from metalr_hf.strategies import STRATEGIES, register_strategy
-
-pytest.importorskip("sklearn")
 
 
 class Network(nn.Module):
@@ -152,17 +150,6 @@ def test_a_failed_run_is_a_row_with_its_reason_and_not_the_end(tmp_path):
     assert [row["status"] for row in results] == ["failed", "failed", "done"]
     assert results[0]["reason"] == "OutOfMemoryError: too big"
     assert "loss" in results[1]["reason"] or "accuracy" in results[1]
-
-
-def test_folds_are_stratified_and_never_share_a_group():
-    data = rows(60, 0)
-    for seed in (0, 1):
-        for train, test in fold_rows(data, 5, seed, "patient"):
-            patients = np.array(data["patient"])
-            assert not set(patients[train]) & set(patients[test])
-        for train, test in fold_rows(data, 5, seed):
-            assert sorted([*train, *test]) == list(range(60))
-            assert np.bincount(np.array(data["label"])[test]).tolist() == [4, 4, 4]
 
 
 def test_scores_agree_with_scikit_learn_and_folds_cover_every_row(tmp_path):

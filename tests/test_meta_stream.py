@@ -336,6 +336,11 @@ def test_split_is_stratified_disjoint_and_keeps_the_order(labels):
     assert list(other) != list(meta["row"])
 
 
+def test_the_share_is_rounded_to_the_nearest():
+    for seed in range(5):
+        assert len(split_meta_dataset(labelled([0, 0, 0, 1, 1, 1]), 0.3, seed=seed)[1]) == 2
+
+
 def test_rare_classes_give_their_share_together_and_keep_a_row():
     for seed in range(5):
         train, meta = split_meta_dataset(labelled([i % 100 for i in range(300)]), 0.1, seed=seed)

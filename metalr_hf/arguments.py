@@ -22,8 +22,6 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-4,
     "num_train_epochs": 10.0,
     "lr_scheduler_type": "cosine",
-    # Twice the cost of next_batch a step, and for so short a run clearly better.
-    "meta_source": "stream",
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "max_train_samples": 500,

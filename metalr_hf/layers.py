@@ -185,6 +185,7 @@ def _structural_layers(network: nn.Module, granularity: str) -> dict[str, list[s
     heads = [(name, child) for name, child in network.named_children() if name in HEAD_NAMES]
     rest = [(name, child) for name, child in network.named_children() if name not in HEAD_NAMES]
     backbones = [name for name, child in rest if _holds_blocks(child)]
+    dimensions = {name: p.ndim for name, p in network.named_parameters(remove_duplicate=False)}
     layers: dict[str, list[str]] = {}
     own = [name for name, _ in network.named_parameters(recurse=False)]
     if own:
@@ -193,21 +194,21 @@ def _structural_layers(network: nn.Module, granularity: str) -> dict[str, list[s
         if not _has_parameters(child):
             continue
         if _holds_blocks(child) or (isinstance(network, nn.Sequential) and _is_block_list(child)):
-            parts = _split(child, name, depth)
+            parts = _split(child, name, depth, dimensions)
             if backbones == [name] and not _is_block_list(child):
                 # The only backbone: its own name says nothing.
                 short = {part.removeprefix(f"{name}."): members for part, members in parts.items()}
                 parts = short if not set(short) & set(layers) else parts
         else:
             parts = {name: _names(child, name)}
-        layers = _append(layers, parts, network)
+        layers = _append(layers, parts, dimensions)
     for name, child in heads:
         if _has_parameters(child):
             layers.setdefault(name, []).extend(_names(child, name))
     return layers
 
 
-def _split(module: nn.Module, path: str, depth: int) -> dict[str, list[str]]:
+def _split(module: nn.Module, path: str, depth: int, dimensions: dict[str, int]) -> dict[str, list[str]]:
     """Takes a module apart down to its blocks."""
     layers: dict[str, list[str]] = {}
     own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
@@ -219,17 +220,21 @@ def _split(module: nn.Module, path: str, depth: int) -> dict[str, list[str]]:
         if not _has_parameters(child):
             continue
         if _holds_blocks(child) and (depth > 1 or not is_list):
-            parts = _split(child, child_path, depth - is_list)
+            parts = _split(child, child_path, depth - is_list, dimensions)
         else:
             parts = {child_path: _names(child, child_path)}
-        layers = _append(layers, parts, module)
+        layers = _append(layers, parts, dimensions)
     return layers
 
 
 def _children_in_order(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The children, lists of equal length side by side: patch embedding 0, block 0, patch embedding 1, block 1 ..."""
     children = list(module.named_children())
-    lists = [(name, child) for name, child in children if isinstance(child, nn.ModuleList) and len(child) > 1]
+    lists = [
+        (name, child)
+        for name, child in children
+        if isinstance(child, nn.ModuleList) and len(child) > 1 and all(map(_has_weight, child))
+    ]
     if len(lists) < 2 or len({len(child) for _, child in lists}) > 1:
         return children
     together = [(f"{name}.{i}", child[i]) for i in range(len(lists[0][1])) for name, child in lists]
@@ -237,20 +242,15 @@ def _children_in_order(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return children[:first] + together + [pair for pair in children[first:] if pair not in lists]
 
 
-def _append(layers: dict[str, list[str]], parts: dict[str, list[str]], parent: nn.Module) -> dict[str, list[str]]:
+def _append(
+    layers: dict[str, list[str]], parts: dict[str, list[str]], dimensions: dict[str, int]
+) -> dict[str, list[str]]:
     """Adds parts; one that is only a normalisation goes with the layer before it."""
     for name, members in parts.items():
-        is_norm = len(members) <= 2 and all(_tensor_dimensions(parent, member, name) < 2 for member in members)
+        is_norm = len(members) <= 2 and all(dimensions[member] < 2 for member in members)
         target = next(reversed(layers)) if layers and is_norm and name not in layers else name
         layers.setdefault(target, []).extend(members)
     return layers
-
-
-def _tensor_dimensions(parent: nn.Module, member: str, layer: str) -> int:
-    for name, parameter in parent.named_parameters():
-        if member == name or member.endswith(f".{name}"):
-            return parameter.ndim
-    raise KeyError(f"{member} of layer {layer}")
 
 
 def _is_block_list(module: nn.Module) -> bool:
@@ -263,6 +263,10 @@ def _is_block_list(module: nn.Module) -> bool:
 
 def _holds_blocks(module: nn.Module) -> bool:
     return any(_is_block_list(part) for part in module.modules())
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return any(p.ndim > 1 for p in module.parameters())
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -242,7 +242,7 @@ class MetaLRTrainer(Trainer):
 
     def _learning_rate_logs(self) -> dict[str, float]:
         history, scheduler = self.lr_history, self.lr_scheduler
-        rates = history.learning_rates[-1].tolist()
+        rates = history.last_learning_rates
         low, high = min(rates), max(rates)
         mean = math.exp(sum(map(math.log, rates)) / len(rates)) if low > 0 else 0.0
         logs = {
@@ -250,9 +250,8 @@ class MetaLRTrainer(Trainer):
             "learning_rate_min": low,
             "learning_rate_max": high,
         }
-        meta_loss = float(history.meta_losses[-1])
-        if not math.isnan(meta_loss):
-            logs["meta_loss"] = meta_loss
+        if not math.isnan(history.last_meta_loss):
+            logs["meta_loss"] = history.last_meta_loss
         if scheduler.non_finite:
             logs["meta_non_finite"] = scheduler.non_finite
         if self.args.report_to:

@@ -183,9 +183,8 @@ def layer_decay(job: Job, decay: float = 0.75) -> Trainer:
 class GradualUnfreezing(TrainerCallback):
     """Unfreezes one more layer group at equal intervals: the head first, everything in the last third.
 
-    Howard and Ruder 2018 (ULMFiT), section 3.3: "we first unfreeze the last layer and fine-tune [...] for one epoch. We
-    then unfreeze the next lower frozen layer and repeat". With a budget of steps an epoch becomes an equal share of
-    the first two thirds.
+    Howard and Ruder 2018 (ULMFiT), section 3.3: the last layer alone for an epoch, then the next lower one too, and so
+    on. With a budget of steps an epoch becomes an equal share of the first two thirds.
     """
 
     def __init__(self, layers: list[list[nn.Parameter]]):
@@ -256,9 +255,8 @@ class LayerRates(TrainerCallback):
 class AutoRGN(LayerRates):
     """Each layer at lr · RGN_l / max RGN, with RGN_l = ‖g_l‖ / ‖θ_l‖, the relative gradient norm, at every step.
 
-    Lee et al. 2023, *Surgical Fine-Tuning Improves Adaptation to Distribution Shifts*, section 4.2: the relative
-    gradient norms are "normaliz[ed] [...] to be between 0 and 1", and each layer is updated with the base learning
-    rate multiplied by it.
+    Lee et al. 2023, *Surgical Fine-Tuning Improves Adaptation to Distribution Shifts*, section 4: the relative
+    gradient norms, normalised to be at most 1, multiply the base learning rate.
     """
 
     def update(self, layers: dict[str, list[torch.Tensor]], state: TrainerState, args: TrainingArguments) -> None:
@@ -274,7 +272,7 @@ class AutoLR(LayerRates):
     """Learning rates that make the layers' weight variations grow from the input to the output, once an epoch.
 
     Ro and Choi 2021, *AutoLR: Layer-wise Pruning and Auto-tuning of Learning Rates in Fine-tuning of Deep Networks*,
-    equations 1 to 5. The weight variation of layer l over an epoch is v_l = ‖Δθ_l‖ / n_l. The wanted variations run
+    and their code. The weight variation of layer l over an epoch is v_l = ‖Δθ_l‖ / n_l. The wanted variations run
     linearly from the smallest, times 3, to the largest, times 0.4 (the authors' factors); v_l being proportional to
     the rate, the new rate is lr_l · wanted_l / v_l. The rates stay when the variations are sorted well enough already
     (score 1 - 2 Σ|rank_l - l| / d² of 0.94 or more). The head keeps its rate. The authors train an epoch again, from
@@ -316,7 +314,7 @@ class AutoLR(LayerRates):
 
 
 def sorting_score(values: list[float]) -> float:
-    """How well values are sorted, 1 for ascending: 1 - 2 Σ|rank_l - l| / d² (AutoLR, equation 2)."""
+    """How well values are sorted, 1 for ascending: 1 - 2 Σ|rank_l - l| / d² (AutoLR)."""
     order = sorted(range(len(values)), key=values.__getitem__)
     return 1 - 2 * sum(abs(i - position) for i, position in enumerate(order)) / len(values) ** 2
 

@@ -408,6 +408,9 @@ def test_bad_input_is_refused_before_the_first_step(tmp_path):
         trainer(tmp_path, meta_dataset=images(12).select([]))
     with pytest.raises(ValueError, match="meta_dataset"):
         trainer(tmp_path, meta_dataset=images(12).remove_columns("labels"))
+    other_classes = images(12).cast_column("labels", datasets.ClassLabel(names=["a", "b", "c", "d"]))
+    with pytest.raises(ValueError, match="meta_dataset has 4 classes .* but the model has 3"):
+        trainer(tmp_path, meta_dataset=other_classes)
     frozen = vit()
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="trainable parameter"):

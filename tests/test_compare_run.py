@@ -1,0 +1,63 @@
+import json
+
+import datasets
+import pytest
+from digits import save_image_folder, save_vit
+
+from metalr_hf.cli import main
+from metalr_hf.compare_run import parse_compare_arguments
+
+pytestmark = pytest.mark.usefixtures("_offline")
+
+
+@pytest.fixture
+def _offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_arguments_come_from_the_command_line_a_file_or_both(tmp_path):
+    arguments, tuning = parse_compare_arguments(
+        ["--output_dir", "x", "--learning_rates", "1e-4", "1e-2", "--hyper_lr", "0.2", "--meta_every", "3"]
+    )
+    assert arguments.learning_rates == [1e-4, 1e-2]
+    assert arguments.model == arguments.dataset == ["demo"]
+    assert tuning == {"hyper_lr": 0.2, "meta_every": 3}
+    file = tmp_path / "comparison.yaml"
+    file.write_text("output_dir: x\nstrategies: [cosine, metalr]\nlearning_rates: [1e-4]\nsteps: 5\nlr_rule: adam\n")
+    arguments, tuning = parse_compare_arguments([str(file), "--steps", "7"])
+    assert (arguments.strategies, arguments.steps, tuning) == (["cosine", "metalr"], 7, {"lr_rule": "adam"})
+
+
+def test_a_comparison_from_the_command_line_leaves_its_report(tmp_path, capsys):
+    images, model = save_image_folder(tmp_path / "images"), save_vit(tmp_path / "vit")
+    command = ["compare", "--output_dir", str(tmp_path / "out"), "--model", str(model), "--dataset", str(images)]
+    command += ["--strategies", "cosine", "metalr", "--learning_rates", "1e-3", "--seeds", "0", "--steps", "3"]
+    assert main([*command, "--batch_size", "8", "--image_size", "16"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(row["cell"], row["strategy"], row["status"]) for row in rows] == [
+        ("vit → images", "cosine", "done"),
+        ("vit → images", "metalr", "done"),
+    ]
+    assert (tmp_path / "out" / "report.png").exists()
+    assert "cosine" in capsys.readouterr().out
+    assert main([*command, "--batch_size", "9", "--image_size", "16"]) == 2
+    assert "holds a comparison with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--strategies", "metalrr"], "Did you mean 'metalr'"),
+        (["--learning_rates", "0"], "learning_rates=0.0 is not a positive number"),
+        (["--hyper_lr", "-1"], "hyper_lr=-1.0"),
+        (["--model", "/no/such/model"], "model_name_or_path='/no/such/model'"),
+        (["--dataset", "/no/such/images"], "dataset_name='/no/such/images'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys, given, message):
+    assert main(["compare", "--output_dir", str(tmp_path / "out"), *given]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "out" / "results.jsonl").exists()

@@ -190,7 +190,7 @@ def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments) -
         load_model(model_arguments, splits.id2label), model_arguments.model_name_or_path, arguments.image_size
     )
     return Cell(
-        name=f"{_short(model_name)} → {_short(dataset_name)}",
+        name=f"{_short(model_name, 'EfficientNet-Lite0')} → {_short(dataset_name, 'digits')}",
         make_model=make_model,
         train=splits.train,
         test=splits.test,
@@ -199,8 +199,8 @@ def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments) -
     )
 
 
-def _short(name: str) -> str:
-    return {DEMO: "demo"}.get(name, Path(name).name)
+def _short(name: str, demo: str) -> str:
+    return demo if name == DEMO else Path(name).name
 
 
 def _file_arguments(file: Path) -> list[str]:

@@ -273,16 +273,14 @@ def _make_trainer(
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "save_strategy": "no",
         "logging_strategy": "no",
-        # A run whose loss is not finite has failed, and must say so.
-        "logging_nan_inf_filter": False,
+        "logging_nan_inf_filter": False,  # A run whose loss is not finite has failed, and must say so.
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
     }
     job = Job(
         model=model if _takes_labels(model) else Classifier(model),
-        # A strategy without a learning rate gets Trainer's default, and must not look at it.
-        learning_rate=run.learning_rate or 5e-5,
+        learning_rate=run.learning_rate or 5e-5,  # Trainer's default for a strategy that does not look at it.
         arguments=arguments,
         trainer_arguments={"train_dataset": _prepared(train, cell.train_transform), "data_collator": collate_images},
         tuning_arguments=comparison.tuning,

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import datasets
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, has_length
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from .checkpoints import check_checkpoint, load_renamed_weights
 from .history import LRHistory
 from .hypergradient import untouched
 from .layers import check_layer_groups, layer_groups, split_param_groups
 from .linearity import check_optimizer_name
 from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
 from .scheduler import MetaLRScheduler
+from .schedules import schedule_shape
 from .training_args import MetaLRTrainingArguments
-
-logger = logging.get_logger(__name__)
-
-SCHEDULER_FILE = "scheduler.pt"
 
 
 class MetaLRTrainer(Trainer):
@@ -124,8 +119,10 @@ class MetaLRTrainer(Trainer):
         Raises:
             ValueError: if the checkpoint is of a run with other layers.
         """
-        if resume_from_checkpoint:
-            self._check_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint and self.model_init is None:
+            own = resume_from_checkpoint is True
+            folder = get_last_checkpoint(self.args.output_dir) if own else str(resume_from_checkpoint)
+            check_checkpoint(folder, list(self._layer_groups(self.model)))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -228,17 +225,8 @@ class MetaLRTrainer(Trainer):
         self._load_renamed_weights(self.state.best_model_checkpoint)
 
     def _load_renamed_weights(self, folder: str | None) -> None:
-        # save_pretrained writes some models (ViT among them) under the names of their original release; Trainer looks
-        # for the model's own names, warns of missing keys, and would go on from untrained weights.
-        file = os.path.join(folder or "", SAFE_WEIGHTS_NAME)
-        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or not os.path.isfile(file):
-            return
-        with safe_open(file, framework="pt") as saved:
-            renamed = not set(saved.keys()) <= set(self.model.state_dict())
-        if renamed:
-            whole = type(self.model).from_pretrained(folder, config=self.model.config, dtype=self.model.dtype)
-            self.model.load_state_dict(whole.state_dict())
-            logger.info(f"Loaded the weights of {folder} again, under the names of their original release.")
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
+            load_renamed_weights(self.model, folder)
 
     def _learning_rate_logs(self) -> dict[str, float]:
         history, scheduler = self.lr_history, self.lr_scheduler
@@ -322,49 +310,6 @@ class MetaLRTrainer(Trainer):
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="mean")
-
-    def _check_checkpoint(self, resume_from_checkpoint: str | bool) -> None:
-        folder = (
-            get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else str(resume_from_checkpoint)
-        )
-        file = os.path.join(folder or "", SCHEDULER_FILE)
-        if folder is None or not os.path.isfile(file) or self.model_init is not None:
-            return
-        layers = torch.load(file, weights_only=True).get("layers")
-        own = list(self._layer_groups(self.model))
-        if layers is None:
-            raise ValueError(
-                f"{folder} is a checkpoint of a run without layer-wise learning rates. Start from its weights instead: "
-                f"load the model from {folder} and call train() without resume_from_checkpoint."
-            )
-        if layers != own:
-            raise ValueError(
-                f"{folder} is a checkpoint of a run with other layers: only there "
-                f"{[layer for layer in layers if layer not in own]}, only here "
-                f"{[layer for layer in own if layer not in layers]}, in another order otherwise. Resume with the same "
-                "model, frozen parameters and layer_groups."
-            )
-
-
-def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable[[int], float]:
-    """The shape s(t) of a schedule of transformers, as a function of the optimizer step.
-
-    Args:
-        args (`TrainingArguments`): Their `lr_scheduler_type`, `lr_scheduler_kwargs` and warm-up say which.
-        num_training_steps (`int`): Length of the run in optimizer steps.
-
-    Returns:
-        `Callable[[int], float]`: optimizer step 0, 1, ... to the factor of the learning rates.
-    """
-    stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-    schedule = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=stand_in,
-        num_warmup_steps=args.get_warmup_steps(num_training_steps),
-        num_training_steps=num_training_steps,
-        scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
-    )
-    return schedule.lr_lambdas[0]
 
 
 def _with_tuning_arguments(args: TrainingArguments | None) -> MetaLRTrainingArguments:

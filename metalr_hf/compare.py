@@ -331,9 +331,8 @@ class _Watch:
 
     def cost(self) -> float:
         """Forward and backward passes over those of a plain run; a forward alone counts for a third."""
-        history = getattr(self.trainer, "lr_history", None)
-        validations = 0 if history is None else int(np.isfinite(history.meta_losses).sum())
-        return (self.steps + validations) / max(1, self.steps)
+        extra: float = getattr(self.trainer.lr_scheduler, "extra_passes", 0.0)
+        return (self.steps + extra) / max(1, self.steps)
 
 
 def _prepared(data: datasets.Dataset, transform: RowTransform) -> datasets.Dataset:

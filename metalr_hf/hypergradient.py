@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,20 +108,41 @@ class LookAhead:
         return torch.stack([part.sum() for part in products.split(self.sizes)])
 
     @torch.no_grad()
-    def rescale(self, ratios: Sequence[float]) -> None:
+    def rescale(self, ratios: Sequence[float], keep: bool = False) -> None:
         """Moves every layer to where a step with another learning rate would have put it.
 
         Args:
             ratios (`Sequence[float]`): α'/α of every layer. A layer with ratio 1 is not touched, so its parameters
                 stay the same bit for bit.
+            keep (`bool`, *optional*, defaults to `False`): Whether the step, as it is now, is still held open.
         """
         first = 0
         for size, ratio in zip(self.sizes, ratios, strict=True):
             part = slice(first, first + size)
             if size and ratio != 1:
                 torch._foreach_add_(self.parameters[part], self._displacement[part], alpha=1 - ratio)
+                if keep:
+                    torch._foreach_mul_(self._displacement[part], ratio)
             first += size
-        self.taken = False
+        self.taken = keep
+
+    @contextmanager
+    def moved_to(self, ratios: Sequence[float]) -> Iterator[None]:
+        """Stands where a step with other learning rates would have ended while the context is open.
+
+        Args:
+            ratios (`Sequence[float]`): α'/α of every layer. 0 is where the step began.
+        """
+        factors = [ratio for ratio, size in zip(ratios, self.sizes, strict=True) for _ in range(size)]
+        with torch.no_grad():
+            stepped = [p.detach().clone() for p in self.parameters]
+            for p, displacement, factor in zip(self.parameters, self._displacement, factors, strict=True):
+                p.add_(displacement, alpha=1 - factor)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                _copy(self.parameters, stepped)
 
     @contextmanager
     def raw_gradient_step(self, learning_rates: Sequence[float]) -> Iterator[list[Tensor]]:
@@ -209,6 +231,34 @@ def validation_gradient(meta_loss: Callable[[], Tensor], parameters: Iterable[Te
             )
         loss.backward()
     return loss.detach()
+
+
+def gather(
+    products: Tensor,
+    loss: Tensor | None,
+    overflow_flags: Sequence[Tensor],
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[float, Tensor, bool]:
+    """Brings all figures of a tuned step to the CPU, in the only wait for the device that the step has.
+
+    Args:
+        products (`torch.Tensor` of shape `(parameters,)`): Inner products.
+        loss (`torch.Tensor` of shape `()`, *optional*): The validation loss.
+        overflow_flags (`Sequence[torch.Tensor]`): Above zero where gradients overflowed.
+        reduce (`Callable`, *optional*): Averages a tensor over all processes.
+
+    Returns:
+        `tuple[float, torch.Tensor, bool]`: the loss (NaN without one), the products (float64) and whether there was an
+        overflow.
+    """
+    loss = products.new_full((), math.nan) if loss is None else loss.detach().to(products)
+    values = torch.cat([loss.reshape(1), products])
+    if reduce is not None:
+        values = reduce(values)
+    flags = [flag.to(values).reshape(1) for flag in overflow_flags]
+    figures = torch.cat([values, *flags]).double().cpu()
+    loss, products, flags_seen = figures.split([1, len(products), len(flags)])
+    return float(loss), products, bool(flags_seen.any())
 
 
 def clear_gradients(parameters: Iterable[Tensor]) -> None:

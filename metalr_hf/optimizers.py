@@ -1,10 +1,39 @@
-"""What the scheduler reads off an optimizer: the one inside wrappers, its layers, their start rates, overflow."""
+"""What the scheduler reads off an optimizer and writes to it: hooks, layers and their rates, overflow."""
 
 from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+class StepListener(Protocol):
+    """What wants to know of every step of an optimizer."""
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None: ...
+
+    def after_optimizer_step(self, optimizer: Optimizer) -> None: ...
+
+
+def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> list[torch.utils.hooks.RemovableHandle]:
+    """Registers hooks that tell the listener of every step."""
+    # Weak, so that a scheduler which is gone neither lives on in its optimizer nor tunes it any more.
+    reference = weakref.ref(listener)
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (own := reference()) is not None:
+            own.before_optimizer_step(optimizer)
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (own := reference()) is not None:
+            own.after_optimizer_step(optimizer)
+
+    base = unwrap(optimizer)
+    return [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
@@ -53,3 +82,20 @@ def start_learning_rates(optimizer: Optimizer, group_layers: list[str], layers: 
                 "Give them the same lr, or layer names of their own."
             )
     return torch.tensor([rates[layer] for layer in layers], dtype=torch.float64)
+
+
+def write_learning_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
+    """Gives every param group its learning rate; one that is a tensor stays the same tensor."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def parameters_by_layer(optimizer: Optimizer, group_layers: list[str], layers: list[str]) -> list[list[Tensor]]:
+    """The parameters of every layer."""
+    by_layer: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for layer, group in zip(group_layers, optimizer.param_groups, strict=True):
+        by_layer[layer] += group["params"]
+    return list(by_layer.values())

@@ -229,15 +229,21 @@ def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
     for title in ("layer", "start", "final"):
         table.add_column(title, justify="left" if title == "layer" else "right")
     scheduler: Any = trainer.lr_scheduler
-    start = {group["layer"]: group["initial_lr"] for group in scheduler.optimizer.param_groups}
-    for layer, final in zip(scheduler.layers, scheduler.learning_rates.tolist(), strict=True):
-        table.add_row(layer, f"{start[layer]:.1e}", f"{final:.1e}")
+    rates = zip(
+        scheduler.layers, scheduler.start_learning_rates.tolist(), scheduler.learning_rates.tolist(), strict=True
+    )
+    for layer, start, final in rates:
+        table.add_row(layer, f"{start:.1e}", f"{final:.1e}")
     console.print(table)
+    if scheduler.calibration is not None:
+        console.print("The start rates were calibrated at the first step; the learning rate given made no difference.")
     schedule = SchedulerType(trainer.args.lr_scheduler_type).value
     if schedule != "constant":
         console.print(f"The {schedule} schedule multiplies these rates.")
-    if scheduler.non_finite:
+    if scheduler.guard.non_finite:
         console.print(
-            f"Steps not tuned, because a validation loss or hypergradient was not finite: {scheduler.non_finite}"
+            f"Steps not tuned, because a validation loss or hypergradient was not finite: {scheduler.guard.non_finite}"
         )
+    if scheduler.guard.refused:
+        console.print(f"Harmful steps taken back: {scheduler.guard.refused}")
     console.print(f"The model, its learning rates and its results are in {trainer.args.output_dir}", soft_wrap=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,14 +12,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .calibration import PROBE_LR, Calibration, calibrate
+from .guard import TuningGuard
 from .history import LRHistory
-from .hypergradient import LookAhead, clear_gradients, validation_gradient
+from .hypergradient import LookAhead, clear_gradients, gather, validation_gradient
 from .linearity import check_linear
-from .optimizers import layer_of_groups, overflow_flags, start_learning_rates, unwrap
+from .optimizers import (
+    layer_of_groups,
+    listen_to_steps,
+    overflow_flags,
+    parameters_by_layer,
+    start_learning_rates,
+    unwrap,
+    write_learning_rates,
+)
 from .rules import Rule, get_rule, limit_change
-from .settings import check_learning_rates, check_settings
+from .settings import check_learning_rates, check_saved_layers, check_settings
 
-NON_FINITE_WARNING_AFTER = 20
+PLAIN_STATE = ("last_epoch", "_step_count", "restarted_at", "extra_passes")
+# How far back a harmful step is taken, at most three times over.
+SHRINK = 0.25
 
 
 class MetaLRScheduler(LRScheduler):
@@ -51,6 +61,11 @@ class MetaLRScheduler(LRScheduler):
             for the coming step and nothing is rescaled (Baydin et al. 2018, a layer at a time).
         meta_every (`int`, *optional*, defaults to 1):
             Tunes at every k-th optimizer step, the first included. Nothing is copied or computed between.
+        tuning_steps (`int`, *optional*):
+            Tunes at the first so many optimizer steps and keeps the rates found. `None` tunes to the end.
+        calibrate (`bool`, *optional*, defaults to `False`):
+            Finds the start rates along the first step with [`~metalr_hf.calibration.calibrate`], so that the `lr` of
+            the groups makes no difference. Needs a `meta_loss` at the first `step()`, with either source.
         lookahead (`str`, *optional*, defaults to `"optimizer"`):
             `"optimizer"` differentiates the step really taken; `"sgd"` the raw-gradient step of the paper (with
             `meta_source="stream"` only).
@@ -59,7 +74,7 @@ class MetaLRScheduler(LRScheduler):
             default. The hypergradient is taken with respect to the rate without the shape.
         lr_min (`float`, *optional*, defaults to 1e-8), lr_max (`float`, *optional*, defaults to 1.0):
             Bounds of every learning rate.
-        max_lr_change (`float`, *optional*, defaults to 1.25):
+        max_lr_change (`float`, *optional*, defaults to 2.0):
             Trust region c: one update changes a rate at most by this factor. `None` switches it off.
         hold_steps (`Mapping[str, int]`, *optional*):
             Layers whose rate is held for so many first steps.
@@ -84,13 +99,9 @@ class MetaLRScheduler(LRScheduler):
     >>> images[:, 0] += 2 * labels
     >>> def loss(rows):
     ...     return torch.nn.functional.cross_entropy(model(images[rows]), labels[rows])
-    >>> optimizer = torch.optim.AdamW(
-    ...     [
-    ...         {"params": model[0].parameters(), "layer": "stem"},
-    ...         {"params": model[2].parameters(), "layer": "head"},
-    ...     ],
-    ...     lr=1e-4,
-    ... )
+    >>> layers = {"stem": model[0], "head": model[2]}
+    >>> groups = [{"params": layer.parameters(), "layer": name} for name, layer in layers.items()]
+    >>> optimizer = torch.optim.AdamW(groups, lr=1e-4)
     >>> scheduler = MetaLRScheduler(optimizer, rule="proportional", hyper_lr=0.1)
     >>> for step in range(30):
     ...     batch, meta_batch = torch.randperm(64).split(32)
@@ -115,11 +126,13 @@ class MetaLRScheduler(LRScheduler):
         meta_loss: Callable[[], Tensor] | None = None,
         meta_source: str = "stream",
         meta_every: int = 1,
+        tuning_steps: int | None = None,
+        calibrate: bool = False,
         lookahead: str = "optimizer",
         shape: Callable[[int], float] | None = None,
         lr_min: float = 1e-8,
         lr_max: float = 1.0,
-        max_lr_change: float | None = 1.25,
+        max_lr_change: float | None = 2.0,
         hold_steps: Mapping[str, int] | None = None,
         meta_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         reduce: Callable[[Tensor], Tensor] | None = None,
@@ -131,12 +144,14 @@ class MetaLRScheduler(LRScheduler):
             max_lr_change=max_lr_change,
             meta_source=meta_source,
             meta_every=meta_every,
+            tuning_steps=tuning_steps,
             lookahead=lookahead,
         )
         self.rule = rule if isinstance(rule, Rule) else get_rule(rule, hyper_lr)
         self.meta_loss = meta_loss
         self.meta_source = meta_source
         self.meta_every = meta_every
+        self.tuning_steps = math.inf if tuning_steps is None else tuning_steps
         self.lookahead = lookahead
         self.shape = shape or (lambda step: 1.0)
         self.lr_min, self.lr_max, self.max_lr_change = lr_min, lr_max, max_lr_change
@@ -149,6 +164,12 @@ class MetaLRScheduler(LRScheduler):
         self._group_layers = layer_of_groups(optimizer)
         self.layers = list(dict.fromkeys(self._group_layers))
         self.learning_rates = start_learning_rates(optimizer, self._group_layers, self.layers)
+        self.restarted_at = 0
+        self.extra_passes = 0.0
+        self.calibration: Calibration | None = None
+        self.will_calibrate = calibrate
+        if calibrate:
+            self.learning_rates = torch.full_like(self.learning_rates, min(max(PROBE_LR, lr_min), lr_max))
         check_learning_rates(dict(zip(self.layers, self.learning_rates.tolist(), strict=True)), lr_min, lr_max)
         unknown = sorted(set(hold_steps or {}) - set(self.layers))
         if unknown:
@@ -157,19 +178,24 @@ class MetaLRScheduler(LRScheduler):
         check_linear(unwrap(optimizer))
 
         self.history = LRHistory(self.layers)
-        self.non_finite = 0
-        self.non_finite_in_a_row = 0
+        self.guard = TuningGuard(active=self.rule.hyper_lr > 0)
+        self.start_learning_rates = self.learning_rates
         self._look_ahead = LookAhead()
         self._found_inf: list[Tensor] = []
         self._noted: Tensor | None = None
+        self._noted_loss: Tensor | None = None
         self._measured: tuple[float, list[float]] | None = None
-        self._hooks = self._register_hooks(optimizer)
+        self._meta_loss = math.nan
+        self._hooks = listen_to_steps(optimizer, self)
         super().__init__(optimizer)
 
     @property
     def will_tune(self) -> bool:
         """Whether the coming (or, between `optimizer.step()` and `step()`, the present) step is one that tunes."""
-        return self.last_epoch % self.meta_every == 0 and self.shape(self.last_epoch) > 0
+        if self.shape(self.last_epoch) <= 0:
+            return False
+        in_time = self.last_epoch < self.restarted_at + self.tuning_steps
+        return self.will_calibrate or (in_time and self.last_epoch % self.meta_every == 0)
 
     def step(self, meta_loss: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
         """Validates, tunes, rescales the step just taken, and moves on to the next.
@@ -183,14 +209,16 @@ class MetaLRScheduler(LRScheduler):
         # The base class steps once from its own __init__, before any optimizer step.
         if self.last_epoch >= 0:
             meta_loss = meta_loss or self.meta_loss
-            if self.meta_source == "stream":
+            if self.will_calibrate and self._look_ahead.taken:
+                self._calibrate(meta_loss)
+            elif self.meta_source == "stream":
                 if meta_loss is not None and self._look_ahead.taken and self.will_tune:
                     self._validate_tune_rescale(meta_loss)
                 self._look_ahead.discard()
             self._record()
         super().step()
 
-    def note_gradients(self, scale: float = 1.0) -> None:
+    def note_gradients(self, scale: float = 1.0, loss: Tensor | None = None) -> None:
         """Takes the hypergradient of `meta_source="next_batch"` from the gradients as they are now.
 
         Call it between the backward and whatever changes the gradients before the optimizer's step, such as clipping,
@@ -199,9 +227,26 @@ class MetaLRScheduler(LRScheduler):
 
         Args:
             scale (`float`, *optional*, defaults to 1.0): Factor that the loss was multiplied by (`GradScaler`).
+            loss (`torch.Tensor` of shape `()`, *optional*): The training loss, without the factor. With it a step that
+                did harm is taken back.
         """
         if self.meta_source == "next_batch" and self._look_ahead.taken:
             self._noted = self._look_ahead.inner_products() / scale
+            self._noted_loss = loss
+
+    def restart(self, factor: float) -> None:
+        """Forgets the step held open and the optimizer's state, and tunes anew from a factor of the start rates.
+
+        Args:
+            factor (`float`): What the start rates, calibrated or given, are multiplied by.
+        """
+        self._look_ahead.discard()
+        self._noted = self._noted_loss = None
+        self.optimizer.state.clear()
+        self.restarted_at = self.last_epoch
+        self.guard = TuningGuard(self.guard.active)
+        self.learning_rates = (self.start_learning_rates * factor).clamp(self.lr_min, self.lr_max)
+        self._write_learning_rates()
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of every param group at the present step: α times the schedule's shape."""
@@ -212,14 +257,14 @@ class MetaLRScheduler(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """The whole state, in tensors and plain containers, so that `torch.load(weights_only=True)` reads it."""
         return {
-            "last_epoch": self.last_epoch,
-            "step_count": self._step_count,
+            **{name: getattr(self, name) for name in PLAIN_STATE},
             "layers": list(self.layers),
             "learning_rates": self.learning_rates.clone(),
+            "start_learning_rates": self.start_learning_rates.clone(),
+            "calibration": None if self.calibration is None else self.calibration.state_dict(),
             "rule": self.rule.state_dict(),
+            "guard": self.guard.state_dict(),
             "history": self.history.state_dict(),
-            "non_finite": self.non_finite,
-            "non_finite_in_a_row": self.non_finite_in_a_row,
             "look_ahead": self._look_ahead.state_dict(self._parameters_by_layer()),
             "stateful": {name: part.state_dict() for name, part in self.stateful.items()},
         }
@@ -235,21 +280,16 @@ class MetaLRScheduler(LRScheduler):
         """
         if "learning_rates" not in state_dict:
             raise ValueError("This is not the state of a MetaLRScheduler: it has no 'learning_rates'.")
-        if state_dict["layers"] != self.layers:
-            missing = [layer for layer in state_dict["layers"] if layer not in self.layers]
-            new = [layer for layer in self.layers if layer not in state_dict["layers"]]
-            raise ValueError(
-                "The checkpoint's layers are not those of this optimizer: "
-                f"only in the checkpoint {missing}, only here {new}, in another order otherwise. "
-                "Resume with the same model and layer_groups, or start a new run."
-            )
-        self.last_epoch = state_dict["last_epoch"]
-        self._step_count = state_dict["step_count"]
+        check_saved_layers(state_dict["layers"], self.layers)
+        for name in PLAIN_STATE:
+            setattr(self, name, state_dict[name])
         self.learning_rates = state_dict["learning_rates"].clone()
-        self.rule.load_state_dict(state_dict["rule"])
-        self.history.load_state_dict(state_dict["history"])
-        self.non_finite = state_dict["non_finite"]
-        self.non_finite_in_a_row = state_dict["non_finite_in_a_row"]
+        self.start_learning_rates = state_dict["start_learning_rates"].clone()
+        calibration = state_dict["calibration"]
+        self.calibration = None if calibration is None else Calibration(**calibration)
+        self.will_calibrate = self.will_calibrate and calibration is None
+        for name in ("rule", "guard", "history"):
+            getattr(self, name).load_state_dict(state_dict[name])
         self._look_ahead.load_state_dict(state_dict["look_ahead"], self._parameters_by_layer())
         for name, part in self.stateful.items():
             part.load_state_dict(state_dict["stateful"][name])
@@ -261,22 +301,8 @@ class MetaLRScheduler(LRScheduler):
         for hook in self._hooks:
             hook.remove()
 
-    def _register_hooks(self, optimizer: Optimizer) -> list[torch.utils.hooks.RemovableHandle]:
-        # Weak, so that a scheduler which is gone neither lives on in its optimizer nor tunes it any more.
-        scheduler = weakref.ref(self)
-
-        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if (own := scheduler()) is not None:
-                own._before_optimizer_step(optimizer)
-
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if (own := scheduler()) is not None:
-                own._after_optimizer_step(optimizer)
-
-        base = unwrap(optimizer)
-        return [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
-
-    def _before_optimizer_step(self, optimizer: Optimizer) -> None:
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Settles the step before, if the next batch's gradient does that, and notes where the parameters are."""
         if self.meta_source == "next_batch" and self._look_ahead.taken:
             if self._noted is None:
                 # A fused optimizer unscales by itself, after this hook.
@@ -284,15 +310,20 @@ class MetaLRScheduler(LRScheduler):
                 self.note_gradients(1.0 if scale is None else float(scale))
             self._found_inf += overflow_flags(optimizer)
             assert self._noted is not None
-            if self._tune(self._noted):
+            before = self.learning_rates
+            tuned = self._tune(self._noted, self._noted_loss)
+            if self.guard.harmful(self._meta_loss):
+                self._refuse(SHRINK**2, before)
+            elif tuned:
                 self._write_learning_rates()
-            self._noted = None
+            self._noted = self._noted_loss = None
             self._look_ahead.discard()
         if self.will_tune:
             self._found_inf = []
             self._look_ahead.before_step(self._parameters_by_layer())
 
-    def _after_optimizer_step(self, optimizer: Optimizer) -> None:
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Notes the step that the optimizer has taken."""
         if self.will_tune:
             # A fused optimizer that has met an overflow runs its hooks but leaves the parameters where they are.
             self._found_inf += overflow_flags(optimizer)
@@ -303,40 +334,68 @@ class MetaLRScheduler(LRScheduler):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.lookahead == "sgd":
             shape = self.shape(self.last_epoch)
-            with look_ahead.raw_gradient_step((before * shape).tolist()) as gradients:
-                loss = self._validate(meta_loss, parameters)
+            with look_ahead.raw_gradient_step((before * shape).tolist()) as gradients, self.meta_context():
+                loss = validation_gradient(meta_loss, parameters)
                 # The hypergradient itself: the step looked at is -α s g.
                 products = look_ahead.inner_products(gradients) * -shape
         else:
-            loss = self._validate(meta_loss, parameters)
+            with self.meta_context():
+                loss = validation_gradient(meta_loss, parameters)
             products = look_ahead.inner_products()
+        self.extra_passes += 1
         tuned = self._tune(products, loss)
         clear_gradients(parameters)
-        if tuned:
+        if self.guard.harmful(self._meta_loss):
+            self._shrink(meta_loss, before)
+        elif tuned:
             look_ahead.rescale(_ratio(self.learning_rates, before).tolist())
 
-    def _validate(self, meta_loss: Callable[[], Tensor], parameters: list[Tensor]) -> Tensor:
+    def _calibrate(self, meta_loss: Callable[[], Tensor] | None) -> None:
+        if any(float(flag) > 0 for flag in self._found_inf):
+            return
+        before, step_lr = self.learning_rates, float(self.learning_rates[0]) * self.shape(self.last_epoch)
         with self.meta_context():
-            return validation_gradient(meta_loss, parameters)
+            found = calibrate(
+                self._look_ahead, step_lr, meta_loss, lr_min=self.lr_min, lr_max=self.lr_max, reduce=self.reduce
+            )
+        self.calibration, self.will_calibrate = found, False
+        self.extra_passes += found.forwards / 3
+        self.learning_rates = before.new_tensor(found.learning_rates(len(before)))
+        self.start_learning_rates = self.learning_rates
+        self._look_ahead.rescale(_ratio(self.learning_rates, before).tolist(), keep=self.meta_source == "next_batch")
+
+    def _shrink(self, meta_loss: Callable[[], Tensor], before: Tensor) -> None:
+        """Takes a harmful step back until its loss is bearable, with forward passes."""
+
+        def bearable(factor: float) -> bool:
+            with torch.no_grad(), self.meta_context(), self._look_ahead.moved_to([factor] * len(before)):
+                loss = meta_loss().reshape(1)
+            self.extra_passes += 1 / 3
+            return float(loss if self.reduce is None else self.reduce(loss)) <= self.guard.limit
+
+        factors = (SHRINK, SHRINK**2, SHRINK**3)
+        self._refuse(next(filter(bearable, factors), factors[-1]), before)
+
+    def _refuse(self, factor: float, before: Tensor) -> None:
+        self._look_ahead.rescale([factor] * len(before))
+        self.learning_rates = (before * factor).clamp(min=self.lr_min)
+        self._write_learning_rates()
+        self.guard.refused += 1
 
     def _tune(self, products: Tensor, loss: Tensor | None = None) -> bool:
         """Turns inner products into new learning rates; says whether it did."""
-        loss = products.new_full((), math.nan) if loss is None else loss.to(products)
-        values = torch.cat([loss.reshape(1), products])
-        if self.reduce is not None:
-            values = self.reduce(values)
-        overflow = [flag.to(values).reshape(1) for flag in self._found_inf]
-        # The only wait for the device in a step.
-        figures = torch.cat([values, *overflow]).double().cpu()
-        meta_loss, products, overflow_figures = figures.split([1, len(products), len(overflow)])
-        if overflow_figures.any():
+        self._meta_loss, products, overflowed = gather(products, loss, self._found_inf, self.reduce)
+        if overflowed:
+            self._meta_loss = math.nan
             return False
         by_layer = self._look_ahead.sum_by_layer(products)
         if self.lookahead == "optimizer":
             by_layer = torch.where(self.learning_rates > 0, by_layer / self.learning_rates, 0.0)
-        finite = bool(by_layer.isfinite().all()) and (self.meta_source == "next_batch" or bool(meta_loss.isfinite()))
-        self._count_non_finite(finite)
-        self._measured = (float(meta_loss), by_layer.tolist())
+        finite = bool(by_layer.isfinite().all()) and (
+            self.meta_source == "next_batch" or math.isfinite(self._meta_loss)
+        )
+        self.guard.count(finite)
+        self._measured = (self._meta_loss, by_layer.tolist())
         if not finite:
             return False
         new = limit_change(
@@ -350,17 +409,6 @@ class MetaLRScheduler(LRScheduler):
         self.learning_rates = torch.where(held, self.learning_rates, new)
         return True
 
-    def _count_non_finite(self, finite: bool) -> None:
-        self.non_finite += not finite
-        self.non_finite_in_a_row = 0 if finite else self.non_finite_in_a_row + 1
-        if self.non_finite_in_a_row == NON_FINITE_WARNING_AFTER:
-            warnings.warn(
-                f"The validation loss or its hypergradients were not finite {NON_FINITE_WARNING_AFTER} times in a row; "
-                "the learning rates stay as they are. Look at the meta batches for broken images or labels, lower the "
-                "start learning rate or lr_max, or train in float32 or bfloat16 instead of float16.",
-                stacklevel=2,
-            )
-
     def _record(self) -> None:
         used = self.learning_rates * self.shape(self.last_epoch)
         meta_loss, hypergradients = self._measured or (math.nan, None)
@@ -368,18 +416,11 @@ class MetaLRScheduler(LRScheduler):
         self._measured = None
 
     def _write_learning_rates(self) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        write_learning_rates(self.optimizer, self.get_lr())
 
     def _parameters_by_layer(self) -> list[list[Tensor]]:
         # Read anew each time: wrappers replace the group dicts and sharding replaces the parameters.
-        by_layer: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
-        for layer, group in zip(self._group_layers, self.optimizer.param_groups, strict=True):
-            by_layer[layer] += group["params"]
-        return list(by_layer.values())
+        return parameters_by_layer(self.optimizer, self._group_layers, self.layers)
 
 
 def _ratio(new: Tensor, old: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 from transformers import TrainingArguments, get_scheduler
+from transformers.trainer_utils import SchedulerType
+
+DECAY_SHARE = 0.3
 
 
 def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable[[int], float]:
@@ -13,6 +16,7 @@ def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable
 
     Args:
         args (`TrainingArguments`): Their `lr_scheduler_type`, `lr_scheduler_kwargs` and warm-up say which.
+            `warmup_stable_decay` decays over the last 30 % of the steps unless `num_decay_steps` is given.
         num_training_steps (`int`): Length of the run in optimizer steps.
 
     Returns:
@@ -30,12 +34,15 @@ def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable
 
     ```
     """
+    options = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
+    if SchedulerType(args.lr_scheduler_type) == SchedulerType.WARMUP_STABLE_DECAY:
+        options.setdefault("num_decay_steps", round(DECAY_SHARE * num_training_steps))
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     schedule = get_scheduler(
         args.lr_scheduler_type,
         optimizer=stand_in,
         num_warmup_steps=args.get_warmup_steps(num_training_steps),
         num_training_steps=num_training_steps,
-        scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
+        scheduler_specific_kwargs=options,
     )
     return schedule.lr_lambdas[0]

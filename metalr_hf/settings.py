@@ -19,6 +19,7 @@ def check_settings(
     max_lr_change: float | None,
     meta_source: str,
     meta_every: int,
+    tuning_steps: int | None,
     lookahead: str,
 ) -> None:
     """Raises if a setting of learning-rate tuning is of the wrong type or out of range.
@@ -30,6 +31,7 @@ def check_settings(
         max_lr_change (`float` or `None`): Above 1.
         meta_source (`str`): `"stream"` or `"next_batch"`.
         meta_every (`int`): 1 or more.
+        tuning_steps (`int` or `None`): 1 or more.
         lookahead (`str`): `"optimizer"`, or `"sgd"` with the source `"stream"`.
 
     Raises:
@@ -55,6 +57,8 @@ def check_settings(
     check_choice("meta_source", meta_source, META_SOURCES)
     check_choice("lookahead", lookahead, LOOKAHEADS)
     check_count("meta_every", meta_every)
+    if tuning_steps is not None:
+        check_count("tuning_steps", tuning_steps)
     if lookahead == "sgd" and meta_source == "next_batch":
         raise ValueError(
             'lookahead="sgd" needs meta_source="stream": the next batch\'s gradient is taken after the step that the '
@@ -98,3 +102,14 @@ def check_learning_rates(learning_rates: Mapping[str, float], lr_min: float, lr_
                 f"The start learning rate {rate:g} of layer {layer!r} is outside the bounds lr_min={lr_min:g} and "
                 f"lr_max={lr_max:g}. Change the learning rate or the bounds."
             )
+
+
+def check_saved_layers(saved: list[str], layers: list[str]) -> None:
+    """Raises `ValueError` if the layers of a checkpoint are not those of the run that resumes from it."""
+    if saved != layers:
+        raise ValueError(
+            f"The checkpoint's layers are not those of this optimizer: only in the checkpoint "
+            f"{[layer for layer in saved if layer not in layers]}, only here "
+            f"{[layer for layer in layers if layer not in saved]}, in another order otherwise. "
+            "Resume with the same model and layer_groups, or start a new run."
+        )

@@ -334,10 +334,24 @@ register_strategy("auto_rgn")(partial(_with_layer_rates, AutoRGN))
 register_strategy("autolr")(partial(_with_layer_rates, AutoLR))
 
 
-@register_strategy("metalr")
+@register_strategy("calibrated_cosine", uses_learning_rate=False)
+def calibrated_cosine(job: Job) -> Trainer:
+    """This package's calibrated start rates and nothing else: no tuning, cosine decay to zero."""
+    return job.tuned(calibrate=True, hyper_lr=0.0, tuning_steps=1, lr_scheduler_type="cosine")
+
+
+@register_strategy("metalr", uses_learning_rate=False)
 def metalr(job: Job) -> Trainer:
-    """This package's default, with the comparison's tuning arguments."""
+    """This package's default, with the comparison's tuning arguments. The learning rate given makes no difference."""
+    if job.tuning_arguments.get("calibrate") is False:
+        raise ValueError('calibrate=False makes the start learning rate count: use the strategy "metalr_uncalibrated".')
     return job.tuned()
+
+
+@register_strategy("metalr_uncalibrated")
+def metalr_uncalibrated(job: Job) -> Trainer:
+    """Tuning from the start learning rate given, without calibration."""
+    return job.tuned(calibrate=False)
 
 
 @register_strategy("metalr_paper")

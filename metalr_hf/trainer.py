@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.utils import logging
 
 from .checkpoints import check_checkpoint, load_renamed_weights
+from .collapse import CollapseGuard
 from .history import LRHistory
 from .hypergradient import untouched
 from .layers import check_layer_groups, layer_groups, split_param_groups
@@ -23,6 +25,10 @@ from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
 from .scheduler import MetaLRScheduler
 from .schedules import schedule_shape
 from .training_args import MetaLRTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+COLLAPSE_FACTOR = 0.1
 
 
 class MetaLRTrainer(Trainer):
@@ -96,6 +102,8 @@ class MetaLRTrainer(Trainer):
         self.meta_dataset = meta_dataset
         self._own_layer_groups = layer_groups
         self._meta_stream: MetaStream | None = None
+        self._step_loss: Tensor | float = 0.0
+        self._collapse_guard: CollapseGuard | None = None
         super().__init__(model, args, *trainer_args, **kwargs)
         if self.train_dataset is not None:
             self._prepare_meta_dataset()
@@ -155,6 +163,8 @@ class MetaLRTrainer(Trainer):
                 hyper_lr=args.hyper_lr,
                 meta_source=self.meta_source,
                 meta_every=args.meta_every,
+                tuning_steps=args.tuning_steps or None,
+                calibrate=args.hyper_lr > 0 if args.calibrate is None else args.calibrate,
                 lookahead=args.lookahead,
                 shape=schedule_shape(args, num_training_steps),
                 lr_min=args.lr_min,
@@ -167,6 +177,8 @@ class MetaLRTrainer(Trainer):
             if self.meta_source == "stream":
                 self._meta_stream = self._create_meta_stream()
                 scheduler.stateful["meta_stream"] = self._meta_stream
+            if args.hyper_lr > 0 and args.tuning_steps and not self.is_fsdp_enabled and self.compute_loss_func is None:
+                self._collapse_guard = CollapseGuard(self.model)
             self.lr_scheduler = scheduler
             # Trainer's own mark of a scheduler that a second train() has to make anew.
             self._created_lr_scheduler = True
@@ -175,14 +187,20 @@ class MetaLRTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's forward and backward; then a validation batch is pulled if the step about to be taken is tuned."""
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self._step_loss = self._step_loss + loss
         scheduler = self.lr_scheduler
         if self.accelerator.sync_gradients:
-            if self._meta_stream is None:
+            if self.meta_source == "next_batch":
                 # Before Trainer clips them.
                 scaler = self.accelerator.scaler
-                scheduler.note_gradients(1.0 if scaler is None else scaler.get_scale())
-            elif scheduler.will_tune and scheduler.meta_loss is None:
-                scheduler.meta_loss = partial(self.compute_meta_loss, next(self._meta_stream))
+                scheduler.note_gradients(1.0 if scaler is None else scaler.get_scale(), self._step_loss)
+            if scheduler.meta_loss is None and (
+                scheduler.will_calibrate or (self._meta_stream and scheduler.will_tune)
+            ):
+                stream = self._create_meta_stream() if self._meta_stream is None else self._meta_stream
+                scheduler.meta_loss = partial(self.compute_meta_loss, next(stream))
+            self._undo_collapse(inputs)
+            self._step_loss = 0.0
         return loss
 
     def compute_meta_loss(self, inputs: dict[str, Any]) -> Tensor:
@@ -205,6 +223,30 @@ class MetaLRTrainer(Trainer):
         assert isinstance(loss, Tensor)
         # A vector under DataParallel.
         return loss.mean()
+
+    def _undo_collapse(self, inputs: dict[str, Any]) -> None:
+        scheduler, guard, labels = self.lr_scheduler, self._collapse_guard, inputs.get("labels")
+        if guard is None or labels is None or labels.dim() != 1 or labels.is_floating_point():
+            return
+        if not scheduler.will_tune:
+            self._collapse_guard = None
+            return
+
+        def logits() -> Tensor:
+            with torch.no_grad(), untouched(self.model, "eval"):
+                return self.model(**self._prepare_inputs(inputs))["logits"]
+
+        guard.note(torch.as_tensor(self._step_loss), labels)
+        if guard.collapsed(logits, self._mean_over_processes):
+            guard.go_back(self.model)
+            self.model.zero_grad()
+            scheduler.restart(COLLAPSE_FACTOR)
+            self._collapse_guard = None
+            logger.warning(
+                f"By step {self.state.global_step} the model answered every image alike, at the loss of a constant "
+                "answer: its learning rates were too high. Its first weights are back, the learning rates are "
+                f"{COLLAPSE_FACTOR:g} times what they were at the start, and are tuned anew."
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the learning rates that the last step used, and how tuning goes, to a training row.
@@ -240,8 +282,8 @@ class MetaLRTrainer(Trainer):
         }
         if not math.isnan(history.last_meta_loss):
             logs["meta_loss"] = history.last_meta_loss
-        if scheduler.non_finite:
-            logs["meta_non_finite"] = scheduler.non_finite
+        if scheduler.guard.non_finite:
+            logs["meta_non_finite"] = scheduler.guard.non_finite
         if self.args.report_to:
             logs |= {f"lr/{layer}": rate for layer, rate in zip(history.layers, rates, strict=True)}
         return logs

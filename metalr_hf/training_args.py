@@ -21,6 +21,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_lr_change": None,
         "meta_source": "stream",
         "meta_every": 1,
+        "tuning_steps": 0,
+        "calibrate": False,
         "head_hold_epochs": 5.0,
         "lookahead": "sgd",
         "lr_scheduler_type": SchedulerType.CONSTANT,
@@ -32,8 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class MetaLRTrainingArguments(TrainingArguments):
     """Arguments of [`MetaLRTrainer`]: all of [`~transformers.TrainingArguments`], and the following.
 
-    `learning_rate` is where every layer starts, `lr_scheduler_type` and warm-up are the shape that multiplies the
-    tuned rates.
+    `learning_rate` is where every layer starts if `calibrate` is off. `lr_scheduler_type` and warm-up are the shape
+    that multiplies the tuned rates: by default `warmup_stable_decay` with a linear decay over the last 30 % of the
+    steps (change its length with `lr_scheduler_kwargs={"num_decay_steps": ...}`).
 
     Args:
         hyper_lr (`float`, *optional*, defaults to 0.1):
@@ -44,8 +47,14 @@ class MetaLRTrainingArguments(TrainingArguments):
             Lower bound of every learning rate.
         lr_max (`float`, *optional*, defaults to 1.0):
             Upper bound of every learning rate.
-        max_lr_change (`float`, *optional*, defaults to 1.25):
+        max_lr_change (`float`, *optional*, defaults to 2.0):
             Trust region: one update changes a learning rate at most by this factor; `inf` switches it off.
+        tuning_steps (`int`, *optional*, defaults to 40):
+            Tune at the first so many optimizer steps, then keep the rates found and leave them to the schedule; 0 tunes
+            to the end.
+        calibrate (`bool`, *optional*):
+            Find the start rates along the first step, so that `learning_rate` makes no difference. By default where
+            the rates are tuned at all.
         meta_source (`str`, *optional*):
             Where the validation gradient comes from: `stream` (validation batches, one more forward and backward) or
             `next_batch` (the next training batch, no extra pass). By default `stream` when there is a `meta_dataset`
@@ -80,6 +89,13 @@ class MetaLRTrainingArguments(TrainingArguments):
     ```
     """
 
+    lr_scheduler_type: SchedulerType | str = field(
+        default="warmup_stable_decay",
+        metadata={
+            "help": "The shape that multiplies the tuned rates; `warmup_stable_decay` decays linearly over the last "
+            "30 % of the steps unless `lr_scheduler_kwargs` says otherwise."
+        },
+    )
     hyper_lr: float = field(default=0.1, metadata={"help": "Step size η of the learning rates; 0 switches tuning off."})
     lr_rule: str = field(
         default="proportional",
@@ -90,9 +106,23 @@ class MetaLRTrainingArguments(TrainingArguments):
     lr_min: float = field(default=1e-8, metadata={"help": "Lower bound of every learning rate."})
     lr_max: float = field(default=1.0, metadata={"help": "Upper bound of every learning rate."})
     max_lr_change: float | None = field(
-        default=1.25,
+        default=2.0,
         metadata={
             "help": "Trust region: one update changes a learning rate at most by this factor; `inf` switches it off."
+        },
+    )
+    tuning_steps: int = field(
+        default=40,
+        metadata={
+            "help": "Tune at the first so many optimizer steps, then keep the rates found and leave them to the "
+            "schedule; 0 tunes to the end."
+        },
+    )
+    calibrate: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Find the start rates along the first step, so that `learning_rate` makes no difference. By "
+            "default where the rates are tuned at all."
         },
     )
     meta_source: str | None = field(
@@ -156,6 +186,7 @@ class MetaLRTrainingArguments(TrainingArguments):
             max_lr_change=self.max_lr_change,
             meta_source=self.meta_source or "stream",
             meta_every=self.meta_every,
+            tuning_steps=self.tuning_steps or None,
             lookahead=self.lookahead,
         )
         get_rule(self.lr_rule, self.hyper_lr)

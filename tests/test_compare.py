@@ -51,7 +51,12 @@ def cell(name="small", train=48, test=30):
 
 
 def comparison(**kwargs):
-    defaults = {"strategies": ["cosine", "metalr"], "learning_rates": [1e-3, 1e-2], "seeds": [0], "steps": 4}
+    defaults = {
+        "strategies": ["cosine", "metalr_uncalibrated"],
+        "learning_rates": [1e-3, 1e-2],
+        "seeds": [0],
+        "steps": 4,
+    }
     return Comparison(**{**defaults, "batch_size": 8, **kwargs})
 
 
@@ -67,7 +72,9 @@ def test_every_strategy_sees_the_same_images_and_takes_the_same_number_of_steps(
     assert {row["steps"] for row in done} == {4}
     cost = {row["strategy"]: row["cost"] for row in done}
     assert cost["metalr_paper"] == 2.0
-    assert cost["cosine"] == cost["metalr"] == 1.0
+    assert cost["cosine"] == cost["metalr_uncalibrated"] == 1.0
+    # Forward passes along the first step, in a run of four.
+    assert 1.0 < cost["metalr"] < 1 + (1 + 2 * 13) / 3 / 4
 
 
 def test_a_strategy_without_a_learning_rate_runs_once_a_seed(tmp_path):
@@ -93,7 +100,7 @@ def test_only_what_is_missing_runs_and_a_line_cut_off_is_run_again(tmp_path):
     assert (tmp_path / "results.jsonl").read_bytes() == whole
     assert len(compare([cell()], comparison(seeds=[0, 1]), tmp_path)) == 8
     histories = sorted(path.name for path in (tmp_path / "lr_history").iterdir())
-    assert histories[0] == "small_metalr_lr0.001_seed0.csv"
+    assert histories[0] == "small_metalr-uncalibrated_lr0.001_seed0.csv"
     assert len(histories) == 4
 
 

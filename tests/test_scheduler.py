@@ -196,10 +196,10 @@ def test_a_non_finite_validation_loss_changes_nothing_is_counted_and_warned_of_o
     with pytest.warns(UserWarning, match="not finite 20 times in a row") as caught:
         bad_steps()
     assert len(caught) == 1
-    assert scheduler.non_finite == 25
+    assert scheduler.guard.non_finite == 25
     assert scheduler.learning_rates.tolist() == [1e-2, 1e-2]
     train(model, optimizer, scheduler, 1)
-    assert scheduler.non_finite_in_a_row == 0
+    assert scheduler.guard.non_finite_in_a_row == 0
 
 
 def test_a_non_finite_gradient_of_the_next_batch_changes_nothing():
@@ -208,7 +208,7 @@ def test_a_non_finite_gradient_of_the_next_batch_changes_nothing():
     loss_of(model, slice(0, 32)).backward()
     model[4].weight.grad[0, 0] = math.inf
     optimizer.step()
-    assert scheduler.non_finite == 1
+    assert scheduler.guard.non_finite == 1
     assert scheduler.learning_rates.tolist() == [1e-2, 1e-2]
 
 

@@ -63,6 +63,7 @@ def arguments(folder, **kwargs):
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
+        "calibrate": False,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -351,7 +352,7 @@ def test_own_layers_own_optimizer_and_head_settings(tmp_path):
 
 
 def test_the_paper_preset_fills_in_defaults_only(tmp_path):
-    args = arguments(tmp_path, preset="paper", hyper_lr=0.3, lr_scheduler_type="linear")
+    args = arguments(tmp_path, preset="paper", hyper_lr=0.3, lr_scheduler_type="warmup_stable_decay")
     assert (args.lookahead, args.lr_max, args.head_hold_epochs, args.hyper_lr) == ("sgd", 1e-2, 5.0, 0.3)
     assert args.lr_scheduler_type == "constant"
     run = trainer(tmp_path, preset="paper", max_steps=2)

@@ -1,0 +1,185 @@
+"""Start learning rates from the validation loss along the first optimizer step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hypergradient import LookAhead, preserve_random_state
+
+# Half a decade apart: what one step says is not finer than that.
+LADDER = tuple(10 ** (k / 2) for k in range(-12, 1))
+# Which rate takes the step that is calibrated does not matter, but it has to be the same in every run, so that the
+# learning rate given makes no difference, not even in the last digit.
+PROBE_LR = 1e-3
+FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 1e-3
+RISE, TOLERANCE = 0.01, 0.003
+# One step with a fresh head often says nothing about the backbone. Tuning lowers a rate that is too high within a few
+# steps; from one a thousand times too low it needs the better part of a short run.
+LARGEST_HEAD_TO_BACKBONE = 100.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration found.
+
+    Args:
+        backbone_lr (`float`): Start rate of every layer but the head.
+        head_lr (`float`): Start rate of the head.
+        start_loss (`float`): The validation loss before the step.
+        ladder (`list[float]`): The learning rates tried, in rising order.
+        head_losses (`list[float]`): The validation loss with the head alone moved at every rung that was tried.
+        backbone_losses (`list[float]`): The same for the backbone.
+        doubts (`list[str]`): Why the rates are not to be trusted. Empty if all went well.
+    """
+
+    backbone_lr: float
+    head_lr: float
+    start_loss: float
+    ladder: list[float]
+    head_losses: list[float]
+    backbone_losses: list[float]
+    doubts: list[str]
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes that it took."""
+        return 1 + len(self.head_losses) + len(self.backbone_losses)
+
+    def learning_rates(self, layers: int) -> list[float]:
+        """The start rate of every layer, the head last.
+
+        Args:
+            layers (`int`): How many there are.
+        """
+        return [self.backbone_lr] * (layers - 1) + [self.head_lr]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fields, in plain containers."""
+        return asdict(self)
+
+
+def first_valley(
+    ladder: Sequence[float], loss_at: Callable[[float], float], start_loss: float
+) -> tuple[float | None, list[float]]:
+    """Walks up a ladder of learning rates and stops behind the first valley of the loss.
+
+    The walk ends where the loss is 1 % above the lowest seen: what lies behind may be lower, but there the features
+    have often collapsed towards a constant output. Of the rungs walked it takes the highest whose loss is within 0.3 %
+    of the lowest.
+
+    Args:
+        ladder (`Sequence[float]`): Learning rates, in rising order.
+        loss_at (`Callable[[float], float]`): The loss after a step with that learning rate.
+        start_loss (`float`): The loss before the step.
+
+    Returns:
+        `tuple[float | None, list[float]]`: the rate, or `None` if the loss is flat from end to end or rises at the
+        first rung; the losses of the rungs walked.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.calibration import first_valley
+    >>> losses = {1e-4: 2.2, 1e-3: 1.8, 1e-2: 2.6, 1e-1: 0.9}
+    >>> first_valley(list(losses), losses.get, start_loss=2.3)
+    (0.001, [2.2, 1.8, 2.6])
+
+    ```
+    """
+    lowest, walked, losses = start_loss, [], []
+    for rate in ladder:
+        loss = loss_at(rate)
+        losses.append(loss)
+        if not math.isfinite(loss) or loss > lowest * (1 + RISE):
+            break
+        walked.append((rate, loss))
+        lowest = min(lowest, loss)
+    lowest_rungs = [rate for rate, loss in walked if loss <= lowest * (1 + TOLERANCE)]
+    flat = lowest > start_loss * (1 - TOLERANCE) and len(walked) == len(ladder)
+    return None if flat or not lowest_rungs else lowest_rungs[-1], losses
+
+
+@torch.no_grad()
+def calibrate(
+    look_ahead: LookAhead,
+    step_lr: float,
+    meta_loss: Callable[[], Tensor] | None,
+    *,
+    lr_min: float = 0.0,
+    lr_max: float = math.inf,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Calibration:
+    """Finds start rates for head and backbone along the optimizer step just taken, with forward passes only.
+
+    The step gives every layer a direction. The validation loss is walked along it, once with the head alone and once
+    with the backbone alone: its gradient was taken through the head as it was, and says nothing for another one. The
+    backbone's rate is at least a hundredth of the head's. The parameters are put back bit for bit; buffers and random
+    numbers are the caller's, see [`~metalr_hf.hypergradient.untouched`].
+
+    Args:
+        look_ahead ([`~metalr_hf.hypergradient.LookAhead`]): The step taken. Its last layer is the head.
+        step_lr (`float`): The learning rate that the step was taken with, in all layers.
+        meta_loss (`Callable`): Takes nothing and returns the scalar validation loss at the present parameters.
+        lr_min (`float`, *optional*, defaults to 0.0), lr_max (`float`, *optional*, defaults to `math.inf`): Rungs
+            outside these bounds are left out.
+        reduce (`Callable`, *optional*): Averages a tensor over all processes.
+
+    Returns:
+        [`Calibration`]: the start rates and how they were found.
+
+    Raises:
+        ValueError: without a `meta_loss`.
+    """
+    if meta_loss is None:
+        raise ValueError(
+            "calibrate=True needs a validation batch at the first step: call scheduler.step(meta_loss), or set "
+            "scheduler.meta_loss, or leave calibrate at False."
+        )
+    ladder = [rate for rate in LADDER if lr_min <= rate <= lr_max]
+    layers = len(look_ahead.sizes)
+
+    device = look_ahead.parameters[0].device
+
+    def loss_at(backbone_lr: float, head_lr: float) -> float:
+        rates = [backbone_lr] * (layers - 1) + [head_lr]
+        # Every rung sees the same dropout masks.
+        with look_ahead.moved_to([rate / step_lr for rate in rates]), preserve_random_state(device):
+            loss = meta_loss().detach().reshape(1)
+        return float(loss if reduce is None else reduce(loss))
+
+    doubts = []
+    start_loss = loss_at(0.0, 0.0)
+    head_lr, head_losses = first_valley(ladder, lambda rate: loss_at(0.0, rate), start_loss)
+    if head_lr is None:
+        doubts.append("the loss does not tell the learning rates of the head apart")
+        head_lr = min(max(FALLBACK_HEAD_LR, lr_min), lr_max)
+    backbone_lr: float | None = None
+    backbone_losses: list[float] = []
+    if layers > 1:
+        backbone_lr, backbone_losses = first_valley(ladder, lambda rate: loss_at(rate, 0.0), start_loss)
+        if backbone_lr is None:
+            doubts.append("the loss does not tell the learning rates of the backbone apart")
+    if backbone_lr is None:
+        backbone_lr = min(max(FALLBACK_BACKBONE_LR, lr_min), lr_max)
+    backbone_lr = max(backbone_lr, head_lr / LARGEST_HEAD_TO_BACKBONE)
+    found = Calibration(backbone_lr, head_lr, start_loss, ladder, head_losses, backbone_losses, doubts)
+    warn_of_doubts(found)
+    return found
+
+
+def warn_of_doubts(calibration: Calibration) -> None:
+    """Warns if the ladder was flat or the batch odd, and says which rates are used instead."""
+    if calibration.doubts:
+        warnings.warn(
+            f"The calibration of the start learning rates is in doubt: {'; '.join(calibration.doubts)}. It starts at "
+            f"{calibration.backbone_lr:.1e} (backbone) and {calibration.head_lr:.1e} (head) instead, and tuning goes "
+            "on from there. Look at the labels and the size of the meta batch if this comes again with another seed.",
+            stacklevel=2,
+        )

@@ -1,0 +1,102 @@
+"""A run that has collapsed to a constant output: noticed within a few steps, and undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+# Log-probabilities that differ by less than this from image to image, and by less than this share of what they did at
+# the start, are the same answer to all of them.
+SPREAD, SHARE_OF_SPREAD = 0.02, 0.1
+# A loss this near the one of the best constant answer has learned nothing.
+NOTHING_LEARNED = 0.97
+
+
+class CollapseGuard:
+    """Keeps the first weights of a run on the CPU, and knows when to go back to them.
+
+    A learning rate that is much too high drives the features of a network to a constant, where gradients vanish and no
+    later learning rate helps. Such a run answers every image alike at the loss of the best constant answer, the entropy
+    of the labels. Both signs together are looked for, at a few steps early in the run; a run that merely learns slowly
+    still answers differently from image to image.
+
+    Args:
+        model (`torch.nn.Module`): The model as the run begins.
+        every (`int`, *optional*, defaults to 10): How many steps apart it looks, over the mean loss between.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.collapse import CollapseGuard
+    >>> model = torch.nn.Linear(4, 2)
+    >>> guard = CollapseGuard(model, every=2)
+    >>> images, labels = torch.randn(4, 4), torch.tensor([0, 1, 0, 1])
+    >>> guard.note(torch.tensor(0.75), labels)
+    >>> guard.collapsed(lambda: model(images))
+    False
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> guard.note(torch.tensor(0.69), labels)
+    >>> guard.collapsed(lambda: model(images))
+    True
+    >>> guard.go_back(model)
+    >>> bool((model.weight == 0).any())
+    False
+
+    ```
+    """
+
+    def __init__(self, model: nn.Module, every: int = 10):
+        self.every = every
+        self.losses: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.start_spread: float | None = None
+        self._start = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+    def note(self, loss: Tensor, labels: Tensor) -> None:
+        """Notes a step, without waiting for the device.
+
+        Args:
+            loss (`torch.Tensor` of shape `()`): The training loss.
+            labels (`torch.Tensor` of shape `(batch,)`, int64): The class of every image.
+        """
+        self.losses.append(loss.detach())
+        self.labels.append(labels.detach().reshape(-1))
+
+    def collapsed(
+        self, logits: Callable[[], Tensor], reduce: Callable[[Tensor], Tensor] = lambda values: values
+    ) -> bool:
+        """Whether the run has collapsed. Looks at every few steps only and says `False` between.
+
+        Args:
+            logits (`Callable`): Takes nothing and returns the logits `(batch, classes)` of a batch. Called at the
+                first call and then only if the loss is suspicious.
+            reduce (`Callable`, *optional*): Averages a tensor over all processes.
+        """
+        if self.start_spread is None:
+            self.start_spread = float(reduce(_spread(logits())))
+        if len(self.losses) < self.every:
+            return False
+        loss = torch.stack(self.losses).float().mean()
+        shares = torch.cat(self.labels).bincount().float()
+        shares = shares / shares.sum()
+        entropy = -torch.special.xlogy(shares, shares).sum()
+        self.losses = []
+        loss, entropy = reduce(torch.stack([loss, entropy.to(loss.device)])).tolist()
+        if not loss >= NOTHING_LEARNED * entropy:
+            return False
+        return float(reduce(_spread(logits()))) < min(SPREAD, SHARE_OF_SPREAD * self.start_spread)
+
+    def go_back(self, model: nn.Module) -> None:
+        """Puts the first weights and buffers back.
+
+        Args:
+            model (`torch.nn.Module`): The model that the guard was made with.
+        """
+        model.load_state_dict(self._start)
+
+
+def _spread(logits: Tensor) -> Tensor:
+    return logits.detach().float().log_softmax(-1).std(0).mean().reshape(1)

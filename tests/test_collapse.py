@@ -1,0 +1,81 @@
+import pytest
+import torch
+import transformers
+from test_trainer import arguments, images, resnet, vit
+from torch import nn
+
+from metalr_hf import MetaLRTrainer
+from metalr_hf.collapse import CollapseGuard
+
+LABELS = torch.arange(30) % 3
+
+
+def guarded(loss, spread, start_spread=0.5):
+    guard = CollapseGuard(nn.Linear(4, 3), every=3)
+    noise = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    guard.note(torch.tensor(loss), LABELS)
+    assert not guard.collapsed(lambda: start_spread * noise)
+    guard.note(torch.tensor(loss), LABELS)
+    assert not guard.collapsed(lambda: pytest.fail("nothing is computed between"))
+    guard.note(torch.tensor(loss), LABELS)
+    return guard.collapsed(lambda: spread * noise)
+
+
+def test_it_takes_both_signs():
+    assert guarded(loss=1.1, spread=0.0)
+    assert not guarded(loss=1.1, spread=0.1), "a slow run answers differently from image to image"
+    assert not guarded(loss=0.9, spread=0.0), "an easy set may be learned by a constant"
+    assert not guarded(loss=1.1, spread=0.01, start_spread=0.02), "a network that never told images apart"
+
+
+def test_a_class_that_is_rare_is_no_collapse():
+    # The best constant answer to labels of which 9 in 10 are the same has a loss of 0.33.
+    guard = CollapseGuard(nn.Linear(4, 2), every=1)
+    guard.start_spread = 1.0
+    guard.note(torch.tensor(0.3), (torch.arange(100) % 10 == 0).long())
+    assert not guard.collapsed(lambda: torch.zeros(100, 2))
+
+
+def test_going_back_restores_weights_and_buffers():
+    model = resnet()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    guard = CollapseGuard(model)
+    model(torch.randn(4, 3, 16, 16))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    guard.go_back(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+class Kill(transformers.TrainerCallback):
+    """Sets all weights behind the first layers to zero: a network that answers every image alike."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.at:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.zero_()
+
+
+@pytest.mark.parametrize("source", ["stream", "next_batch"])
+def test_a_collapse_made_on_purpose_is_noticed_and_undone(tmp_path, source):
+    args = arguments(tmp_path, max_steps=30, meta_source=source, learning_rate=1e-2)
+    run = MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=2)])
+    messages = []
+    transformers.utils.logging.get_logger("metalr_hf.trainer").addFilter(
+        lambda record: messages.append(record.getMessage()) or True
+    )
+    run.train()
+    assert run.lr_scheduler.restarted_at in (9, 19)
+    assert any("first weights are back" in message for message in messages)
+    rates = run.lr_history.learning_rates
+    assert rates[run.lr_scheduler.restarted_at].max() == pytest.approx(1e-3)
+    last = [row["loss"] for row in run.state.log_history if "loss" in row][-5:]
+    assert sum(last) / 5 < 1.0, last
+    start = vit(0.0).state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in run.model.state_dict().items())

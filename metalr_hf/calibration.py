@@ -19,10 +19,10 @@ LADDER = tuple(10 ** (k / 2) for k in range(-12, 1))
 # learning rate given makes no difference, not even in the last digit.
 PROBE_LR = 1e-3
 FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 1e-3
-RISE, TOLERANCE = 0.01, 0.003
+RISE, TOLERANCE, SHELF = 0.01, 0.003, 0.2
 # One step with a fresh head often says nothing about the backbone. Tuning lowers a rate that is too high within a few
 # steps; from one a thousand times too low it needs the better part of a short run.
-LARGEST_HEAD_TO_BACKBONE = 100.0
+LARGEST_HEAD_TO_BACKBONE, FALLBACK_HEAD_TO_BACKBONE = 100.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ class Calibration:
 def first_valley(
     ladder: Sequence[float], loss_at: Callable[[float], float], start_loss: float
 ) -> tuple[float | None, list[float]]:
-    """Walks up a ladder of learning rates and stops behind the first valley of the loss.
+    """Walks up a ladder of learning rates and stops behind the first valley or shelf of the loss.
 
-    The walk ends where the loss is 1 % above the lowest seen: what lies behind may be lower, but there the features
-    have often collapsed towards a constant output. Of the rungs walked it takes the highest whose loss is within 0.3 %
-    of the lowest.
+    The walk ends where the loss is 1 % above the lowest seen, or where, after it has fallen by 1 %, a rung brings less
+    than a fifth of what the rung before brought. What lies behind may be lower, but there the features have often
+    collapsed towards a constant output. Of the rungs walked it takes the highest whose loss is within 0.3 % of the
+    lowest.
 
     Args:
         ladder (`Sequence[float]`): Learning rates, in rising order.
@@ -93,14 +94,21 @@ def first_valley(
 
     ```
     """
-    lowest, walked, losses = start_loss, [], []
+    lowest, before, gain = start_loss, start_loss, 0.0
+    walked: list[tuple[float, float]] = []
+    losses = []
     for rate in ladder:
         loss = loss_at(rate)
         losses.append(loss)
         if not math.isfinite(loss) or loss > lowest * (1 + RISE):
             break
+        on_shelf = lowest < start_loss * (1 - RISE) and before - loss < SHELF * gain
+        if on_shelf and loss < lowest * (1 - TOLERANCE):
+            break
         walked.append((rate, loss))
-        lowest = min(lowest, loss)
+        if on_shelf:
+            break
+        lowest, gain, before = min(lowest, loss), before - loss, loss
     lowest_rungs = [rate for rate, loss in walked if loss <= lowest * (1 + TOLERANCE)]
     flat = lowest > start_loss * (1 - TOLERANCE) and len(walked) == len(ladder)
     return None if flat or not lowest_rungs else lowest_rungs[-1], losses
@@ -164,10 +172,12 @@ def calibrate(
     backbone_losses: list[float] = []
     if layers > 1:
         backbone_lr, backbone_losses = first_valley(ladder, lambda rate: loss_at(rate, 0.0), start_loss)
-        if backbone_lr is None:
-            doubts.append("the loss does not tell the learning rates of the backbone apart")
+        # A batch whose loss no step of the backbone lowers, as far as it was walked, says nothing of how long to step.
+        if backbone_lr is None or not min(backbone_losses) <= start_loss * (1 - TOLERANCE):
+            doubts.append("no step of the backbone lowers the loss")
+            backbone_lr = None
     if backbone_lr is None:
-        backbone_lr = min(max(FALLBACK_BACKBONE_LR, lr_min), lr_max)
+        backbone_lr = min(max(FALLBACK_BACKBONE_LR, head_lr / FALLBACK_HEAD_TO_BACKBONE, lr_min), lr_max)
     backbone_lr = max(backbone_lr, head_lr / LARGEST_HEAD_TO_BACKBONE)
     found = Calibration(backbone_lr, head_lr, start_loss, ladder, head_losses, backbone_losses, doubts)
     warn_of_doubts(found)

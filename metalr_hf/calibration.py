@@ -19,7 +19,9 @@ LADDER = tuple(10 ** (k / 2) for k in range(-12, 1))
 # learning rate given makes no difference, not even in the last digit.
 PROBE_LR = 1e-3
 FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 1e-3
-RISE, TOLERANCE, SHELF = 0.01, 0.003, 0.2
+RISE, TOLERANCE = 0.01, 0.003
+# Behind the knee of the loss, and only where it has fallen by enough to have one.
+SHELF, FALL = 0.5, 0.1
 # One step with a fresh head often says nothing about the backbone. Tuning lowers a rate that is too high within a few
 # steps; from one a thousand times too low it needs the better part of a short run.
 LARGEST_HEAD_TO_BACKBONE, FALLBACK_HEAD_TO_BACKBONE = 100.0, 30.0
@@ -70,8 +72,8 @@ def first_valley(
 ) -> tuple[float | None, list[float]]:
     """Walks up a ladder of learning rates and stops behind the first valley or shelf of the loss.
 
-    The walk ends where the loss is 1 % above the lowest seen, or where, after it has fallen by 1 %, a rung brings less
-    than a fifth of what the rung before brought. What lies behind may be lower, but there the features have often
+    The walk ends where the loss is 1 % above the lowest seen, or where, after it has fallen by a tenth, a rung brings
+    less than half of what the rung before brought. What lies behind may be lower, but there the features have often
     collapsed towards a constant output. Of the rungs walked it takes the highest whose loss is within 0.3 % of the
     lowest.
 
@@ -102,7 +104,7 @@ def first_valley(
         losses.append(loss)
         if not math.isfinite(loss) or loss > lowest * (1 + RISE):
             break
-        on_shelf = lowest < start_loss * (1 - RISE) and before - loss < SHELF * gain
+        on_shelf = lowest < start_loss * (1 - FALL) and before - loss < SHELF * gain
         if on_shelf and loss < lowest * (1 - TOLERANCE):
             break
         walked.append((rate, loss))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 NON_FINITE_WARNING_AFTER = 20
 HARM = 3.0
 PAUSE = 5
+FACTORS = (1 / 4, 1 / 16, 1 / 64)
 
 
 class TuningGuard:
@@ -77,6 +79,17 @@ class TuningGuard:
             return True
         self.mean_loss += 0.2 * (loss - self.mean_loss)
         return False
+
+    def bearable_factor(self, loss_at: Callable[[float], float]) -> float:
+        """How much of a harmful step can stay.
+
+        Args:
+            loss_at (`Callable[[float], float]`): A factor of the step to the loss after it, by a forward pass.
+
+        Returns:
+            `float`: 1/4, 1/16 or 1/64: the first after which the loss is within the limit, or the last.
+        """
+        return next((factor for factor in FACTORS[:-1] if loss_at(factor) <= self.limit), FACTORS[-1])
 
     @property
     def limit(self) -> float:

@@ -144,6 +144,25 @@ class LookAhead:
             with torch.no_grad():
                 _copy(self.parameters, stepped)
 
+    def validate(
+        self, meta_loss: Callable[[], Tensor], parameters: Iterable[Tensor], raw_step: Sequence[float] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The validation loss at the look-ahead and the inner products with its gradient.
+
+        Args:
+            meta_loss (`Callable`): Takes nothing and returns the scalar validation loss.
+            parameters (`Iterable[torch.Tensor]`): All parameters; their gradients become those of the validation loss.
+            raw_step (`Sequence[float]`, *optional*): Learning rates of a step along the raw gradient g to look at in
+                place of the step taken; the products are then with g.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: the loss, of shape `()`, and the products, of shape `(parameters,)`.
+        """
+        if raw_step is None:
+            return validation_gradient(meta_loss, parameters), self.inner_products()
+        with self.raw_gradient_step(raw_step) as gradients:
+            return validation_gradient(meta_loss, parameters), self.inner_products(gradients)
+
     @contextmanager
     def raw_gradient_step(self, learning_rates: Sequence[float]) -> Iterator[list[Tensor]]:
         """Stands at θ - α g instead of θ̂ while the context is open: the paper's look-ahead with the raw gradient.

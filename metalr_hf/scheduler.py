@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .calibration import PROBE_LR, Calibration, calibrate
 from .guard import TuningGuard
 from .history import LRHistory
-from .hypergradient import LookAhead, clear_gradients, gather, validation_gradient
+from .hypergradient import LookAhead, clear_gradients, gather
 from .linearity import check_linear
 from .optimizers import (
     layer_of_groups,
@@ -30,8 +30,8 @@ from .rules import Rule, get_rule, limit_change
 from .settings import check_learning_rates, check_saved_layers, check_settings
 
 PLAIN_STATE = ("last_epoch", "_step_count", "restarted_at", "extra_passes")
-# How far back a harmful step is taken, at most three times over.
-SHRINK = 0.25
+# What is left of a step that the next batch found harmful: no forward pass tells how much would have been good.
+SHRINK_BLINDLY = 1 / 16
 
 
 class MetaLRScheduler(LRScheduler):
@@ -313,7 +313,7 @@ class MetaLRScheduler(LRScheduler):
             before = self.learning_rates
             tuned = self._tune(self._noted, self._noted_loss)
             if self.guard.harmful(self._meta_loss):
-                self._refuse(SHRINK**2, before)
+                self._refuse(SHRINK_BLINDLY, before)
             elif tuned:
                 self._write_learning_rates()
             self._noted = self._noted_loss = None
@@ -321,6 +321,9 @@ class MetaLRScheduler(LRScheduler):
         if self.will_tune:
             self._found_inf = []
             self._look_ahead.before_step(self._parameters_by_layer())
+        elif self.last_epoch >= self.restarted_at + self.tuning_steps:
+            # Gives the copy of the parameters back.
+            self._look_ahead = LookAhead()
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         """Notes the step that the optimizer has taken."""
@@ -332,16 +335,13 @@ class MetaLRScheduler(LRScheduler):
     def _validate_tune_rescale(self, meta_loss: Callable[[], Tensor]) -> None:
         look_ahead, before = self._look_ahead, self.learning_rates
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.lookahead == "sgd":
-            shape = self.shape(self.last_epoch)
-            with look_ahead.raw_gradient_step((before * shape).tolist()) as gradients, self.meta_context():
-                loss = validation_gradient(meta_loss, parameters)
-                # The hypergradient itself: the step looked at is -α s g.
-                products = look_ahead.inner_products(gradients) * -shape
-        else:
-            with self.meta_context():
-                loss = validation_gradient(meta_loss, parameters)
-            products = look_ahead.inner_products()
+        shape = self.shape(self.last_epoch)
+        raw_step = (before * shape).tolist() if self.lookahead == "sgd" else None
+        with self.meta_context():
+            loss, products = look_ahead.validate(meta_loss, parameters, raw_step)
+        if raw_step is not None:
+            # The hypergradient itself: the step looked at is -α s g.
+            products = products * -shape
         self.extra_passes += 1
         tuned = self._tune(products, loss)
         clear_gradients(parameters)
@@ -367,14 +367,13 @@ class MetaLRScheduler(LRScheduler):
     def _shrink(self, meta_loss: Callable[[], Tensor], before: Tensor) -> None:
         """Takes a harmful step back until its loss is bearable, with forward passes."""
 
-        def bearable(factor: float) -> bool:
+        def loss_at(factor: float) -> float:
+            self.extra_passes += 1 / 3
             with torch.no_grad(), self.meta_context(), self._look_ahead.moved_to([factor] * len(before)):
                 loss = meta_loss().reshape(1)
-            self.extra_passes += 1 / 3
-            return float(loss if self.reduce is None else self.reduce(loss)) <= self.guard.limit
+            return float(loss if self.reduce is None else self.reduce(loss))
 
-        factors = (SHRINK, SHRINK**2, SHRINK**3)
-        self._refuse(next(filter(bearable, factors), factors[-1]), before)
+        self._refuse(self.guard.bearable_factor(loss_at), before)
 
     def _refuse(self, factor: float, before: Tensor) -> None:
         self._look_ahead.rescale([factor] * len(before))

@@ -27,7 +27,7 @@ from .optimizers import (
     write_learning_rates,
 )
 from .rules import Rule, get_rule, limit_change
-from .settings import check_learning_rates, check_saved_layers, check_settings
+from .settings import check_layer_names, check_learning_rates, check_saved_layers, check_settings
 
 PLAIN_STATE = ("last_epoch", "_step_count", "restarted_at", "extra_passes")
 # What is left of a step that the next batch found harmful: no forward pass tells how much would have been good.
@@ -39,9 +39,8 @@ class MetaLRScheduler(LRScheduler):
 
     After each optimizer step it asks a validation batch whether every layer would better have taken a longer or a
     shorter step, changes the learning rates accordingly, and with a validation stream rescales the step just taken
-    (Chen et al. 2023, *MetaLR: Meta-tuning of Learning Rates for Transfer Learning in Medical Imaging*,
-    arXiv 2206.01408, Algorithm 1). The derivative is exact for every optimizer whose update is linear in its learning
-    rate, and costs one inner product a layer; see [`~metalr_hf.hypergradient.LookAhead`].
+    (Chen et al. 2023, arXiv 2206.01408, Algorithm 1). The derivative is exact for every optimizer whose update is
+    linear in its learning rate, and costs one inner product a layer; see [`~metalr_hf.hypergradient.LookAhead`].
 
     Param groups with the same `"layer"` entry share one learning rate; a group without it is a layer of its own. The
     `lr` of each group is where its layer starts.
@@ -56,22 +55,19 @@ class MetaLRScheduler(LRScheduler):
         meta_loss (`Callable`, *optional*):
             Takes nothing and returns the scalar validation loss. Used by `step()` without an argument.
         meta_source (`str`, *optional*, defaults to `"stream"`):
-            Where the validation gradient comes from. `"stream"`: from `meta_loss`, at the cost of one more forward
-            and backward. `"next_batch"`: from the next training step's gradient, at no extra pass; the rates move
-            for the coming step and nothing is rescaled (Baydin et al. 2018, a layer at a time).
+            Where the validation gradient comes from: `"stream"`, from `meta_loss`, by one more forward and backward;
+            `"next_batch"`, from the next training step's gradient, with nothing rescaled (Baydin et al. 2018).
         meta_every (`int`, *optional*, defaults to 1):
-            Tunes at every k-th optimizer step, the first included. Nothing is copied or computed between.
+            Tunes at every k-th optimizer step, the first included.
         tuning_steps (`int`, *optional*):
             Tunes at the first so many optimizer steps and keeps the rates found. `None` tunes to the end.
         calibrate (`bool`, *optional*, defaults to `False`):
             Finds the start rates along the first step with [`~metalr_hf.calibration.calibrate`], so that the `lr` of
             the groups makes no difference. Needs a `meta_loss` at the first `step()`, with either source.
         lookahead (`str`, *optional*, defaults to `"optimizer"`):
-            `"optimizer"` differentiates the step really taken; `"sgd"` the raw-gradient step of the paper (with
-            `meta_source="stream"` only).
+            `"optimizer"` differentiates the step really taken; `"sgd"` (streams only) the paper's raw-gradient step.
         shape (`Callable[[int], float]`, *optional*):
-            The schedule s(t) in [0, 1] that multiplies every tuned rate at optimizer step t = 0, 1, ... Constant 1 by
-            default. The hypergradient is taken with respect to the rate without the shape.
+            The schedule s(t) in [0, 1] that multiplies every tuned rate at optimizer step t. Constant 1 by default.
         lr_min (`float`, *optional*, defaults to 1e-8), lr_max (`float`, *optional*, defaults to 1.0):
             Bounds of every learning rate.
         max_lr_change (`float`, *optional*, defaults to 2.0):
@@ -79,8 +75,8 @@ class MetaLRScheduler(LRScheduler):
         hold_steps (`Mapping[str, int]`, *optional*):
             Layers whose rate is held for so many first steps.
         meta_context (`Callable`, *optional*):
-            Makes a context manager that the validation pass runs in, such as
-            `lambda: untouched(model)`, which keeps it out of batch-norm statistics and random numbers.
+            Makes a context manager for the validation pass, such as `lambda: untouched(model)`, which keeps it out of
+            batch-norm statistics and random numbers.
         reduce (`Callable`, *optional*):
             Averages a tensor over all processes. Needed if each process sees another validation batch.
 
@@ -171,9 +167,7 @@ class MetaLRScheduler(LRScheduler):
         if calibrate:
             self.learning_rates = torch.full_like(self.learning_rates, min(max(PROBE_LR, lr_min), lr_max))
         check_learning_rates(dict(zip(self.layers, self.learning_rates.tolist(), strict=True)), lr_min, lr_max)
-        unknown = sorted(set(hold_steps or {}) - set(self.layers))
-        if unknown:
-            raise ValueError(f"hold_steps names layers that are not there: {unknown}. The layers are {self.layers}.")
+        check_layer_names("hold_steps", hold_steps or {}, self.layers)
         self.hold_steps = dict(hold_steps or {})
         check_linear(unwrap(optimizer))
 

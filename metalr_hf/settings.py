@@ -113,3 +113,10 @@ def check_saved_layers(saved: list[str], layers: list[str]) -> None:
             f"{[layer for layer in layers if layer not in saved]}, in another order otherwise. "
             "Resume with the same model and layer_groups, or start a new run."
         )
+
+
+def check_layer_names(name: str, given: Mapping[str, Any], layers: list[str]) -> None:
+    """Raises `ValueError` if a setting names a layer that is not there."""
+    unknown = sorted(set(given) - set(layers))
+    if unknown:
+        raise ValueError(f"{name} names layers that are not there: {unknown}. The layers are {layers}.")

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .hypergradient import LookAhead, preserve_random_state
 
+# The first step, and those at which a backbone in doubt is tried again.
+CALIBRATED_STEPS = (0, 5, 10)
 # Half a decade apart: what one step says is not finer than that.
 LADDER = tuple(10 ** (k / 2) for k in range(-12, 1))
 # Which rate takes the step that is calibrated does not matter, but it has to be the same in every run, so that the
@@ -20,6 +22,7 @@ LADDER = tuple(10 ** (k / 2) for k in range(-12, 1))
 PROBE_LR = 1e-3
 FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 1e-3
 RISE, TOLERANCE = 0.01, 0.003
+BACKBONE_DOUBT = "no step of the backbone lowers the loss"
 # Behind the knee of the loss, and only where it has fallen by enough to have one.
 SHELF, FALL = 0.5, 0.1
 # One step with a fresh head often says nothing about the backbone. Tuning lowers a rate that is too high within a few
@@ -48,6 +51,11 @@ class Calibration:
     head_losses: list[float]
     backbone_losses: list[float]
     doubts: list[str]
+
+    @property
+    def backbone_in_doubt(self) -> bool:
+        """Whether the backbone's rate is a guess."""
+        return BACKBONE_DOUBT in self.doubts
 
     @property
     def forwards(self) -> int:
@@ -119,9 +127,10 @@ def first_valley(
 @torch.no_grad()
 def calibrate(
     look_ahead: LookAhead,
-    step_lr: float,
+    step_lrs: Sequence[float],
     meta_loss: Callable[[], Tensor] | None,
     *,
+    head_lr: float | None = None,
     lr_min: float = 0.0,
     lr_max: float = math.inf,
     reduce: Callable[[Tensor], Tensor] | None = None,
@@ -135,8 +144,10 @@ def calibrate(
 
     Args:
         look_ahead ([`~metalr_hf.hypergradient.LookAhead`]): The step taken. Its last layer is the head.
-        step_lr (`float`): The learning rate that the step was taken with, in all layers.
+        step_lrs (`Sequence[float]`): The learning rate that the step was taken with, in every layer.
         meta_loss (`Callable`): Takes nothing and returns the scalar validation loss at the present parameters.
+        head_lr (`float`, *optional*): The rate of the head where it is known: only the backbone is walked, from the
+            head as the step left it.
         lr_min (`float`, *optional*, defaults to 0.0), lr_max (`float`, *optional*, defaults to `math.inf`): Rungs
             outside these bounds are left out.
         reduce (`Callable`, *optional*): Averages a tensor over all processes.
@@ -159,31 +170,109 @@ def calibrate(
 
     def loss_at(backbone_lr: float, head_lr: float) -> float:
         rates = [backbone_lr] * (layers - 1) + [head_lr]
+        ratios = [rate / step_lr for rate, step_lr in zip(rates, step_lrs, strict=True)]
         # Every rung sees the same dropout masks.
-        with look_ahead.moved_to([rate / step_lr for rate in rates]), preserve_random_state(device):
+        with look_ahead.moved_to(ratios), preserve_random_state(device):
             loss = meta_loss().detach().reshape(1)
         return float(loss if reduce is None else reduce(loss))
 
-    doubts = []
-    start_loss = loss_at(0.0, 0.0)
-    head_lr, head_losses = first_valley(ladder, lambda rate: loss_at(0.0, rate), start_loss)
+    doubts: list[str] = []
+    head_losses: list[float] = []
+    head_step = 0.0 if head_lr is None else step_lrs[-1]
+    start_loss = loss_at(0.0, head_step)
+    if head_lr is None:
+        head_lr, head_losses = first_valley(ladder, lambda rate: loss_at(0.0, rate), start_loss)
     if head_lr is None:
         doubts.append("the loss does not tell the learning rates of the head apart")
         head_lr = min(max(FALLBACK_HEAD_LR, lr_min), lr_max)
     backbone_lr: float | None = None
     backbone_losses: list[float] = []
     if layers > 1:
-        backbone_lr, backbone_losses = first_valley(ladder, lambda rate: loss_at(rate, 0.0), start_loss)
+        backbone_lr, backbone_losses = first_valley(ladder, lambda rate: loss_at(rate, head_step), start_loss)
         # A batch whose loss no step of the backbone lowers, as far as it was walked, says nothing of how long to step.
         if backbone_lr is None or not min(backbone_losses) <= start_loss * (1 - TOLERANCE):
-            doubts.append("no step of the backbone lowers the loss")
+            doubts.append(BACKBONE_DOUBT)
             backbone_lr = None
     if backbone_lr is None:
         backbone_lr = min(max(FALLBACK_BACKBONE_LR, head_lr / FALLBACK_HEAD_TO_BACKBONE, lr_min), lr_max)
     backbone_lr = max(backbone_lr, head_lr / LARGEST_HEAD_TO_BACKBONE)
-    found = Calibration(backbone_lr, head_lr, start_loss, ladder, head_losses, backbone_losses, doubts)
-    warn_of_doubts(found)
-    return found
+    return Calibration(backbone_lr, head_lr, start_loss, ladder, head_losses, backbone_losses, doubts)
+
+
+class Calibrator:
+    """Calibrates at the first step, and the backbone again a few steps later if it was in doubt.
+
+    A fresh head may say nothing about the backbone, so that no step of it lowers the loss. A head that has learned for
+    a few steps does.
+
+    Args:
+        active (`bool`): Whether to calibrate at all.
+
+    Attributes:
+        found ([`Calibration`], *optional*): The last calibration that gave the rates.
+        forwards (`int`): Forward passes taken so far.
+    """
+
+    def __init__(self, active: bool):
+        self.found: Calibration | None = None
+        self.forwards = 0
+        self._steps: list[int] = list(CALIBRATED_STEPS) if active else []
+
+    def due(self, step: int) -> bool:
+        """Whether this step is to be calibrated; a step that could not be is made up for by the next.
+
+        Args:
+            step (`int`): The optimizer step, from 0.
+        """
+        return bool(self._steps) and step >= self._steps[0]
+
+    def learning_rates(
+        self,
+        step: int,
+        look_ahead: LookAhead,
+        before: Sequence[float],
+        shape: float,
+        meta_loss: Callable[[], Tensor] | None,
+        **kwargs: Any,
+    ) -> list[float]:
+        """Calibrates the step just taken.
+
+        Args:
+            step (`int`): The optimizer step, from 0.
+            look_ahead ([`~metalr_hf.hypergradient.LookAhead`]): The step taken.
+            before (`Sequence[float]`): The learning rate α of every layer, the head's last.
+            shape (`float`): The schedule's factor s: the step was taken with s α.
+            meta_loss (`Callable`): Takes nothing and returns the scalar validation loss at the present parameters.
+            kwargs: Passed on to [`calibrate`].
+
+        Returns:
+            `list[float]`: the start rate of every layer, or `before` if the backbone is still in doubt.
+        """
+        first = self.found is None
+        step_lrs = [rate * shape for rate in before]
+        found = calibrate(look_ahead, step_lrs, meta_loss, head_lr=None if first else before[-1], **kwargs)
+        self.forwards += found.forwards
+        self._steps = [later for later in self._steps if later > step] if found.backbone_in_doubt else []
+        if not self._steps:
+            warn_of_doubts(found)
+        if found.backbone_in_doubt and not first:
+            return list(before)
+        self.found = found
+        return found.learning_rates(len(before))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain containers."""
+        return {
+            "found": None if self.found is None else self.found.state_dict(),
+            "forwards": self.forwards,
+            "steps": list(self._steps),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what [`~Calibrator.state_dict`] gave."""
+        found = state_dict["found"]
+        self.found = None if found is None else Calibration(**found)
+        self.forwards, self._steps = state_dict["forwards"], list(state_dict["steps"])
 
 
 def warn_of_doubts(calibration: Calibration) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .calibration import PROBE_LR, Calibration, calibrate
+from .calibration import PROBE_LR, Calibration, Calibrator
 from .guard import TuningGuard
 from .history import LRHistory
 from .hypergradient import LookAhead, clear_gradients, gather
@@ -29,7 +29,7 @@ from .optimizers import (
 from .rules import Rule, get_rule, limit_change
 from .settings import check_layer_names, check_learning_rates, check_saved_layers, check_settings
 
-PLAIN_STATE = ("last_epoch", "_step_count", "restarted_at", "extra_passes")
+PLAIN_STATE = ("last_epoch", "_step_count", "restarted_at", "validations")
 # What is left of a step that the next batch found harmful: no forward pass tells how much would have been good.
 SHRINK_BLINDLY = 1 / 16
 
@@ -161,9 +161,8 @@ class MetaLRScheduler(LRScheduler):
         self.layers = list(dict.fromkeys(self._group_layers))
         self.learning_rates = start_learning_rates(optimizer, self._group_layers, self.layers)
         self.restarted_at = 0
-        self.extra_passes = 0.0
-        self.calibration: Calibration | None = None
-        self.will_calibrate = calibrate
+        self.validations = 0.0
+        self._calibrator = Calibrator(calibrate)
         if calibrate:
             self.learning_rates = torch.full_like(self.learning_rates, min(max(PROBE_LR, lr_min), lr_max))
         check_learning_rates(dict(zip(self.layers, self.learning_rates.tolist(), strict=True)), lr_min, lr_max)
@@ -182,6 +181,21 @@ class MetaLRScheduler(LRScheduler):
         self._meta_loss = math.nan
         self._hooks = listen_to_steps(optimizer, self)
         super().__init__(optimizer)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the calibration found, once it has."""
+        return self._calibrator.found
+
+    @property
+    def extra_passes(self) -> float:
+        """What calibration and validation have cost so far, in training passes; a forward alone counts as a third."""
+        return self.validations + self._calibrator.forwards / 3
+
+    @property
+    def will_calibrate(self) -> bool:
+        """Whether the present step is one whose rates are calibrated."""
+        return self._calibrator.due(self.last_epoch)
 
     @property
     def will_tune(self) -> bool:
@@ -255,9 +269,9 @@ class MetaLRScheduler(LRScheduler):
             "layers": list(self.layers),
             "learning_rates": self.learning_rates.clone(),
             "start_learning_rates": self.start_learning_rates.clone(),
-            "calibration": None if self.calibration is None else self.calibration.state_dict(),
             "rule": self.rule.state_dict(),
             "guard": self.guard.state_dict(),
+            "calibrator": self._calibrator.state_dict(),
             "history": self.history.state_dict(),
             "look_ahead": self._look_ahead.state_dict(self._parameters_by_layer()),
             "stateful": {name: part.state_dict() for name, part in self.stateful.items()},
@@ -279,9 +293,7 @@ class MetaLRScheduler(LRScheduler):
             setattr(self, name, state_dict[name])
         self.learning_rates = state_dict["learning_rates"].clone()
         self.start_learning_rates = state_dict["start_learning_rates"].clone()
-        calibration = state_dict["calibration"]
-        self.calibration = None if calibration is None else Calibration(**calibration)
-        self.will_calibrate = self.will_calibrate and calibration is None
+        self._calibrator.load_state_dict(state_dict["calibrator"])
         for name in ("rule", "guard", "history"):
             getattr(self, name).load_state_dict(state_dict[name])
         self._look_ahead.load_state_dict(state_dict["look_ahead"], self._parameters_by_layer())
@@ -336,7 +348,7 @@ class MetaLRScheduler(LRScheduler):
         if raw_step is not None:
             # The hypergradient itself: the step looked at is -α s g.
             products = products * -shape
-        self.extra_passes += 1
+        self.validations += 1
         tuned = self._tune(products, loss)
         clear_gradients(parameters)
         if self.guard.harmful(self._meta_loss):
@@ -347,14 +359,19 @@ class MetaLRScheduler(LRScheduler):
     def _calibrate(self, meta_loss: Callable[[], Tensor] | None) -> None:
         if any(float(flag) > 0 for flag in self._found_inf):
             return
-        before, step_lr = self.learning_rates, float(self.learning_rates[0]) * self.shape(self.last_epoch)
+        before = self.learning_rates
         with self.meta_context():
-            found = calibrate(
-                self._look_ahead, step_lr, meta_loss, lr_min=self.lr_min, lr_max=self.lr_max, reduce=self.reduce
+            found = self._calibrator.learning_rates(
+                self.last_epoch,
+                self._look_ahead,
+                before.tolist(),
+                self.shape(self.last_epoch),
+                meta_loss,
+                lr_min=self.lr_min,
+                lr_max=self.lr_max,
+                reduce=self.reduce,
             )
-        self.calibration, self.will_calibrate = found, False
-        self.extra_passes += found.forwards / 3
-        self.learning_rates = before.new_tensor(found.learning_rates(len(before)))
+        self.learning_rates = before.new_tensor(found)
         self.start_learning_rates = self.learning_rates
         self._look_ahead.rescale(_ratio(self.learning_rates, before).tolist(), keep=self.meta_source == "next_batch")
 
@@ -362,7 +379,7 @@ class MetaLRScheduler(LRScheduler):
         """Takes a harmful step back until its loss is bearable, with forward passes."""
 
         def loss_at(factor: float) -> float:
-            self.extra_passes += 1 / 3
+            self.validations += 1 / 3
             with torch.no_grad(), self.meta_context(), self._look_ahead.moved_to([factor] * len(before)):
                 loss = meta_loss().reshape(1)
             return float(loss if self.reduce is None else self.reduce(loss))

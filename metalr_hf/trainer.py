@@ -197,7 +197,7 @@ class MetaLRTrainer(Trainer):
             if scheduler.meta_loss is None and (
                 scheduler.will_calibrate or (self._meta_stream and scheduler.will_tune)
             ):
-                stream = self._create_meta_stream() if self._meta_stream is None else self._meta_stream
+                stream = self._meta_stream or self._create_meta_stream(self.state.global_step)
                 scheduler.meta_loss = partial(self.compute_meta_loss, next(stream))
             self._undo_collapse(inputs)
             self._step_loss = 0.0
@@ -320,7 +320,7 @@ class MetaLRTrainer(Trainer):
         candidates = [*(self.args.label_names or []), "labels", "label"]
         return next((name for name in candidates if name in columns), candidates[0] if columns else "labels")
 
-    def _create_meta_stream(self) -> MetaStream:
+    def _create_meta_stream(self, seed: int = 0) -> MetaStream:
         args = self.args
         dataset = self.train_dataset if self.meta_dataset is None else self.meta_dataset
         # The same two preparations that Trainer gives to its own loaders; no public method does them.
@@ -332,7 +332,7 @@ class MetaLRTrainer(Trainer):
             dataset,
             args.meta_batch_size or args.train_batch_size,
             collator,
-            seed=args.seed if args.data_seed is None else args.data_seed,
+            seed=seed + (args.seed if args.data_seed is None else args.data_seed),
             num_workers=args.dataloader_num_workers,
             process_index=args.process_index,
             num_processes=args.world_size,

@@ -9,7 +9,7 @@ from test_trainer import arguments, images, resnet, vit
 from torch import nn
 
 from metalr_hf import MetaLRScheduler, MetaLRTrainer
-from metalr_hf.calibration import LADDER, PROBE_LR, Calibration, calibrate, first_valley
+from metalr_hf.calibration import LADDER, PROBE_LR, Calibration, calibrate, first_valley, warn_of_doubts
 from metalr_hf.hypergradient import LookAhead, untouched
 
 DIGITS = load_digits()
@@ -96,7 +96,7 @@ def test_everything_is_left_as_it_was(optimizer_class, dtype):
     before = [value.clone() for value in everything()]
     random_states = random.getstate(), np.random.get_state()[1].tolist()
     with untouched(model):
-        found = calibrate(look_ahead, PROBE_LR, lambda: loss_of(model, slice(64, 128)))
+        found = calibrate(look_ahead, [PROBE_LR] * 2, lambda: loss_of(model, slice(64, 128)))
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
     assert (random.getstate(), np.random.get_state()[1].tolist()) == random_states
     assert found.forwards == 1 + len(found.head_losses) + len(found.backbone_losses) <= 1 + 2 * len(LADDER)
@@ -107,7 +107,7 @@ def test_the_losses_are_those_of_the_steps_themselves():
     optimizer = torch.optim.AdamW(groups(model, PROBE_LR))
     look_ahead = a_step_taken(model, optimizer)
     with untouched(model, "eval"):
-        found = calibrate(look_ahead, PROBE_LR, lambda: loss_of(model.eval(), slice(64, 128)))
+        found = calibrate(look_ahead, [PROBE_LR] * 2, lambda: loss_of(model.eval(), slice(64, 128)))
     for i, rate in enumerate(found.ladder[: len(found.backbone_losses)]):
         again = network()
         torch.manual_seed(1)
@@ -148,11 +148,13 @@ def test_the_first_step_is_the_one_with_the_rates_found():
 def test_a_flat_ladder_and_an_odd_batch_are_warned_of():
     model = network()
     look_ahead = a_step_taken(model, torch.optim.AdamW(groups(model, PROBE_LR)))
+    flat = calibrate(look_ahead, [PROBE_LR] * 2, lambda: torch.tensor(1.0))
     with pytest.warns(UserWarning, match="does not tell the learning rates of the head apart"):
-        flat = calibrate(look_ahead, PROBE_LR, lambda: torch.tensor(1.0))
+        warn_of_doubts(flat)
     assert (flat.backbone_lr, flat.head_lr) == (1e-4, 1e-3)
+    odd = calibrate(look_ahead, [PROBE_LR] * 2, lambda: torch.tensor(math.nan), lr_min=1e-2)
     with pytest.warns(UserWarning, match=r"starts at 1\.0e-02 \(backbone\)"):
-        calibrate(look_ahead, PROBE_LR, lambda: torch.tensor(math.nan), lr_min=1e-2)
+        warn_of_doubts(odd)
 
 
 def test_the_backbone_starts_at_a_hundredth_of_the_head_at_least():
@@ -167,15 +169,15 @@ def test_the_backbone_starts_at_a_hundredth_of_the_head_at_least():
     # backbone's up to 5e-6 only.
     found = calibrate(
         look_ahead,
-        PROBE_LR,
+        [PROBE_LR] * 2,
         lambda: 5 + (moved(5) - 0.1).abs() - 0.1 * (moved(0) > 5e-7) + (moved(0) > 5e-6),
     )
     assert found.ladder[len(found.backbone_losses) - 1] < 1e-4
     assert found.head_lr == pytest.approx(0.1)
     assert found.backbone_lr == pytest.approx(1e-3)
     # Without a step of the backbone that lowers the loss there is nothing to go by.
-    with pytest.warns(UserWarning, match="no step of the backbone lowers the loss"):
-        odd = calibrate(look_ahead, PROBE_LR, lambda: 5 + (moved(5) - 0.1).abs() + (moved(0) > 5e-6))
+    odd = calibrate(look_ahead, [PROBE_LR] * 2, lambda: 5 + (moved(5) - 0.1).abs() + (moved(0) > 5e-6))
+    assert odd.backbone_in_doubt
     assert odd.backbone_lr == pytest.approx(0.1 / 30)
 
 
@@ -204,6 +206,44 @@ def test_it_is_saved_and_not_done_again():
     assert not other.will_calibrate
     assert isinstance(other.calibration, Calibration)
     assert other.calibration == scheduler.calibration
+
+
+def test_a_backbone_in_doubt_is_calibrated_again_when_the_head_has_learned():
+    def run(steps, resume_after=None):
+        model = network()
+        scheduler = MetaLRScheduler(torch.optim.AdamW(groups(model, 1e-4)), meta_source="next_batch", calibrate=True)
+        for step in range(steps):
+            if step == resume_after:
+                saved = scheduler.optimizer.state_dict(), scheduler.state_dict()
+                optimizer = torch.optim.AdamW(groups(model, 1e-4))
+                scheduler = MetaLRScheduler(optimizer, meta_source="next_batch", calibrate=True)
+                optimizer.load_state_dict(saved[0])
+                scheduler.load_state_dict(saved[1])
+            torch.manual_seed(step)
+            loss_of(model, slice(64 * step, 64 * step + 64)).backward()
+            start = [p.detach().clone() for p in model[0].parameters()]
+            scheduler.optimizer.step()
+
+            def moved(start=start):
+                return sum((p - q).abs().sum() for p, q in zip(model[0].parameters(), start, strict=True))
+
+            # At the first steps no step of the backbone is any good.
+            if step < 5:
+                scheduler.step(lambda: loss_of(model, slice(1000, 1064)).detach() + 10 * moved())
+            else:
+                scheduler.step(lambda: loss_of(model, slice(1000, 1064)))
+            scheduler.optimizer.zero_grad()
+        return scheduler
+
+    early, late, resumed = run(4), run(8), run(8, resume_after=3)
+    assert early.calibration.backbone_in_doubt
+    assert not early.will_calibrate
+    assert not late.calibration.backbone_in_doubt
+    assert late.calibration.head_losses == []
+    assert late.calibration.backbone_lr in LADDER
+    assert late.extra_passes == pytest.approx((early.calibration.forwards + late.calibration.forwards) / 3)
+    assert torch.equal(late.learning_rates, resumed.learning_rates)
+    assert late.calibration == resumed.calibration
 
 
 def test_tuning_ends_after_its_steps():

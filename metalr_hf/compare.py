@@ -25,6 +25,7 @@ from .folds import flip_labels, fold_rows, stratified_subset
 from .metrics import score_classes
 from .settings import check_count, check_number
 from .strategies import Job, Strategy, get_strategy
+from .timm_models import is_timm_model, wrap_timm_model
 from .transforms import collate_images
 
 RowTransform = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
@@ -42,7 +43,7 @@ class Cell:
         name (`str`): What it is called in the report.
         make_model (`Callable[[Sequence[str]], torch.nn.Module]`):
             Class names to a pretrained model with a fresh head, which takes `pixel_values` and `labels` as models of
-            transformers do. A module that takes images and returns logits is given a cross-entropy loss.
+            transformers do. A timm network is wrapped, a module from images to logits given a cross-entropy loss.
         train (`datasets.Dataset`): Rows with `image` and `label`, a `ClassLabel`.
         test (`datasets.Dataset`, *optional*): The same. Not needed with folds.
         train_transform (`Callable`):
@@ -279,7 +280,7 @@ def _make_trainer(
         "log_level": "error",
     }
     job = Job(
-        model=model if _takes_labels(model) else Classifier(model),
+        model=_with_loss(model, cell.classes),
         learning_rate=run.learning_rate or 5e-5,  # Trainer's default for a strategy that does not look at it.
         arguments=arguments,
         trainer_arguments={"train_dataset": _prepared(train, cell.train_transform), "data_collator": collate_images},
@@ -331,16 +332,17 @@ class _Watch:
 
     def cost(self) -> float:
         """Forward and backward passes over those of a plain run; a forward alone counts for a third."""
-        extra: float = getattr(self.trainer.lr_scheduler, "extra_passes", 0.0)
-        return (self.steps + extra) / max(1, self.steps)
+        return (self.steps + getattr(self.trainer.lr_scheduler, "extra_passes", 0.0)) / max(1, self.steps)
 
 
 def _prepared(data: datasets.Dataset, transform: RowTransform) -> datasets.Dataset:
     return data.select_columns([IMAGE, LABEL]).with_transform(transform)
 
 
-def _takes_labels(model: nn.Module) -> bool:
-    return hasattr(model, "config") or hasattr(model, "pretrained_cfg") or isinstance(model, Classifier)
+def _with_loss(model: nn.Module, classes: Sequence[str]) -> nn.Module:
+    if is_timm_model(model):
+        return wrap_timm_model(model, dict(enumerate(classes)))
+    return model if hasattr(model, "config") or isinstance(model, Classifier) else Classifier(model)
 
 
 def _check_cell(cell: Cell, comparison: Comparison) -> None:
@@ -348,8 +350,7 @@ def _check_cell(cell: Cell, comparison: Comparison) -> None:
         raise ValueError(f"The data set of {cell.name!r} has no test split. Name one, or use folds.")
     if comparison.folds > len(cell.train):
         raise ValueError(f"folds={comparison.folds} is more than the {len(cell.train)} rows of {cell.name!r}.")
-    column = comparison.group_column
-    if column is not None and column not in cell.train.column_names:
+    if (column := comparison.group_column) is not None and column not in cell.train.column_names:
         raise ValueError(f"group_column={column!r} is not a column of {cell.name!r}: {cell.train.column_names}.")
 
 

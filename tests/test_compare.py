@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from sklearn.metrics import recall_score
 from torch import nn
@@ -184,6 +186,12 @@ def test_scores_agree_with_scikit_learn_and_folds_cover_every_row(tmp_path):
         assert list(row["class_accuracy"].values()) == pytest.approx(expected, abs=1e-6)
         assert list(row["class_accuracy"]) == ["red", "green", "blue"]
         assert row["accuracy"] == pytest.approx((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
+
+
+def test_a_bare_timm_network_is_taken_by_every_kind_of_strategy(tmp_path):
+    own = replace(cell(), make_model=lambda classes: timm.create_model("test_resnet", num_classes=len(classes)))
+    compare([own], comparison(learning_rates=[1e-3], steps=2), tmp_path)
+    assert [row["status"] for row in read_results(tmp_path)] == ["done", "done"]
 
 
 def test_noise_flips_the_asked_share_and_subsets_are_stratified(tmp_path):

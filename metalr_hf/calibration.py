@@ -80,10 +80,10 @@ def first_valley(
 ) -> tuple[float | None, list[float]]:
     """Walks up a ladder of learning rates and stops behind the first valley or shelf of the loss.
 
-    The walk ends where the loss is 1 % above the lowest seen, or where, after it has fallen by a tenth, a rung brings
-    less than half of what the rung before brought. What lies behind may be lower, but there the features have often
-    collapsed towards a constant output. Of the rungs walked it takes the highest whose loss is within 0.3 % of the
-    lowest.
+    The walk ends where the loss is 1 % above the lowest seen, or back above the start after a fall, or where, after it
+    has fallen by a tenth, a rung brings less than half of what the rung before brought. What lies behind may be lower,
+    but there the features have often collapsed towards a constant output. Of the rungs walked it takes the highest
+    whose loss is within 0.3 % of the lowest.
 
     Args:
         ladder (`Sequence[float]`): Learning rates, in rising order.
@@ -110,7 +110,8 @@ def first_valley(
     for rate in ladder:
         loss = loss_at(rate)
         losses.append(loss)
-        if not math.isfinite(loss) or loss > lowest * (1 + RISE):
+        lost_again = loss > start_loss and lowest < start_loss * (1 - TOLERANCE)
+        if not math.isfinite(loss) or loss > lowest * (1 + RISE) or lost_again:
             break
         on_shelf = lowest < start_loss * (1 - FALL) and before - loss < SHELF * gain
         if on_shelf and loss < lowest * (1 - TOLERANCE):

@@ -72,8 +72,9 @@ def train(lr, source="next_batch", steps=5, optimizer_class=torch.optim.AdamW, *
         ([2.4, 2.5, 1.0, 1.0], None, 1),
         ([2.2, 1.8, 1.803, 1.0], 1e-2, 3),
         ([2.2, 1.9, 1.88, 0.9], 1e-3, 3),
+        ([2.29, 2.285, 2.302, 1.5], 1e-3, 3),
     ],
-    ids=["valley", "falling", "not-finite", "flat", "no-harm", "up-at-once", "highest-of-the-lowest", "shelf"],
+    ids=["valley", "falling", "not-finite", "flat", "no-harm", "up-at-once", "highest-of-the-lowest", "shelf", "hill"],
 )
 def test_first_valley(losses, found, walked):
     ladder = [1e-4, 1e-3, 1e-2, 1e-1]

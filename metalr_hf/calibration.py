@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .hypergradient import LookAhead, preserve_random_state
+from .hypergradient import LookAhead
 
 # The first step, and those at which a backbone in doubt is tried again.
 CALIBRATED_STEPS = (0, 5, 10)
@@ -125,7 +124,6 @@ def first_valley(
     return None if flat or not lowest_rungs else lowest_rungs[-1], losses
 
 
-@torch.no_grad()
 def calibrate(
     look_ahead: LookAhead,
     step_lrs: Sequence[float],
@@ -167,15 +165,10 @@ def calibrate(
     ladder = [rate for rate in LADDER if lr_min <= rate <= lr_max]
     layers = len(look_ahead.sizes)
 
-    device = look_ahead.parameters[0].device
-
     def loss_at(backbone_lr: float, head_lr: float) -> float:
         rates = [backbone_lr] * (layers - 1) + [head_lr]
         ratios = [rate / step_lr for rate, step_lr in zip(rates, step_lrs, strict=True)]
-        # Every rung sees the same dropout masks.
-        with look_ahead.moved_to(ratios), preserve_random_state(device):
-            loss = meta_loss().detach().reshape(1)
-        return float(loss if reduce is None else reduce(loss))
+        return look_ahead.loss_at(ratios, meta_loss, reduce)
 
     doubts: list[str] = []
     head_losses: list[float] = []

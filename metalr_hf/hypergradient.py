@@ -144,6 +144,24 @@ class LookAhead:
             with torch.no_grad():
                 _copy(self.parameters, stepped)
 
+    def loss_at(
+        self,
+        ratios: Sequence[float],
+        meta_loss: Callable[[], Tensor],
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> float:
+        """The validation loss where a step with other learning rates would have ended, by a forward pass alone.
+
+        Args:
+            ratios (`Sequence[float]`): α'/α of every layer.
+            meta_loss (`Callable`): Takes nothing and returns the scalar validation loss.
+            reduce (`Callable`, *optional*): Averages a tensor over all processes.
+        """
+        # Every call sees the same dropout masks.
+        with torch.no_grad(), self.moved_to(ratios), preserve_random_state(self.parameters[0].device):
+            loss = meta_loss().detach().reshape(1)
+        return float(loss if reduce is None else reduce(loss))
+
     def validate(
         self, meta_loss: Callable[[], Tensor], parameters: Iterable[Tensor], raw_step: Sequence[float] | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -380,9 +380,8 @@ class MetaLRScheduler(LRScheduler):
 
         def loss_at(factor: float) -> float:
             self.validations += 1 / 3
-            with torch.no_grad(), self.meta_context(), self._look_ahead.moved_to([factor] * len(before)):
-                loss = meta_loss().reshape(1)
-            return float(loss if self.reduce is None else self.reduce(loss))
+            with self.meta_context():
+                return self._look_ahead.loss_at([factor] * len(before), meta_loss, self.reduce)
 
         self._refuse(self.guard.bearable_factor(loss_at), before)
 

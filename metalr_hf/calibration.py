@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,9 @@ from .hypergradient import LookAhead
 
 # The first step, and those at which a backbone in doubt is tried again.
 CALIBRATED_STEPS = (0, 5, 10)
+# At the same rate Adam's first step is about three times as long as later ones, whose gradients partly cancel. A rate
+# that suits a later step would be too high by that.
+LONGER_FIRST_STEP = 10**0.5
 # Half a decade apart: what one step says is not finer than that.
 LADDER = tuple(10 ** (k / 2) for k in range(-12, 1))
 # Which rate takes the step that is calibrated does not matter, but it has to be the same in every run, so that the
@@ -251,6 +254,9 @@ class Calibrator:
             warn_of_doubts(found)
         if found.backbone_in_doubt and not first:
             return list(before)
+        if not first:
+            lower = max(found.backbone_lr / LONGER_FIRST_STEP, kwargs.get("lr_min", 0.0))
+            found = replace(found, backbone_lr=lower)
         self.found = found
         return found.learning_rates(len(before))
 

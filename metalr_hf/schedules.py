@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
-DECAY_SHARE = 0.3
+DECAY_SHARE = 0.7
 
 
 def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable[[int], float]:
@@ -16,7 +16,7 @@ def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable
 
     Args:
         args (`TrainingArguments`): Their `lr_scheduler_type`, `lr_scheduler_kwargs` and warm-up say which.
-            `warmup_stable_decay` decays over the last 30 % of the steps unless `num_decay_steps` is given.
+            `warmup_stable_decay` decays over the last 70 % of the steps unless `num_decay_steps` is given.
         num_training_steps (`int`): Length of the run in optimizer steps.
 
     Returns:

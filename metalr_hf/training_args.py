@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers.trainer_utils import SchedulerType
 from .rules import get_rule
 from .settings import META_MODES, check_choice, check_count, check_number, check_settings
 
+# From calibrated rates a large trust region is a random walk of the rates: one batch's hypergradient is mostly noise.
+CALIBRATED_LR_CHANGE, UNCALIBRATED_LR_CHANGE = 1.1, 2.0
 # Chen et al. 2023, section 3.1, and the reference code, with the sign of the paper's equation.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -18,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_rule": "proportional",
         "lr_min": 1e-6,
         "lr_max": 1e-2,
-        "max_lr_change": None,
+        "max_lr_change": math.inf,
         "meta_source": "stream",
         "meta_every": 1,
         "tuning_steps": 0,
@@ -35,7 +38,7 @@ class MetaLRTrainingArguments(TrainingArguments):
     """Arguments of [`MetaLRTrainer`]: all of [`~transformers.TrainingArguments`], and the following.
 
     `learning_rate` is where every layer starts if `calibrate` is off. `lr_scheduler_type` and warm-up are the shape
-    that multiplies the tuned rates: by default `warmup_stable_decay` with a linear decay over the last 30 % of the
+    that multiplies the tuned rates: by default `warmup_stable_decay` with a linear decay over the last 70 % of the
     steps (change its length with `lr_scheduler_kwargs={"num_decay_steps": ...}`).
 
     Args:
@@ -47,8 +50,10 @@ class MetaLRTrainingArguments(TrainingArguments):
             Lower bound of every learning rate.
         lr_max (`float`, *optional*, defaults to 1.0):
             Upper bound of every learning rate.
-        max_lr_change (`float`, *optional*, defaults to 2.0):
-            Trust region: one update changes a learning rate at most by this factor; `inf` switches it off.
+        max_lr_change (`float`, *optional*):
+            Trust region: one update changes a learning rate at most by this factor; `inf` switches it off. By default
+            1.1 where the start rates are calibrated, so that tuning corrects them gently, and 2 where it has to find
+            them.
         tuning_steps (`int`, *optional*, defaults to 40):
             Tune at the first so many optimizer steps, then keep the rates found and leave them to the schedule; 0 tunes
             to the end.
@@ -93,7 +98,7 @@ class MetaLRTrainingArguments(TrainingArguments):
         default="warmup_stable_decay",
         metadata={
             "help": "The shape that multiplies the tuned rates; `warmup_stable_decay` decays linearly over the last "
-            "30 % of the steps unless `lr_scheduler_kwargs` says otherwise."
+            "70 % of the steps unless `lr_scheduler_kwargs` says otherwise."
         },
     )
     hyper_lr: float = field(default=0.1, metadata={"help": "Step size η of the learning rates; 0 switches tuning off."})
@@ -106,9 +111,11 @@ class MetaLRTrainingArguments(TrainingArguments):
     lr_min: float = field(default=1e-8, metadata={"help": "Lower bound of every learning rate."})
     lr_max: float = field(default=1.0, metadata={"help": "Upper bound of every learning rate."})
     max_lr_change: float | None = field(
-        default=2.0,
+        default=None,
         metadata={
-            "help": "Trust region: one update changes a learning rate at most by this factor; `inf` switches it off."
+            "help": "Trust region: one update changes a learning rate at most by this factor; `inf` switches it off. "
+            "By default 1.1 where the start rates are calibrated, so that tuning corrects them gently, and 2 where it "
+            "has to find them."
         },
     )
     tuning_steps: int = field(
@@ -211,6 +218,16 @@ class MetaLRTrainingArguments(TrainingArguments):
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) == defaults[name]:
                 setattr(self, name, value)
+
+    def resolve_calibrate(self) -> bool:
+        """Whether the start rates are calibrated, with the default filled in."""
+        return self.hyper_lr > 0 if self.calibrate is None else self.calibrate
+
+    def resolve_max_lr_change(self) -> float:
+        """The trust region of one update, with the default filled in."""
+        if self.max_lr_change is not None:
+            return self.max_lr_change
+        return CALIBRATED_LR_CHANGE if self.resolve_calibrate() else UNCALIBRATED_LR_CHANGE
 
     def resolve_meta_source(self, has_meta_dataset: bool) -> str:
         """Where the validation gradient comes from, with the default filled in.

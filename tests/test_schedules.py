@@ -5,10 +5,10 @@ from metalr_hf import MetaLRTrainingArguments
 from metalr_hf.schedules import schedule_shape
 
 
-def test_the_default_decays_over_the_last_thirty_percent(tmp_path):
+def test_the_default_decays_over_the_last_seventy_percent(tmp_path):
     shape = schedule_shape(MetaLRTrainingArguments(str(tmp_path)), 100)
-    assert [shape(step) for step in (0, 35, 70)] == [1.0, 1.0, 1.0]
-    assert shape(85) == pytest.approx(0.5)
+    assert [shape(step) for step in (0, 15, 30)] == [1.0, 1.0, 1.0]
+    assert shape(65) == pytest.approx(0.5)
     assert shape(100) == 0.0
 
 

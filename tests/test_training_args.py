@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def test_the_command_line_parses_what_tuning_adds(tmp_path):
         ["--output_dir", str(tmp_path), "--hyper_lr", "0.2", "--max_lr_change", "inf", "--meta_split", "0.1"]
     )
     assert (args.hyper_lr, args.max_lr_change, args.meta_split) == (0.2, float("inf"), 0.1)
+
+
+def test_the_trust_region_follows_from_the_calibration(tmp_path):
+    def max_lr_change(**kwargs):
+        return MetaLRTrainingArguments(str(tmp_path), **kwargs).resolve_max_lr_change()
+
+    assert max_lr_change() == 1.1
+    assert max_lr_change(calibrate=False) == 2.0
+    assert max_lr_change(max_lr_change=1.5) == 1.5
+    assert max_lr_change(preset="paper") == math.inf
 
 
 def test_the_source_follows_from_what_is_there(tmp_path):

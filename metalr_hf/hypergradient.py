@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .sharding import local, shard_of, shards, whole
+
 
 class LookAhead:
     """One optimizer step, held open until its learning rates are settled.
@@ -47,6 +49,8 @@ class LookAhead:
 
     def __init__(self) -> None:
         self.parameters: list[Tensor] = []
+        # This process's part of every parameter; the whole one unless it is sharded.
+        self._parts: list[Tensor] = []
         self.sizes: list[int] = []
         self.taken = False
         self._displacement: list[Tensor] = []
@@ -61,17 +65,18 @@ class LookAhead:
         parameters = [p for layer in by_layer for p in layer]
         if [id(p) for p in parameters] != [id(p) for p in self.parameters]:
             self.parameters = parameters
-            self._displacement = [torch.empty_like(p, requires_grad=False) for p in parameters]
+            self._parts = [local(p) for p in parameters]
+            self._displacement = [torch.empty_like(part) for part in self._parts]
         self.sizes = [len(layer) for layer in by_layer]
         self.taken = False
         with torch.no_grad():
-            _copy(self._displacement, self.parameters)
+            _copy(self._displacement, self._parts)
 
     def after_step(self) -> None:
         """Notes the step that the optimizer has taken."""
         with torch.no_grad():
             if self.parameters:
-                torch._foreach_sub_(self._displacement, self.parameters)
+                torch._foreach_sub_(self._displacement, self._parts)
         self.taken = True
 
     def discard(self) -> None:
@@ -86,14 +91,15 @@ class LookAhead:
 
         Returns:
             `torch.Tensor` of shape `(parameters,)`, at least float32: one figure a noted parameter, on the device of
-            the first. Sum them up with [`~LookAhead.sum_by_layer`].
+            the first. Sum them up with [`~LookAhead.sum_by_layer`]. Of a sharded parameter each process has its own
+            figure; their mean over all processes is the inner product.
         """
         if not self.parameters:
             return torch.zeros(0)
         sign = -1 if directions is None else 1
         directions = self._displacement if directions is None else directions
         device = self.parameters[0].device
-        products = [_dot(p.grad, d).to(device) for p, d in zip(self.parameters, directions, strict=True)]
+        products = [_dot(p.grad, d).to(device) * shards(p) for p, d in zip(self.parameters, directions, strict=True)]
         return sign * torch.stack(products)
 
     def sum_by_layer(self, products: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ class LookAhead:
         for size, ratio in zip(self.sizes, ratios, strict=True):
             part = slice(first, first + size)
             if size and ratio != 1:
-                torch._foreach_add_(self.parameters[part], self._displacement[part], alpha=1 - ratio)
+                torch._foreach_add_(self._parts[part], self._displacement[part], alpha=1 - ratio)
                 if keep:
                     torch._foreach_mul_(self._displacement[part], ratio)
             first += size
@@ -135,14 +141,14 @@ class LookAhead:
         """
         factors = [ratio for ratio, size in zip(ratios, self.sizes, strict=True) for _ in range(size)]
         with torch.no_grad():
-            stepped = [p.detach().clone() for p in self.parameters]
-            for p, displacement, factor in zip(self.parameters, self._displacement, factors, strict=True):
-                p.add_(displacement, alpha=1 - factor)
+            stepped = [part.clone() for part in self._parts]
+            for part, displacement, factor in zip(self._parts, self._displacement, factors, strict=True):
+                part.add_(displacement, alpha=1 - factor)
         try:
             yield
         finally:
             with torch.no_grad():
-                _copy(self.parameters, stepped)
+                _copy(self._parts, stepped)
 
     def loss_at(
         self,
@@ -194,22 +200,22 @@ class LookAhead:
         Raises:
             ValueError: if the training gradients are gone.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         if len(gradients) != len(self.parameters):
             raise ValueError(
                 'lookahead="sgd" needs the training gradients: call scheduler.step() before optimizer.zero_grad().'
             )
         with torch.no_grad():
-            stepped = [p.detach().clone() for p in self.parameters]
+            stepped = [part.clone() for part in self._parts]
             rates = [rate for rate, size in zip(learning_rates, self.sizes, strict=True) for _ in range(size)]
-            for p, displacement, g, rate in zip(self.parameters, self._displacement, gradients, rates, strict=True):
-                p.add_(displacement).sub_(g, alpha=rate)
+            for part, displacement, g, rate in zip(self._parts, self._displacement, gradients, rates, strict=True):
+                part.add_(displacement).sub_(g, alpha=rate)
         clear_gradients(self.parameters)
         try:
             yield gradients
         finally:
             with torch.no_grad():
-                _copy(self.parameters, stepped)
+                _copy(self._parts, stepped)
 
     def state_dict(self, layers: Iterable[Iterable[Tensor]]) -> dict[str, Any]:
         """What a step still held open needs to be settled after a restart.
@@ -219,10 +225,11 @@ class LookAhead:
 
         Returns:
             `dict`: empty if no step is held open, else the displacement of every parameter, `None` for unmoved ones.
+            Those of sharded parameters are gathered, so that all processes have to call it.
         """
         if not self.taken:
             return {}
-        noted = {id(p): d for p, d in zip(self.parameters, self._displacement, strict=True)}
+        noted = {id(p): whole(d, p) for p, d in zip(self.parameters, self._displacement, strict=True)}
         return {"displacement": [[noted.get(id(p)) for p in layer] for layer in layers]}
 
     def load_state_dict(self, state_dict: dict[str, Any], layers: Iterable[Iterable[Tensor]]) -> None:
@@ -241,7 +248,8 @@ class LookAhead:
         ]
         self.sizes = [len(layer) for layer in noted]
         self.parameters = [p for layer in noted for p, _ in layer]
-        self._displacement = [d.to(p.device, p.dtype) for layer in noted for p, d in layer]
+        self._parts = [local(p) for p in self.parameters]
+        self._displacement = [shard_of(d.to(p.device, p.dtype), p) for layer in noted for p, d in layer]
 
 
 def validation_gradient(meta_loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Tensor:
@@ -371,6 +379,7 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 def _dot(gradient: Tensor | None, direction: Tensor) -> Tensor:
     if gradient is None:
         return torch.zeros((), dtype=torch.promote_types(direction.dtype, torch.float32), device=direction.device)
+    gradient = local(gradient)
     if gradient.dtype in (torch.float32, torch.float64):
         return torch.dot(gradient.reshape(-1), direction.reshape(-1))
     # Half precision has too few digits to add up a whole tensor.

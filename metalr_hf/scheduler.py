@@ -393,11 +393,15 @@ class MetaLRScheduler(LRScheduler):
 
     def _tune(self, products: Tensor, loss: Tensor | None = None) -> bool:
         """Turns inner products into new learning rates; says whether it did."""
+        distributed = self.reduce is not None
+        if distributed:
+            # One figure a layer over the wire.
+            products = self._look_ahead.sum_by_layer(products)
         self._meta_loss, products, overflowed = gather(products, loss, self._found_inf, self.reduce)
         if overflowed:
             self._meta_loss = math.nan
             return False
-        by_layer = self._look_ahead.sum_by_layer(products)
+        by_layer = products if distributed else self._look_ahead.sum_by_layer(products)
         if self.lookahead == "optimizer":
             by_layer = torch.where(self.learning_rates > 0, by_layer / self.learning_rates, 0.0)
         finite = bool(by_layer.isfinite().all()) and (

@@ -24,6 +24,7 @@ from .linearity import check_optimizer_name
 from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
 from .scheduler import MetaLRScheduler
 from .schedules import schedule_shape
+from .sharding import reshard
 from .training_args import MetaLRTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -221,6 +222,8 @@ class MetaLRTrainer(Trainer):
         with self.compute_loss_context_manager():
             loss = self.compute_loss(self.model, inputs, num_items_in_batch=count)
         assert isinstance(loss, Tensor)
+        if self.is_fsdp_enabled and not torch.is_grad_enabled():
+            reshard(self.model)
         # A vector under DataParallel.
         return loss.mean()
 
@@ -257,6 +260,13 @@ class MetaLRTrainer(Trainer):
         if "learning_rate" in logs and isinstance(self.lr_scheduler, MetaLRScheduler) and len(self.lr_history):
             logs |= self._learning_rate_logs()
         super().log(logs, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str | None) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        # One process writes the scheduler's state, but the shards of a step held open are gathered by all. There is no
+        # public hook that all of them pass.
+        if self.is_fsdp_enabled and not self.args.should_save:
+            self.lr_scheduler.state_dict()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

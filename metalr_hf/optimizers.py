@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
+_HOOKS: weakref.WeakKeyDictionary[Optimizer, list[torch.utils.hooks.RemovableHandle]] = weakref.WeakKeyDictionary()
+
+
 class StepListener(Protocol):
     """What wants to know of every step of an optimizer."""
 
@@ -20,7 +23,7 @@ class StepListener(Protocol):
 
 
 def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> list[torch.utils.hooks.RemovableHandle]:
-    """Registers hooks that tell the listener of every step."""
+    """Registers hooks that tell the listener of every step. A listener before it, of a run before, hears no more."""
     # Weak, so that a scheduler which is gone neither lives on in its optimizer nor tunes it any more.
     reference = weakref.ref(listener)
 
@@ -33,7 +36,10 @@ def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> list[torch.
             own.after_optimizer_step(optimizer)
 
     base = unwrap(optimizer)
-    return [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
+    for hook in _HOOKS.get(base, []):
+        hook.remove()
+    _HOOKS[base] = [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
+    return _HOOKS[base]
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
@@ -91,6 +97,26 @@ def write_learning_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) 
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def check_own_rates(optimizer: Optimizer, rates: Sequence[float | Tensor], group_layers: list[str]) -> None:
+    """Raises if a learning rate is not the one that was written: the step would not be the one that is tuned.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        rates (`Sequence[float]`): What was written.
+        group_layers (`list[str]`): The layer of every param group.
+
+    Raises:
+        ValueError: if a rate has been changed. One that is a tensor is not looked at: that waits for the device.
+    """
+    for group, rate, layer in zip(optimizer.param_groups, rates, group_layers, strict=True):
+        if not isinstance(group["lr"], Tensor) and group["lr"] != rate:
+            raise ValueError(
+                f"The learning rate of layer {layer!r} was changed from {rate:g} to {group['lr']:g} by something else "
+                "than MetaLRScheduler, which holds the learning rates. Take the callback or second scheduler away "
+                "that did, and use lr_scheduler_type for a schedule."
+            )
 
 
 def parameters_by_layer(optimizer: Optimizer, group_layers: list[str], layers: list[str]) -> list[list[Tensor]]:

@@ -18,6 +18,7 @@ from .history import LRHistory
 from .hypergradient import LookAhead, clear_gradients, gather
 from .linearity import check_linear
 from .optimizers import (
+    check_own_rates,
     layer_of_groups,
     listen_to_steps,
     overflow_flags,
@@ -309,6 +310,7 @@ class MetaLRScheduler(LRScheduler):
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Settles the step before, if the next batch's gradient does that, and notes where the parameters are."""
+        check_own_rates(optimizer, self.get_lr(), self._group_layers)
         if self.meta_source == "next_batch" and self._look_ahead.taken:
             if self._noted is None:
                 # A fused optimizer unscales by itself, after this hook.

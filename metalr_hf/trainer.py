@@ -106,6 +106,11 @@ class MetaLRTrainer(Trainer):
         self._step_loss: Tensor | float = 0.0
         self._collapse_guard: CollapseGuard | None = None
         super().__init__(model, args, *trainer_args, **kwargs)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise ValueError(
+                "FSDP 1 flattens the parameters of a layer into one, and is deprecated. Use FSDP 2: "
+                'fsdp_config={"version": 2}, or `fsdp_version: 2` in the file of `accelerate config`.'
+            )
         if self.train_dataset is not None:
             self._prepare_meta_dataset()
         if self.model_init is None:
@@ -261,7 +266,7 @@ class MetaLRTrainer(Trainer):
             logs |= self._learning_rate_logs()
         super().log(logs, *args, **kwargs)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str | None) -> None:
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         # One process writes the scheduler's state, but the shards of a step held open are gathered by all. There is no
         # public hook that all of them pass.

@@ -1,0 +1,140 @@
+"""Options of Trainer that tuning meets, each in a run of a few tuned steps."""
+
+import datasets
+import pytest
+import torch
+from test_trainer import LABELS, arguments, images, losses, same_weights, trainer, vit
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from metalr_hf import MetaLRTrainer
+
+SOURCES = ("stream", "next_batch")
+
+
+def trained(folder, model=None, callbacks=None, **options):
+    run = trainer(folder, model or vit(), eval_dataset=images(24, seed=1), **{"calibrate": True, **options})
+    for callback in callbacks or []:
+        run.add_callback(callback)
+    run.train()
+    return run
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_checkpointing": True},
+        {"torch_empty_cache_steps": 1},
+        {"ddp_find_unused_parameters": True},
+        {"dataloader_num_workers": 2},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_what_changes_nothing_for_the_model_changes_nothing_for_the_rates(tmp_path, source, options):
+    plain = trained(tmp_path / "a", meta_source=source)
+    other = trained(tmp_path / "b", meta_source=source, **options)
+    assert same_weights(plain.model, other.model)
+    assert (plain.lr_history.learning_rates == other.lr_history.learning_rates).all()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_compiled_model_is_tuned(tmp_path, source):
+    # The eager backend traces without a C++ compiler.
+    run = trained(tmp_path, meta_source=source, torch_compile=True, torch_compile_backend="eager")
+    assert len(run.lr_history) == 6
+    rates = run.lr_history.learning_rates
+    assert (rates[-1] != rates[0]).all()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_batch_that_does_not_fit_is_halved_and_the_run_starts_over(tmp_path, source):
+    class Full(MetaLRTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if len(inputs["labels"]) > 8 and self.state.global_step == 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    options = {"per_device_train_batch_size": 16, "auto_find_batch_size": True, "meta_source": source}
+    run = Full(model=vit(), args=arguments(tmp_path, calibrate=True, **options), train_dataset=images())
+    run.train()
+    assert run.lr_history.steps.tolist() == list(range(6))
+    assert run.lr_scheduler.calibration is not None
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_evaluating_in_the_middle_changes_nothing(tmp_path, source):
+    # Without dropout: an evaluation draws random numbers, with the stock Trainer too.
+    plain = trained(tmp_path / "a", vit(dropout=0.0), meta_source=source)
+    looked = trained(tmp_path / "b", vit(dropout=0.0), meta_source=source, eval_strategy="steps", eval_steps=1)
+    assert same_weights(plain.model, looked.model)
+    assert losses(plain) == losses(looked)
+    assert looked.predict(images(24, seed=1)).metrics["test_loss"] == pytest.approx(looked.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_best_model_is_loaded_and_the_history_is_that_of_the_whole_run(tmp_path, source):
+    saving = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    run = trained(tmp_path, meta_source=source, load_best_model_at_end=True, **saving)
+    assert len(run.lr_history) == 6
+    rows = [row["eval_loss"] for row in run.state.log_history if "eval_loss" in row]
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(rows))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_early_stopping_ends_the_history(tmp_path, source):
+    saving = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    stop = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0)
+    run = trained(tmp_path, callbacks=[stop], meta_source=source, load_best_model_at_end=True, **saving)
+    assert run.state.global_step == len(run.lr_history) == 2
+
+
+class Freeze(TrainerCallback):
+    """Freezes the embeddings at a step, or thaws them."""
+
+    def __init__(self, frozen):
+        self.frozen = frozen
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            model.vit.embeddings.requires_grad_(not self.frozen)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_layer_frozen_on_the_way_stays_where_it_was(tmp_path, source):
+    run = trained(tmp_path, callbacks=[Freeze(True)], meta_source=source, calibrate=False, max_steps=8)
+    rates = dict(zip(run.lr_history.layers, run.lr_history.learning_rates.T, strict=True))
+    assert (rates["stem"][4:] == rates["stem"][4]).all()
+    assert not (rates["layers.1"][4:] == rates["layers.1"][4]).all()
+
+
+class Lower(TrainerCallback):
+    """What people write who change a learning rate by hand."""
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-6
+
+
+def test_a_rate_written_by_a_callback_is_noticed(tmp_path):
+    with pytest.raises(ValueError, match="changed from 0.001 to 1e-06"):
+        trained(tmp_path, callbacks=[Lower()], calibrate=False)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_streamed_training_set(tmp_path, source):
+    rows = images().to_iterable_dataset(num_shards=4).shuffle(seed=0, buffer_size=8)
+    run = trainer(tmp_path, vit(), rows, meta_source=source, calibrate=True, max_steps=10)
+    run.train()
+    assert len(run.lr_history) == 10
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_last_batch_of_one_image_and_one_of_a_single_class(tmp_path, source):
+    rows = datasets.concatenate_datasets([images(), images(1)])
+    run = trainer(tmp_path / "a", vit(), rows, meta_source=source, calibrate=True, max_steps=8)
+    run.train()
+    single = images().select([i for i, label in enumerate(LABELS) if label == 0])
+    run = trainer(tmp_path / "b", vit(), single, meta_source=source, calibrate=True, max_steps=8)
+    run.train()
+    assert all(bool(torch.isfinite(p).all()) for p in run.model.parameters())

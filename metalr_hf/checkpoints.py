@@ -1,18 +1,49 @@
-"""Trainer's checkpoints: is one of this run, and are all its weights in the model."""
+"""Trainer's checkpoints: is one whole, is it of this run, and are all its weights in the model."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 logger = logging.get_logger(__name__)
 
 SCHEDULER_FILE = "scheduler.pt"
+
+
+def usable_checkpoint(folder: str | os.PathLike[str] | None) -> str | None:
+    """The last complete checkpoint in a folder; one whose writing was interrupted does not count.
+
+    Args:
+        folder (`str` or `os.PathLike`, *optional*): Output folder of a run.
+
+    Returns:
+        `str`, *optional*: the checkpoint's folder.
+    """
+    complete = [path for path in checkpoints(Path(folder or ".")) if is_complete(path)]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, complete or not."""
+    return sorted(path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit())
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether all of a checkpoint was written."""
+    # Trainer writes this file last.
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
 
 
 def check_checkpoint(folder: str | None, layers: Sequence[str]) -> None:

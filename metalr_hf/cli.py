@@ -70,7 +70,8 @@ def train(argv: list[str]) -> int:
         `int`: the exit code.
     """
     from .arguments import parse_train_arguments
-    from .run import prepare_output_dir, run_training, usable_checkpoint
+    from .checkpoints import usable_checkpoint
+    from .run import prepare_output_dir, run_training
 
     arguments = parse_train_arguments(argv)
     checkpoint = prepare_output_dir(arguments)

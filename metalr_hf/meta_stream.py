@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,9 +18,14 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from transformers.utils import logging
 
 from .hypergradient import preserve_random_state
 
+logger = logging.get_logger(__name__)
+
+# Seconds. datasets itself retries reads of remote files; other streams may not.
+RETRY_AFTER = (1, 2, 4)
 EMPTY = "meta_dataset is empty: there is nothing to tune on. Give labelled images, at least one for each process."
 
 
@@ -50,6 +56,7 @@ class MetaStream:
     Raises:
         ValueError: if the dataset is empty (an iterable one: when it is read), or a number makes no sense.
         RuntimeError: from `next`, if a row cannot be read; it names the row. The next call tries the same batch again.
+            A connection that breaks is tried again three times before.
 
     Example:
 
@@ -103,16 +110,21 @@ class MetaStream:
         return self
 
     def __next__(self) -> Any:
-        if self._iterator is None:
-            self._iterator = self._start()
-        try:
-            batch, self._place = next(self._iterator)
-        except Exception:
-            # Workers would go on with the batch after, and the position would be one short.
-            self._iterator = None
-            raise
-        self.position += 1
-        return batch
+        for wait in (*RETRY_AFTER, None):
+            if self._iterator is None:
+                self._iterator = self._start()
+            try:
+                batch, self._place = next(self._iterator)
+                self.position += 1
+                return batch
+            except Exception as error:
+                # Workers would go on with the batch after, and the position would be one short.
+                self._iterator = None
+                if wait is None or not isinstance(error.__cause__, (ConnectionError, TimeoutError)):
+                    raise
+                logger.warning(f"{error} Trying again in {wait} s.")
+                time.sleep(wait)
+        raise AssertionError
 
     def state_dict(self) -> dict[str, int]:
         """The position: how many batches were taken, of an iterable dataset also the epoch and the rows read in it."""

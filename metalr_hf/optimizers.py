@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-
 _HOOKS: weakref.WeakKeyDictionary[Optimizer, list[torch.utils.hooks.RemovableHandle]] = weakref.WeakKeyDictionary()
 
 

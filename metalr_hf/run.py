@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from .arguments import ModelArguments, TrainArguments
+from .checkpoints import checkpoints, is_complete, usable_checkpoint
 from .data import load_images
 from .metrics import build_compute_metrics
 from .plots import plot_learning_rates
@@ -37,7 +36,6 @@ RUN_FILES = (
     "all_results.json",
     "trainer_state.json",
 )
-CHECKPOINT_STATE = "trainer_state.json"
 
 
 def prepare_output_dir(arguments: TrainArguments) -> str | None:
@@ -64,7 +62,7 @@ def prepare_output_dir(arguments: TrainArguments) -> str | None:
             )
         return checkpoint
     if wanted != "false":
-        if not _is_complete(Path(str(resume))):
+        if not is_complete(Path(str(resume))):
             raise FileNotFoundError(f"resume_from_checkpoint={resume!r} is not the folder of a complete checkpoint.")
         return str(resume)
     with arguments.training.main_process_first(desc="looking at the output folder"):
@@ -80,35 +78,9 @@ def prepare_output_dir(arguments: TrainArguments) -> str | None:
     return None
 
 
-def usable_checkpoint(folder: str | os.PathLike[str] | None) -> str | None:
-    """The last complete checkpoint in a folder; one whose writing was interrupted does not count.
-
-    Args:
-        folder (`str` or `os.PathLike`, *optional*): Output folder of a run.
-
-    Returns:
-        `str`, *optional*: the checkpoint's folder.
-    """
-    complete = [path for path in _checkpoints(Path(folder or ".")) if _is_complete(path)]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit())
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    # Trainer writes this file last.
-    try:
-        json.loads((checkpoint / CHECKPOINT_STATE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True
-
-
 def _left_by_a_run(folder: Path) -> list[Path]:
     files = [folder / name for name in (*RUN_FILES, "training_args.bin")]
-    return [path for path in files if path.exists()] + _checkpoints(folder)
+    return [path for path in files if path.exists()] + checkpoints(folder)
 
 
 def load_model(arguments: ModelArguments, id2label: Mapping[int, str]) -> PreTrainedModel:

@@ -28,7 +28,7 @@ from .optimizers import (
     write_learning_rates,
 )
 from .rules import Rule, get_rule, limit_change
-from .settings import check_layer_names, check_learning_rates, check_saved_layers, check_settings
+from .settings import check_layer_names, check_learning_rates, check_saved_layers, check_saved_optimizer, check_settings
 
 PLAIN_STATE = ("last_epoch", "_step_count", "restarted_at", "validations")
 # What is left of a step that the next batch found harmful: no forward pass tells how much would have been good.
@@ -268,6 +268,7 @@ class MetaLRScheduler(LRScheduler):
         return {
             **{name: getattr(self, name) for name in PLAIN_STATE},
             "layers": list(self.layers),
+            "optimizer": type(unwrap(self.optimizer)).__name__,
             "learning_rates": self.learning_rates.clone(),
             "start_learning_rates": self.start_learning_rates.clone(),
             "rule": self.rule.state_dict(),
@@ -285,11 +286,12 @@ class MetaLRScheduler(LRScheduler):
             state_dict (`dict`): The state of a scheduler over the same layers.
 
         Raises:
-            ValueError: if the state is not one of a `MetaLRScheduler`, or its layers are others.
+            ValueError: if the state is not one of a `MetaLRScheduler`, or its layers or its optimizer are others.
         """
         if "learning_rates" not in state_dict:
             raise ValueError("This is not the state of a MetaLRScheduler: it has no 'learning_rates'.")
         check_saved_layers(state_dict["layers"], self.layers)
+        check_saved_optimizer(state_dict["optimizer"], type(unwrap(self.optimizer)).__name__)
         for name in PLAIN_STATE:
             setattr(self, name, state_dict[name])
         self.learning_rates = state_dict["learning_rates"].clone()

@@ -115,6 +115,15 @@ def check_saved_layers(saved: list[str], layers: list[str]) -> None:
         )
 
 
+def check_saved_optimizer(saved: str, own: str) -> None:
+    """Raises `ValueError` if a checkpoint is of a run with another optimizer, whose state is no good to this one."""
+    if saved != own:
+        raise ValueError(
+            f"The checkpoint's optimizer is {saved}, that of this run {own}. Resume with the same `optim`, or start a "
+            "new run from the checkpoint's weights."
+        )
+
+
 def check_layer_names(name: str, given: Mapping[str, Any], layers: list[str]) -> None:
     """Raises `ValueError` if a setting names a layer that is not there."""
     unknown = sorted(set(given) - set(layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -12,10 +13,10 @@ import datasets
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from .checkpoints import check_checkpoint, load_renamed_weights
+from .checkpoints import check_checkpoint, load_renamed_weights, usable_checkpoint
 from .collapse import CollapseGuard
 from .history import LRHistory
 from .hypergradient import untouched
@@ -130,13 +131,21 @@ class MetaLRTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; see [`~transformers.Trainer.train`].
 
+        `resume_from_checkpoint=True` goes on from the last complete checkpoint in `args.output_dir`: one whose writing
+        was interrupted does not count.
+
         Raises:
-            ValueError: if the checkpoint is of a run with other layers.
+            ValueError: if there is no such checkpoint, or it is of a run with other layers.
         """
-        if resume_from_checkpoint and self.model_init is None:
-            own = resume_from_checkpoint is True
-            folder = get_last_checkpoint(self.args.output_dir) if own else str(resume_from_checkpoint)
-            check_checkpoint(folder, list(self._layer_groups(self.model)))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = usable_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True: there is no complete checkpoint in output_dir="
+                    f"{self.args.output_dir!r}. Call train() without it to start from the beginning."
+                )
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)) and self.model_init is None:
+            check_checkpoint(os.fspath(resume_from_checkpoint), list(self._layer_groups(self.model)))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -265,6 +274,16 @@ class MetaLRTrainer(Trainer):
         if "learning_rate" in logs and isinstance(self.lr_scheduler, MetaLRScheduler) and len(self.lr_history):
             logs |= self._learning_rate_logs()
         super().log(logs, *args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epochs_trained, batches_trained = super()._init_training_state(max_steps, *args, **kwargs)
+        # Of a stream Trainer does not know the length, takes the whole run for one epoch and, in a later one, skips as
+        # many batches as were ever trained on. How far the epoch has come is in the state. No public hook is there.
+        if batches_trained and not has_length(self.train_dataset):
+            epochs_trained = int(self.state.epoch)
+            batches = (self.state.epoch - epochs_trained) * max_steps * self.args.gradient_accumulation_steps
+            batches_trained = round(batches)
+        return epochs_trained, batches_trained
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

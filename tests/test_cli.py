@@ -15,8 +15,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from metalr_hf import LRHistory
+from metalr_hf.checkpoints import usable_checkpoint
 from metalr_hf.cli import main
-from metalr_hf.run import RUN_FILES, usable_checkpoint
+from metalr_hf.run import RUN_FILES
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 QUICK = [

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from digits import save_image_folder, save_vit
 from safetensors.torch import load_file
 from test_trainer import vit
 from train_in_processes import run
 
+from metalr_hf import LRHistory
 from metalr_hf.calibration import CALIBRATED_STEPS
+from metalr_hf.run import RUN_FILES
 
 LAYERS = 5
 # Where a gradient is nothing but rounding (a ViT's key biases), Adam's step is as long as anywhere else.
@@ -114,3 +117,22 @@ def test_a_validation_sends_one_figure_a_layer(folder):
 
 def is_ddp(folder):
     return (folder / "way").read_text() == "ddp"
+
+
+def test_the_command_line_in_two_processes_and_its_checkpoint_in_one(tmp_path):
+    arguments = ["train", "--output_dir", tmp_path / "run", "--dataset_name", save_image_folder(tmp_path / "images")]
+    arguments += ["--model_name_or_path", save_vit(tmp_path / "vit"), "--use_cpu", "true", "--report_to", "none"]
+    arguments += ["--per_device_train_batch_size", "4", "--max_steps", "4", "--save_strategy", "steps"]
+    arguments += ["--save_steps", "4", "--image_size", "16"]
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    for command in (
+        [*launcher, "-m", "metalr_hf.cli", *arguments],
+        ["-m", "metalr_hf.cli", *arguments, "--max_steps", "6", "--resume_from_checkpoint", "true"],
+    ):
+        done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert {file.name for file in (tmp_path / "run").iterdir()} >= set(RUN_FILES)
+        assert done.stdout.count("On the test split") == 1
+    assert LRHistory.load(tmp_path / "run" / "lr_history.csv").steps.tolist() == list(range(6))

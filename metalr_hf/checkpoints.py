@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
+
+from .meta_stream import MetaStream
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +55,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def check_checkpoint(folder: str | None, layers: Sequence[str]) -> None:
-    """Checks that a checkpoint holds the learning rates of these layers. A folder without any passes.
+    """Checks that a checkpoint holds the learning rates of these layers. One of weights alone passes with a warning.
 
     Args:
         folder (`str` or `None`): The checkpoint.
@@ -57,7 +65,13 @@ def check_checkpoint(folder: str | None, layers: Sequence[str]) -> None:
         ValueError: if it is a checkpoint of a run with other layers, or with no learning rate a layer.
     """
     file = os.path.join(folder or "", SCHEDULER_FILE)
-    if folder is None or not os.path.isfile(file):
+    if folder is None:
+        return
+    if not os.path.isfile(file):
+        logger.warning(
+            f"{folder} holds weights alone (save_only_model): optimizer, learning rates, schedule and history start "
+            "anew, and the run will not end as it would have without the interruption."
+        )
         return
     saved = torch.load(file, weights_only=True).get("layers")
     if saved is None:
@@ -93,3 +107,93 @@ def load_renamed_weights(model: PreTrainedModel, folder: str | None) -> None:
         whole = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
         model.load_state_dict(whole.state_dict())
         logger.info(f"Loaded the weights of {folder} again, under the names of their original release.")
+
+
+class CheckpointingTrainer(Trainer):
+    """[`~transformers.Trainer`] whose checkpoints are whole, and from which a run goes on bit for bit."""
+
+    model: Any
+    lr_scheduler: Any
+    optimizer: Any
+    _meta_stream: MetaStream | None = None
+    _created_optimizer = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; see [`~transformers.Trainer.train`].
+
+        `resume_from_checkpoint=True` goes on from the last complete checkpoint in `args.output_dir`: one whose writing
+        was interrupted does not count.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or it is of a run with other layers.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = usable_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True: there is no complete checkpoint in output_dir="
+                    f"{self.args.output_dir!r}. Call train() without it to start from the beginning."
+                )
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)) and self.model_init is None:
+            check_checkpoint(os.fspath(resume_from_checkpoint), list(self._layer_groups(self.model)))
+        if self.lr_scheduler is not None and self._created_optimizer:
+            # A second run, which Trainer would begin with the moments of the first.
+            self.optimizer = None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _layer_groups(self, model: nn.Module) -> dict[str, list[str]]:
+        raise NotImplementedError
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epochs_trained, batches_trained = super()._init_training_state(max_steps, *args, **kwargs)
+        # Of a stream Trainer does not know the length, takes the whole run for one epoch and, in a later one, skips as
+        # many batches as were ever trained on. How far the epoch has come is in the state. No public hook is there.
+        if batches_trained and not has_length(self.train_dataset):
+            epochs_trained = int(self.state.epoch)
+            batches = (self.state.epoch - epochs_trained) * max_steps * self.args.gradient_accumulation_steps
+            batches_trained = round(batches)
+        return epochs_trained, batches_trained
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:
+            # What torch and others say of a full disk is "iostream error" or less.
+            folder = self.args.output_dir
+            free = shutil.disk_usage(folder).free
+            # Weights, and what Adam and the step held open keep of them.
+            if free < 4 * sum(p.numel() * p.element_size() for p in self.model.parameters()):
+                raise OSError(
+                    errno.ENOSPC,
+                    f"The disk is full: the checkpoint of step {self.state.global_step} could not be written, with "
+                    f"{free / 2**20:.1f} MiB free in {folder}. The last complete checkpoint is "
+                    f"{usable_checkpoint(folder)}; make room and resume from it, or set save_total_limit",
+                ) from error
+            raise
+
+    # Of saving, Trainer's private methods are the only ones that all processes pass.
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._meta_stream is not None and self.args.world_size > 1:
+            # One process writes the state of all.
+            self._meta_stream.gather_places(gather_object)
+        super()._save_optimizer_and_scheduler(output_dir)
+        # The shards of a step held open are gathered by all.
+        if self.is_fsdp_enabled and not self.args.should_save:
+            self.lr_scheduler.state_dict()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # What is written next marks the checkpoint as complete: it has to wait for the files of the other processes.
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed_weights(self.state.best_model_checkpoint)
+
+    def _load_renamed_weights(self, folder: str | None) -> None:
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
+            load_renamed_weights(self.model, folder)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,16 +13,24 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.utils import logging
 
 from .hypergradient import preserve_random_state
+from .meta_batches import (
+    EMPTY,
+    EmptyMetaSetError,
+    InterruptedStreamError,
+    IterableBatches,
+    MapBatches,
+    UnusableRowError,
+    numbered_rows,
+)
 
 logger = logging.get_logger(__name__)
 
 # Seconds. datasets itself retries reads of remote files; other streams may not.
 RETRY_AFTER = (1, 2, 4)
-EMPTY = "meta_dataset is empty: there is nothing to tune on. Give labelled images, at least one for each process."
 
 
 class MetaStream:
@@ -87,6 +91,8 @@ class MetaStream:
             raise ValueError(f"process_index={process_index} must be in [0, num_processes={num_processes}).")
         self.position = 0
         self._place: dict[str, int] = {}
+        self._places: tuple[int, list[dict[str, int]]] = (-1, [])
+        self._process_index, self._num_processes = process_index, num_processes
         self._iterator: Iterator[Any] | None = None
         self._rows_after: Callable[[int], Iterator[tuple[int, list[int]]]] | None = None
         if isinstance(dataset, IterableDataset):
@@ -98,12 +104,12 @@ class MetaStream:
                 dataset = split_dataset_by_node(dataset, process_index, num_processes)
             # A copy, so that set_epoch does not move a training set that is read at the same time.
             dataset = copy.copy(dataset)
-            self._source: Any = _IterableBatches(dataset, collate_fn, seed, process_index, batch_size, num_processes)
+            self._source: Any = IterableBatches(dataset, collate_fn, seed, process_index, batch_size, num_processes)
         else:
             if len(dataset) == 0:
-                raise ValueError(EMPTY)
-            self._source = _MapBatches(dataset, collate_fn, seed, process_index)
-            self._rows_after = partial(_numbered_rows, len(dataset), batch_size, seed, process_index, num_processes)
+                raise EmptyMetaSetError(EMPTY)
+            self._source = MapBatches(dataset, collate_fn, seed, process_index)
+            self._rows_after = partial(numbered_rows, len(dataset), batch_size, seed, process_index, num_processes)
         self._num_workers = num_workers
 
     def __iter__(self) -> MetaStream:
@@ -114,26 +120,45 @@ class MetaStream:
             if self._iterator is None:
                 self._iterator = self._start()
             try:
-                batch, self._place = next(self._iterator)
+                batch, place = next(self._iterator)
+                if isinstance(batch, UnusableRowError):
+                    raise batch
+                self._place = place
                 self.position += 1
                 return batch
             except Exception as error:
                 # Workers would go on with the batch after, and the position would be one short.
                 self._iterator = None
-                if wait is None or not isinstance(error.__cause__, (ConnectionError, TimeoutError)):
+                if wait is None or not isinstance(error, InterruptedStreamError):
                     raise
                 logger.warning(f"{error} Trying again in {wait} s.")
                 time.sleep(wait)
         raise AssertionError
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: how many batches were taken, of an iterable dataset also the epoch and the rows read in it."""
-        return {"position": self.position, **self._place}
+    def gather_places(self, gather: Callable[[list[Any]], list[Any]]) -> None:
+        """Has the next `state_dict()` say where every process stands; all of them have to call it.
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        Rows do not divide evenly over processes, so that one may be in another epoch of an iterable dataset already.
+
+        Args:
+            gather (`Callable`): Joins the lists of all processes, as `accelerate.utils.gather_object` does.
+        """
+        self._places = (self.position, gather([self._place]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: how many batches were taken, of an iterable dataset also the epoch and the rows read in it."""
+        position, places = self._places
+        of_all = {"places": places} if position == self.position else {}
+        return {"position": self.position, **self._place, **of_all}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on after the batches taken before; an iterable dataset is read again from its epoch's start."""
-        self._place = dict(state_dict)
-        self.position = self._place.pop("position")
+        place = dict(state_dict)
+        self.position = place.pop("position")
+        places = place.pop("places", [])
+        # Other numbers of processes go on where the first one stood.
+        self._place = dict(places[self._process_index]) if len(places) == self._num_processes else place
+        self._places = (-1, [])
         self._iterator = None
 
     def _start(self) -> Iterator[Any]:
@@ -146,112 +171,10 @@ class MetaStream:
         return iter(DataLoader(self._source, batch_size=None, sampler=sampler, **options))
 
 
-def _numbered_rows(
-    rows: int, batch_size: int, seed: int, process_index: int, num_processes: int, first: int
-) -> Iterator[tuple[int, list[int]]]:
-    """Numbers and rows of this process's batches: the epochs' permutations one after the other, dealt out in turn."""
-    epoch, order = -1, [0]
-    for number in itertools.count(first):
-        start = (number * num_processes + process_index) * batch_size
-        batch = []
-        for place in range(start, start + batch_size):
-            if place // rows != epoch:
-                epoch = place // rows
-                order = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
-            batch.append(order[place % rows])
-        yield number, batch
-
-
-@dataclass(eq=False)
-class _MapBatches(Dataset[Any]):
-    """Batch number and rows to the collated batch."""
-
-    dataset: Any
-    collate_fn: Callable[[list[Any]], Any]
-    seed: int
-    process_index: int
-
-    def __getitem__(self, batch: tuple[int, list[int]]) -> tuple[Any, dict[str, int]]:
-        number, indices = batch
-        with preserve_random_state():
-            _seed_generators(self.seed, number, self.process_index)
-            try:
-                return self.collate_fn(self._fetch(indices)), {}
-            except Exception as error:
-                row = next((i for i in indices if self._fails(i)), indices)
-                raise _unusable(f"Row {row} (validation batch {number})", error) from error
-
-    def _fetch(self, indices: list[int]) -> list[Any]:
-        fetch = getattr(self.dataset, "__getitems__", None)
-        return fetch(indices) if fetch else [self.dataset[i] for i in indices]
-
-    def _fails(self, index: int) -> bool:
-        with suppress(Exception):
-            self._fetch([index])
-            return False
-        return True
-
-
-@dataclass(eq=False)
-class _IterableBatches(IterableDataset[Any]):
-    """Collated batches of an iterable dataset, epoch after epoch, each shuffled anew; and the place after each."""
-
-    dataset: Any
-    collate_fn: Callable[[list[Any]], Any]
-    seed: int
-    process_index: int
-    batch_size: int
-    num_processes: int
-    place: dict[str, int] = field(default_factory=dict)
-
-    def __iter__(self) -> Iterator[tuple[Any, dict[str, int]]]:
-        rows = self._rows(self.place.get("epoch", 0), self.place.get("row", 0))
-        while True:
-            with preserve_random_state():
-                taken = [next(rows) for _ in range(self.batch_size)]
-                batch = self.collate_fn([row for row, _ in taken])
-            yield batch, taken[-1][1]
-
-    def _rows(self, epoch: int, read_before: int) -> Iterator[tuple[Any, dict[str, int]]]:
-        # datasets' own streams are dealt out already.
-        deal = 1 if isinstance(self.dataset, datasets.IterableDataset) else self.num_processes
-        while True:
-            if hasattr(self.dataset, "set_epoch"):
-                self.dataset.set_epoch(epoch)
-            rows = iter(self.dataset)
-            for count in itertools.count():
-                # For each row anew, so that reading an epoch again up to a place makes the same rows.
-                _seed_generators(self.seed, self.process_index, epoch, count)
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    break
-                except Exception as error:
-                    raise _unusable(f"Row {count} of epoch {epoch}", error) from error
-                # Each epoch deals from another process on, or few rows would leave some processes without any.
-                if count >= read_before and (count + epoch - self.process_index) % deal == 0:
-                    yield row, {"epoch": epoch, "row": count + 1}
-            if count == 0:
-                raise ValueError(EMPTY)
-            epoch, read_before = epoch + 1, 0
-
-
 def _one_shard_at_a_time(dataset: datasets.IterableDataset) -> dict[str, int]:
     # Versions that read several do so in threads, which would draw from the training's generators at any moment.
     name = "max_buffer_input_shards"
     return {name: 1} if name in inspect.signature(dataset.shuffle).parameters else {}
-
-
-def _seed_generators(*seeds: int) -> None:
-    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
-    # Not torch.manual_seed, which seeds the accelerators too.
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def _unusable(what: str, error: Exception) -> RuntimeError:
-    return RuntimeError(f"{what} of the meta set cannot be used: {error!r}. Repair the row or leave it out.")
 
 
 def split_meta_dataset(
@@ -334,7 +257,7 @@ def check_meta_dataset(dataset: Any, *, label_column: str, num_classes: int | No
     ```
     """
     if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(EMPTY)
+        raise EmptyMetaSetError(EMPTY)
     feature, features = None, getattr(dataset, "features", None)
     if isinstance(features, datasets.Features):
         feature = features[_label_name(features, [label_column], "meta_dataset")]
@@ -359,7 +282,7 @@ def _first_label(dataset: Any, label_column: str) -> set[Any]:
     with preserve_random_state():
         row = next(iter(dataset), None) if isinstance(dataset, IterableDataset) else dataset[0]
     if row is None:
-        raise ValueError(EMPTY)
+        raise EmptyMetaSetError(EMPTY)
     label = _row_label(row, label_column, "meta_dataset") if isinstance(row, Mapping) else ()
     return {label} if label is None or isinstance(label, (int, str)) else set()
 

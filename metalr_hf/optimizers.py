@@ -54,6 +54,17 @@ def overflow_flags(optimizer: Optimizer) -> list[Tensor]:
     return [] if flag is None else [flag]
 
 
+def only_creates_state(optimizer: Optimizer) -> bool:
+    """Whether a step about to be taken is none of the training, but one of length 0 that creates the optimizer's state.
+
+    `torch.distributed.checkpoint` takes such a step before it loads the state of a fresh optimizer.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+    """
+    return not optimizer.state and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
+
+
 def layer_of_groups(optimizer: Optimizer) -> list[str]:
     """The layer of every param group; a group without one is a layer of its own."""
     return [group.get("layer", f"group_{i}") for i, group in enumerate(optimizer.param_groups)]
@@ -107,8 +118,15 @@ def check_own_rates(optimizer: Optimizer, rates: Sequence[float | Tensor], group
         group_layers (`list[str]`): The layer of every param group.
 
     Raises:
-        ValueError: if a rate has been changed. One that is a tensor is not looked at: that waits for the device.
+        ValueError: if a rate has been changed, or a group was added. A rate that is a tensor is not looked at: that
+            waits for the device.
     """
+    if len(optimizer.param_groups) != len(group_layers):
+        raise ValueError(
+            f"The optimizer has {len(optimizer.param_groups)} param groups, but had {len(group_layers)} when "
+            "MetaLRScheduler took it over. Give it all parameters from the start; those that are to be trained later "
+            "can have requires_grad=False until then, once the optimizer is made."
+        )
     for group, rate, layer in zip(optimizer.param_groups, rates, group_layers, strict=True):
         if not isinstance(group["lr"], Tensor) and group["lr"] != rate:
             raise ValueError(

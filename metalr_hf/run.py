@@ -19,8 +19,10 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from .arguments import ModelArguments, TrainArguments
+from .broken_images import name_broken_image
 from .checkpoints import checkpoints, is_complete, usable_checkpoint
 from .data import load_images
+from .meta_batches import UnusableRowError
 from .metrics import build_compute_metrics
 from .plots import plot_learning_rates
 from .trainer import MetaLRTrainer
@@ -163,7 +165,12 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         data_collator=collate_images,
         compute_metrics=build_compute_metrics(data.metrics),
     )
-    results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    try:
+        results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except (OSError, UnusableRowError) as error:
+        meta = {} if splits.meta is None else {"meta": splits.meta}
+        name_broken_image(error, {"training": splits.train, **meta})
+        raise
     trainer.save_model()
     results |= trainer.evaluate(prepared.test, metric_key_prefix="test")
     if trainer.is_world_process_zero():

@@ -21,6 +21,7 @@ from .optimizers import (
     check_own_rates,
     layer_of_groups,
     listen_to_steps,
+    only_creates_state,
     overflow_flags,
     parameters_by_layer,
     start_learning_rates,
@@ -180,6 +181,7 @@ class MetaLRScheduler(LRScheduler):
         self._noted_loss: Tensor | None = None
         self._measured: tuple[float, list[float]] | None = None
         self._meta_loss = math.nan
+        self._unheard = False
         self._hooks = listen_to_steps(optimizer, self)
         super().__init__(optimizer)
 
@@ -205,6 +207,11 @@ class MetaLRScheduler(LRScheduler):
             return False
         in_time = self.last_epoch < self.restarted_at + self.tuning_steps
         return self.will_calibrate or (in_time and self.last_epoch % self.meta_every == 0)
+
+    @property
+    def awaits_gradients(self) -> bool:
+        """Whether the gradients of the coming step are those that tune, as [`~MetaLRScheduler.note_gradients`] does."""
+        return self.meta_source == "next_batch" and self._look_ahead.taken
 
     def step(self, meta_loss: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
         """Validates, tunes, rescales the step just taken, and moves on to the next.
@@ -239,7 +246,7 @@ class MetaLRScheduler(LRScheduler):
             loss (`torch.Tensor` of shape `()`, *optional*): The training loss, without the factor. With it a step that
                 did harm is taken back.
         """
-        if self.meta_source == "next_batch" and self._look_ahead.taken:
+        if self.awaits_gradients:
             self._noted = self._look_ahead.inner_products() / scale
             self._noted_loss = loss
 
@@ -271,7 +278,7 @@ class MetaLRScheduler(LRScheduler):
             "optimizer": type(unwrap(self.optimizer)).__name__,
             "learning_rates": self.learning_rates.clone(),
             "start_learning_rates": self.start_learning_rates.clone(),
-            "rule": self.rule.state_dict(),
+            "rule": {"name": type(self.rule).__name__, "state": self.rule.state_dict()},
             "guard": self.guard.state_dict(),
             "calibrator": self._calibrator.state_dict(),
             "history": self.history.state_dict(),
@@ -297,11 +304,14 @@ class MetaLRScheduler(LRScheduler):
         self.learning_rates = state_dict["learning_rates"].clone()
         self.start_learning_rates = state_dict["start_learning_rates"].clone()
         self._calibrator.load_state_dict(state_dict["calibrator"])
-        for name in ("rule", "guard", "history"):
+        for name in ("guard", "history"):
             getattr(self, name).load_state_dict(state_dict[name])
+        # Another rule, or another source of validation batches, than before starts anew.
+        if state_dict["rule"]["name"] == type(self.rule).__name__:
+            self.rule.load_state_dict(state_dict["rule"]["state"])
         self._look_ahead.load_state_dict(state_dict["look_ahead"], self._parameters_by_layer())
-        for name, part in self.stateful.items():
-            part.load_state_dict(state_dict["stateful"][name])
+        for name in self.stateful.keys() & state_dict["stateful"].keys():
+            self.stateful[name].load_state_dict(state_dict["stateful"][name])
         self._write_learning_rates()
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -312,8 +322,11 @@ class MetaLRScheduler(LRScheduler):
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Settles the step before, if the next batch's gradient does that, and notes where the parameters are."""
+        self._unheard = only_creates_state(optimizer)
+        if self._unheard:
+            return
         check_own_rates(optimizer, self.get_lr(), self._group_layers)
-        if self.meta_source == "next_batch" and self._look_ahead.taken:
+        if self.awaits_gradients:
             if self._noted is None:
                 # A fused optimizer unscales by itself, after this hook.
                 scale = getattr(optimizer, "grad_scale", None)
@@ -337,7 +350,7 @@ class MetaLRScheduler(LRScheduler):
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         """Notes the step that the optimizer has taken."""
-        if self.will_tune:
+        if self.will_tune and not self._unheard:
             # A fused optimizer that has met an overflow runs its hooks but leaves the parameters where they are.
             self._found_inf += overflow_flags(optimizer)
             self._look_ahead.after_step()

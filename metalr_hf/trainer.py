@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -12,11 +11,12 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from .checkpoints import check_checkpoint, load_renamed_weights, usable_checkpoint
+from .checkpoints import CheckpointingTrainer
 from .collapse import CollapseGuard
 from .history import LRHistory
 from .hypergradient import untouched
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 COLLAPSE_FACTOR = 0.1
 
 
-class MetaLRTrainer(Trainer):
+class MetaLRTrainer(CheckpointingTrainer):
     """[`~transformers.Trainer`] with one meta-tuned learning rate a layer.
 
     Every argument of `Trainer` keeps its meaning, and `args` may be plain `TrainingArguments`. After each optimizer
@@ -71,9 +71,6 @@ class MetaLRTrainer(Trainer):
     """
 
     args: MetaLRTrainingArguments
-    model: Any
-    lr_scheduler: Any
-    optimizer: Any
 
     def __init__(
         self,
@@ -85,11 +82,7 @@ class MetaLRTrainer(Trainer):
         **kwargs: Any,
     ):
         args = _with_tuning_arguments(args)
-        if args.deepspeed or args.deepspeed_plugin is not None:
-            raise ValueError(
-                f"deepspeed={args.deepspeed!r}: DeepSpeed steps the optimizer inside its backward, so there is no step "
-                "to tune. Use FSDP instead (args.fsdp, or `accelerate config`)."
-            )
+        args.refuse_deepspeed()
         if model is not None and hasattr(model, "pretrained_cfg"):
             model, layer_groups = _wrap_bare_timm_model(model, layer_groups)
         optimizer, scheduler = kwargs.get("optimizers") or (None, None)
@@ -105,6 +98,7 @@ class MetaLRTrainer(Trainer):
         self._own_layer_groups = layer_groups
         self._meta_stream: MetaStream | None = None
         self._step_loss: Tensor | float = 0.0
+        self._left_out: dict[str, Tensor] = {}
         self._collapse_guard: CollapseGuard | None = None
         super().__init__(model, args, *trainer_args, **kwargs)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
@@ -128,28 +122,9 @@ class MetaLRTrainer(Trainer):
             raise ValueError("There is no learning-rate history yet: call train() first.")
         return self.lr_scheduler.history
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains; see [`~transformers.Trainer.train`].
-
-        `resume_from_checkpoint=True` goes on from the last complete checkpoint in `args.output_dir`: one whose writing
-        was interrupted does not count.
-
-        Raises:
-            ValueError: if there is no such checkpoint, or it is of a run with other layers.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = usable_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint=True: there is no complete checkpoint in output_dir="
-                    f"{self.args.output_dir!r}. Call train() without it to start from the beginning."
-                )
-        if isinstance(resume_from_checkpoint, (str, os.PathLike)) and self.model_init is None:
-            check_checkpoint(os.fspath(resume_from_checkpoint), list(self._layer_groups(self.model)))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates Trainer's optimizer, or takes the one handed in, and splits its param groups by layer."""
+        self._created_optimizer |= self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if not all("layer" in group for group in optimizer.param_groups):
             model = self.model if model is None else model
@@ -194,6 +169,10 @@ class MetaLRTrainer(Trainer):
                 scheduler.stateful["meta_stream"] = self._meta_stream
             if args.hyper_lr > 0 and args.tuning_steps and not self.is_fsdp_enabled and self.compute_loss_func is None:
                 self._collapse_guard = CollapseGuard(self.model)
+            held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
+            parameters = self.model.named_parameters()
+            self._left_out = {name: p for name, p in parameters if id(p) not in held and not p.requires_grad}
+            self._step_loss = 0.0
             self.lr_scheduler = scheduler
             # Trainer's own mark of a scheduler that a second train() has to make anew.
             self._created_lr_scheduler = True
@@ -202,16 +181,16 @@ class MetaLRTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's forward and backward; then a validation batch is pulled if the step about to be taken is tuned."""
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self._refuse_thawed()
         self._step_loss = self._step_loss + loss
         scheduler = self.lr_scheduler
         if self.accelerator.sync_gradients:
-            if self.meta_source == "next_batch":
+            if scheduler.awaits_gradients:
                 # Before Trainer clips them.
                 scaler = self.accelerator.scaler
                 scheduler.note_gradients(1.0 if scaler is None else scaler.get_scale(), self._step_loss)
-            if scheduler.meta_loss is None and (
-                scheduler.will_calibrate or (self._meta_stream and scheduler.will_tune)
-            ):
+            # A batch of a step that overflowed and was not taken is let go: no checkpoint would know of it.
+            if scheduler.will_calibrate or (self._meta_stream and scheduler.will_tune):
                 stream = self._meta_stream or self._create_meta_stream(self.state.global_step)
                 scheduler.meta_loss = partial(self.compute_meta_loss, next(stream))
             self._undo_collapse(inputs)
@@ -229,17 +208,32 @@ class MetaLRTrainer(Trainer):
         """
         self.lr_scheduler.meta_loss = None
         inputs = dict(self._prepare_inputs(inputs))
+        if find_batch_size(inputs) == 0 and not self.is_fsdp_enabled:
+            # A collator has left out all of it. Nothing is tuned then, in no process.
+            return next(p for p in self.model.parameters() if p.requires_grad).sum() * math.nan
         # A compute_loss_func may divide by the count. Models take their own mean without it.
         count = None
         if self.compute_loss_func is not None:
             _, count = self.get_batch_samples(iter([inputs]), 1, self.args.device)
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(self.model, inputs, num_items_in_batch=count)
+            # Not through DDP, which would send the gradients where one figure a layer will do. DataParallel divides the
+            # batch over its devices.
+            model = self.model_wrapped if self.args.n_gpu > 1 else self.model
+            loss = self.compute_loss(model, inputs, num_items_in_batch=count)
         assert isinstance(loss, Tensor)
         if self.is_fsdp_enabled and not torch.is_grad_enabled():
             reshard(self.model)
         # A vector under DataParallel.
         return loss.mean()
+
+    def _refuse_thawed(self) -> None:
+        thawed = [name for name, p in self._left_out.items() if p.requires_grad]
+        if thawed:
+            raise ValueError(
+                f"{thawed[0]} and {len(thawed) - 1} more parameters were frozen when training began and are not any "
+                "more, but the optimizer does not hold them: they would not be trained. Freeze them in a callback's "
+                "on_train_begin instead, when the optimizer holds all parameters, or call train() again."
+            )
 
     def _undo_collapse(self, inputs: dict[str, Any]) -> None:
         scheduler, guard, labels = self.lr_scheduler, self._collapse_guard, inputs.get("labels")
@@ -274,35 +268,6 @@ class MetaLRTrainer(Trainer):
         if "learning_rate" in logs and isinstance(self.lr_scheduler, MetaLRScheduler) and len(self.lr_history):
             logs |= self._learning_rate_logs()
         super().log(logs, *args, **kwargs)
-
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs_trained, batches_trained = super()._init_training_state(max_steps, *args, **kwargs)
-        # Of a stream Trainer does not know the length, takes the whole run for one epoch and, in a later one, skips as
-        # many batches as were ever trained on. How far the epoch has come is in the state. No public hook is there.
-        if batches_trained and not has_length(self.train_dataset):
-            epochs_trained = int(self.state.epoch)
-            batches = (self.state.epoch - epochs_trained) * max_steps * self.args.gradient_accumulation_steps
-            batches_trained = round(batches)
-        return epochs_trained, batches_trained
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        # One process writes the scheduler's state, but the shards of a step held open are gathered by all. There is no
-        # public hook that all of them pass.
-        if self.is_fsdp_enabled and not self.args.should_save:
-            self.lr_scheduler.state_dict()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_renamed_weights(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_renamed_weights(self.state.best_model_checkpoint)
-
-    def _load_renamed_weights(self, folder: str | None) -> None:
-        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
-            load_renamed_weights(self.model, folder)
 
     def _learning_rate_logs(self) -> dict[str, float]:
         history, scheduler = self.lr_history, self.lr_scheduler
@@ -364,7 +329,7 @@ class MetaLRTrainer(Trainer):
             collator = self._get_collator_with_removed_columns(self.data_collator, description="meta")
         return MetaStream(
             dataset,
-            args.meta_batch_size or args.train_batch_size,
+            args.train_batch_size if args.meta_batch_size is None else args.meta_batch_size * max(1, args.n_gpu),
             collator,
             seed=seed + (args.seed if args.data_seed is None else args.data_seed),
             num_workers=args.dataloader_num_workers,

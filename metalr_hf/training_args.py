@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -178,6 +179,8 @@ class MetaLRTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # transformers would want DeepSpeed installed first.
+        self.refuse_deepspeed()
         self._apply_preset()
         if SchedulerType(self.lr_scheduler_type) in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
             raise ValueError(
@@ -218,6 +221,14 @@ class MetaLRTrainingArguments(TrainingArguments):
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) == defaults[name]:
                 setattr(self, name, value)
+
+    def refuse_deepspeed(self) -> None:
+        """Raises `ValueError` if the run is to use DeepSpeed, by these arguments or by `accelerate launch`."""
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"deepspeed={self.deepspeed!r}: DeepSpeed steps the optimizer inside its backward, so there is no step "
+                "to tune. Use FSDP instead (`fsdp=True`, or `accelerate config`)."
+            )
 
     def resolve_calibrate(self) -> bool:
         """Whether the start rates are calibrated, with the default filled in."""

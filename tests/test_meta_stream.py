@@ -202,6 +202,29 @@ def test_a_process_of_several_resumes_bitwise(make):
     assert same(take(resumed, 4), take(stream, 4))
 
 
+@pytest.mark.parametrize("make", [*ITERABLE, lambda: Stream(11), lambda: EpochStream(11)])
+@pytest.mark.parametrize("taken", [3, 5])
+def test_processes_resume_where_each_stood_from_what_one_has_saved(make, taken):
+    def streams(num_processes=2):
+        options = {"num_processes": num_processes, "shuffle_buffer_size": 4}
+        return [MetaStream(make(), 2, collate, process_index=rank, **options) for rank in range(num_processes)]
+
+    whole, places = streams(), []
+    for stream in whole:
+        take(stream, taken)
+        stream.gather_places(lambda own: places.extend(own) or own)
+    whole[0].gather_places(lambda own: places)
+    state = whole[0].state_dict()
+    for before, after in zip(whole, streams(), strict=True):
+        after.load_state_dict(state)
+        assert same(take(after, 9), take(before, 9))
+    (alone,) = streams(1)
+    alone.load_state_dict(state)
+    assert len(next(alone)["row"]) == 2
+    # Where the others stood is known at that moment only.
+    assert "places" not in whole[0].state_dict()
+
+
 def test_resuming_an_iterable_reads_its_last_epoch_only():
     stream = MetaStream(Stream(), 4, collate)
     take(stream, 102)

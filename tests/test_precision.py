@@ -2,13 +2,37 @@ import math
 
 import pytest
 import torch
-from test_trainer import images, resnet, trainer, vit
+from test_trainer import arguments, images, resnet, same_weights, trainer, vit
 from torch import nn
+from transformers import TrainerCallback
 
-from metalr_hf import MetaLRScheduler
+from metalr_hf import MetaLRScheduler, MetaLRTrainer
 
-# Of the largest hypergradient of a step. bfloat16 has eight bits.
-TOLERANCE = 0.1
+# Of the largest hypergradient of a step. bfloat16 has eight bits, float16 has eleven.
+TOLERANCE, FLOAT16_TOLERANCE = 0.1, 0.05
+ACCELERATOR = torch.cuda.is_available()
+
+
+class Float16Trainer(MetaLRTrainer):
+    """Trains in float16 with a scaler. accelerate does so on accelerators only; torch's autocast and scaler, which it
+    uses, are at home on a CPU too.
+    """
+
+    first_scale = 2.0**10
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        device = "cuda" if ACCELERATOR else "cpu"
+        self.accelerator.scaler = torch.amp.GradScaler(device, init_scale=self.first_scale)
+        self.accelerator.native_amp = True
+        self.accelerator.state._mixed_precision = "fp16"
+
+
+def float16_trainer(folder, model, first_scale=2.0**10, **options):
+    args = arguments(folder, use_cpu=not ACCELERATOR, fp16=ACCELERATOR, **options)
+    return type("Scaled", (Float16Trainer,), {"first_scale": first_scale})(
+        model=model, args=args, train_dataset=images()
+    )
 
 
 def to_bfloat16(rows):
@@ -33,6 +57,64 @@ def test_bfloat16_gives_the_hypergradients_of_float32(tmp_path, make_model, sour
     expected, found = (run.lr_history.hypergradients[-2:] for run in (exact, rough))
     assert abs(found - expected).max() <= TOLERANCE * abs(expected).max()
     assert not math.isnan(abs(expected).max())
+
+
+@pytest.mark.parametrize("source", ["stream", "next_batch"])
+@pytest.mark.parametrize("make_model", [lambda: vit(dropout=0.0), resnet], ids=["vit", "resnet"])
+def test_float16_gives_the_hypergradients_of_float32(tmp_path, make_model, source):
+    options = {"meta_source": source, "max_steps": 3}
+    exact = trainer(tmp_path / "a", make_model(), **options, use_cpu=not ACCELERATOR)
+    exact.train()
+    rough = float16_trainer(tmp_path / "b", make_model(), **options)
+    rough.train()
+    expected, found = (run.lr_history.hypergradients[-2:] for run in (exact, rough))
+    assert 0 < abs(found - expected).max() <= FLOAT16_TOLERANCE * abs(expected).max()
+
+
+class Steps(TrainerCallback):
+    """The weights and learning rates after every step."""
+
+    def __init__(self):
+        self.weights, self.rates = [], []
+
+    def on_step_end(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
+        self.weights.append(torch.cat([p.detach().flatten().cpu() for p in model.parameters()]))
+        self.rates.append(lr_scheduler.learning_rates.clone())
+
+
+@pytest.mark.parametrize("source", ["stream", "next_batch"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_steps_that_overflow_in_the_trainer_tune_nothing_and_calibration_waits_for_a_step(tmp_path, source, optim):
+    steps = Steps()
+    options = {"meta_source": source, "optim": optim, "max_steps": 16, "calibrate": True}
+    run = float16_trainer(tmp_path, vit(dropout=0.0), first_scale=2.0**21, **options)
+    start = torch.cat([p.detach().flatten().cpu() for p in run.model.parameters()])
+    run.add_callback(steps)
+    run.train()
+    unmoved = [torch.equal(a, b) for a, b in zip([start, *steps.weights], steps.weights, strict=False)]
+    first = unmoved.index(False)
+    assert first >= 2
+    # The calibrated head grows, and with it the gradients, until the scale is small enough.
+    assert sum(unmoved[first:]) >= 2
+    changed = [not torch.equal(a, b) for a, b in zip(steps.rates, steps.rates[1:], strict=False)]
+    assert not any(changed[: first - 1])
+    assert changed[first - 1]
+    assert not any(change and stood for change, stood in zip(changed, unmoved[1:], strict=True))
+    assert any(changed[first:])
+    assert run.lr_scheduler.calibration is not None
+    assert run.lr_scheduler.guard.non_finite == 0
+    assert steps.weights[-1].isfinite().all()
+
+
+@pytest.mark.parametrize("source", ["stream", "next_batch"])
+def test_the_scale_is_part_of_the_checkpoint(tmp_path, source):
+    options = {"meta_source": source, "max_steps": 8, "save_strategy": "steps", "save_steps": 4, "calibrate": True}
+    whole = float16_trainer(tmp_path, vit(), first_scale=2.0**21, **options)
+    whole.train()
+    again = float16_trainer(tmp_path, vit(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same_weights(whole.model, again.model)
+    assert (whole.lr_history.learning_rates == again.lr_history.learning_rates).all()
 
 
 @pytest.mark.parametrize("source", ["stream", "next_batch"])

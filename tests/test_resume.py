@@ -1,10 +1,13 @@
+import ctypes
 import multiprocessing
 import os
 import random
 import resource
 import signal
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_trainer import images, resnet, same_weights, trainer, vit
@@ -30,6 +33,12 @@ WAYS = {
     "streamed-meta-set": {"meta_source": "stream", "meta_dataset": streamed(images(20, seed=1))},
     "streamed-training-set": {"meta_source": "next_batch", "train_dataset": streamed(images())},
     "streamed-training-set-stream": {"meta_source": "stream", "train_dataset": streamed(images())},
+    "everything-streamed-by-workers": {
+        "meta_dataset": streamed(images(20, seed=1)),
+        "train_dataset": streamed(images()),
+        "dataloader_num_workers": 2,
+        "gradient_accumulation_steps": 2,
+    },
     "tuned-to-the-end": {"meta_source": "next_batch", "tuning_steps": 0, "meta_every": 2},
 }
 
@@ -43,8 +52,27 @@ def test_a_run_resumed_from_any_checkpoint_ends_bitwise_as_if_never_interrupted(
         again = trainer(tmp_path / "b", make_model(), **WAYS[way], **SAVING)
         again.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
         assert same_weights(whole.model, again.model), step
-        assert (whole.lr_history.learning_rates == again.lr_history.learning_rates).all()
-        assert whole.lr_history.steps.tolist() == again.lr_history.steps.tolist() == list(range(STEPS))
+        assert_same_histories(whole, again, STEPS)
+
+
+def assert_same_histories(a, b, steps):
+    a, b = a.lr_history, b.lr_history
+    assert a.steps.tolist() == b.steps.tolist() == list(range(steps))
+    for name in ("learning_rates", "meta_losses", "hypergradients"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+@pytest.mark.parametrize("source", ["next_batch", "stream"])
+def test_a_run_of_60_steps_resumes_before_at_and_after_the_end_of_tuning(tmp_path, source):
+    # 40 steps are tuned, then the copy of the parameters is given back; the rates decay from step 18 on.
+    setting = {**SAVING, "max_steps": 60, "save_steps": 10, "lr_scheduler_type": "warmup_stable_decay"}
+    whole = trainer(tmp_path / "a", vit(), meta_source=source, **setting)
+    whole.train()
+    for step in range(10, 60, 10):
+        again = trainer(tmp_path / "b", vit(), meta_source=source, **setting)
+        again.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+        assert same_weights(whole.model, again.model), step
+        assert_same_histories(whole, again, 60)
 
 
 def train(folder, file_size=None):
@@ -69,8 +97,23 @@ class DiskFull(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_size, self.file_size))
 
 
-def in_a_process(*args):
-    process = multiprocessing.get_context("fork").Process(target=train, args=args)
+def train_on_a_small_disk(folder, size, report):
+    """Trains in a folder that is a disk of its own, of so many kilobytes, in a process of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, new_user = 0x00020000, 0x10000000
+    if libc.unshare(new_namespace | (0 if os.getuid() == 0 else new_user)) or libc.mount(
+        b"tmpfs", os.fsencode(folder), b"tmpfs", 0, b"size=%dk" % size
+    ):
+        report.write_text("no disk")
+        return
+    try:
+        train(folder)
+    except OSError as error:
+        report.write_text(f"{error}\n{usable_checkpoint(folder)}\n{sorted(path.name for path in folder.iterdir())}")
+
+
+def in_a_process(*args, target=None):
+    process = multiprocessing.get_context("fork").Process(target=target or train, args=args)
     process.start()
     return process
 
@@ -116,6 +159,21 @@ def test_a_full_disk_is_said_so_and_leaves_the_checkpoint_before(tmp_path, capfd
     assert process.exitcode == 0
 
 
+def test_a_disk_that_is_full_is_said_so_whatever_file_did_not_fit(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    # A checkpoint has about 110 kB, with the optimizer's file in the middle.
+    for size in (350, 380, 410):
+        in_a_process(folder, size, tmp_path / "report", target=train_on_a_small_disk).join()
+        said, last, there = (tmp_path / "report").read_text().splitlines() or [""] * 3
+        if said == "no disk":
+            pytest.skip("no right to mount a disk")
+        assert "The disk is full" in said
+        last_whole, cut_off = Path(last).name, f"checkpoint-{int(last.split('-')[-1]) + 1}"
+        assert f"The last complete checkpoint is {last}" in said
+        assert {last_whole, cut_off} <= set(there.replace("'", "").strip("[]").split(", "))
+
+
 def test_a_checkpoint_cut_off_does_not_count_in_the_trainer_either(tmp_path):
     run = trainer(tmp_path, resnet(), **SAVING)
     run.train()
@@ -127,12 +185,20 @@ def test_a_checkpoint_cut_off_does_not_count_in_the_trainer_either(tmp_path):
         trainer(tmp_path / "new", resnet(), **SAVING).train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_loads_without_pickle(tmp_path):
+def test_a_checkpoint_loads_without_pickle(tmp_path, monkeypatch):
     run = trainer(tmp_path, resnet(), **SAVING)
     run.train()
-    for file in ("optimizer.pt", "scheduler.pt"):
-        assert torch.load(tmp_path / "checkpoint-3" / file, weights_only=True)
     assert (tmp_path / "checkpoint-3" / "model.safetensors").exists()
+    load, loaded = torch.load, []
+
+    def load_weights_only(file, *args, **kwargs):
+        assert kwargs["weights_only"] is True
+        loaded.append(Path(file).name)
+        return load(file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", load_weights_only)
+    trainer(tmp_path, resnet(), **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth"} == set(loaded)
 
 
 @pytest.mark.parametrize("other", [{"optim": "sgd"}, {"optim": "rmsprop"}])
@@ -140,3 +206,23 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, other):
     trainer(tmp_path, resnet(), **SAVING).train()
     with pytest.raises(ValueError, match="The checkpoint's optimizer is Ada"):
         trainer(tmp_path, resnet(), **SAVING, **other).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(("before", "after"), [("next_batch", "stream"), ("stream", "next_batch")])
+def test_a_run_can_go_on_with_another_source_and_another_rule(tmp_path, before, after):
+    setting = {**SAVING, "tuning_steps": 0}
+    whole = trainer(tmp_path, resnet(), meta_source=before, lr_rule="proportional", **setting)
+    whole.train()
+    again = trainer(tmp_path, resnet(), meta_source=after, lr_rule="adam", **setting)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert again.lr_history.steps.tolist() == list(range(STEPS))
+    assert (again.lr_history.learning_rates[:6] == whole.lr_history.learning_rates[:6]).all()
+    assert (again.lr_history.learning_rates[-1] != whole.lr_history.learning_rates[-1]).all()
+
+
+def test_weights_without_learning_rates_are_resumed_with_a_warning(tmp_path, caplog):
+    setting = {**SAVING, "save_only_model": True}
+    trainer(tmp_path, resnet(), **setting).train()
+    with caplog.at_level("WARNING"):
+        trainer(tmp_path, resnet(), **setting).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert "holds weights alone" in caplog.text

@@ -4,7 +4,7 @@ import datasets
 import pytest
 import torch
 from test_trainer import LABELS, arguments, images, losses, same_weights, trainer, vit
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from metalr_hf import MetaLRTrainer
 
@@ -25,7 +25,6 @@ def trained(folder, model=None, callbacks=None, **options):
     [
         {"activation_checkpointing": True},
         {"torch_empty_cache_steps": 1},
-        {"ddp_find_unused_parameters": True},
         {"dataloader_num_workers": 2},
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
     ],
@@ -45,6 +44,38 @@ def test_a_compiled_model_is_tuned(tmp_path, source):
     assert len(run.lr_history) == 6
     rates = run.lr_history.learning_rates
     assert (rates[-1] != rates[0]).all()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_several_gpus_of_one_process(tmp_path, source):
+    # Without GPUs DataParallel hands everything on to the module: what is met is Trainer's code for several GPUs.
+    plain = trained(tmp_path / "a", meta_source=source, meta_batch_size=6)
+    args = arguments(tmp_path / "b", meta_source=source, per_device_train_batch_size=4, meta_batch_size=3)
+    args.calibrate, args._n_gpu = True, 2
+    run = MetaLRTrainer(model=vit(), args=args, train_dataset=images())
+    run.train()
+    assert isinstance(run.model_wrapped, torch.nn.DataParallel)
+    rates = run.lr_history.learning_rates
+    assert rates[0] == pytest.approx(plain.lr_history.learning_rates[0])
+    assert (rates[-1] != rates[0]).all()
+    if source == "stream":
+        assert run.lr_history.meta_losses == pytest.approx(plain.lr_history.meta_losses, rel=0.02, nan_ok=True)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_training_twice_is_twice_the_same_run(tmp_path, source):
+    run = trainer(tmp_path, vit(), meta_source=source, calibrate=True)
+    start, ends, histories = {name: value.clone() for name, value in run.model.state_dict().items()}, [], []
+    for _ in range(2):
+        run.model.load_state_dict(start)
+        set_seed(1)
+        run.train()
+        ends.append({name: value.clone() for name, value in run.model.state_dict().items()})
+        histories.append(run.lr_history)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
+    assert histories[0] is not histories[1]
+    assert (histories[0].learning_rates == histories[1].learning_rates).all()
+    assert histories[1].steps.tolist() == list(range(6))
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -89,23 +120,59 @@ def test_early_stopping_ends_the_history(tmp_path, source):
     assert run.state.global_step == len(run.lr_history) == 2
 
 
-class Freeze(TrainerCallback):
-    """Freezes the embeddings at a step, or thaws them."""
+class Embeddings(TrainerCallback):
+    """Freezes and thaws the embeddings, and notes where they are."""
 
-    def __init__(self, frozen):
-        self.frozen = frozen
+    def __init__(self, trained_at):
+        self.trained_at, self.weights = trained_at, []
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 3:
-            model.vit.embeddings.requires_grad_(not self.frozen)
+        model.vit.embeddings.requires_grad_(self.trained_at(state.global_step))
+        self.weights.append(model.vit.embeddings.cls_token.detach().clone())
+
+
+def rates_of(run, layer):
+    return run.lr_history.learning_rates[:, run.lr_history.layers.index(layer)]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_layer_frozen_on_the_way_stays_where_it_was(tmp_path, source):
-    run = trained(tmp_path, callbacks=[Freeze(True)], meta_source=source, calibrate=False, max_steps=8)
-    rates = dict(zip(run.lr_history.layers, run.lr_history.learning_rates.T, strict=True))
-    assert (rates["stem"][4:] == rates["stem"][4]).all()
-    assert not (rates["layers.1"][4:] == rates["layers.1"][4]).all()
+    callback = Embeddings(lambda step: step < 3)
+    run = trained(tmp_path, callbacks=[callback], meta_source=source, calibrate=False, max_steps=8)
+    assert (rates_of(run, "stem")[4:] == rates_of(run, "stem")[4]).all()
+    assert not (rates_of(run, "layers.1")[4:] == rates_of(run, "layers.1")[4]).all()
+    assert torch.equal(callback.weights[3], callback.weights[7])
+    assert not torch.equal(callback.weights[2], callback.weights[3])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_layer_thawed_on_the_way_is_trained_and_tuned_from_then_on(tmp_path, source):
+    callback = Embeddings(lambda step: step >= 3)
+    run = trained(tmp_path, callbacks=[callback], meta_source=source, calibrate=False, max_steps=8)
+    assert (rates_of(run, "stem")[:3] == rates_of(run, "stem")[0]).all()
+    assert not (rates_of(run, "stem")[4:] == rates_of(run, "stem")[4]).all()
+    assert torch.equal(callback.weights[0], callback.weights[3])
+    assert not torch.equal(callback.weights[3], callback.weights[4])
+
+
+def test_a_layer_thawed_that_the_optimizer_does_not_hold_is_noticed(tmp_path):
+    model = vit()
+    model.vit.embeddings.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"vit.embeddings.cls_token and \d more parameters were frozen"):
+        trained(tmp_path, model, callbacks=[Embeddings(lambda step: step >= 3)])
+
+
+class Add(TrainerCallback):
+    """What people write who give the optimizer a layer later."""
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == 2:
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+
+
+def test_a_group_added_to_the_optimizer_is_noticed(tmp_path):
+    with pytest.raises(ValueError, match=r"has \d+ param groups, but had \d+ when MetaLRScheduler took it over"):
+        trained(tmp_path, callbacks=[Add()])
 
 
 class Lower(TrainerCallback):

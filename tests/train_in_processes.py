@@ -2,27 +2,61 @@
 
 import json
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
+from test_resume import streamed
 from test_trainer import images, resnet, vit
+from torch import nn
 from torch.profiler import profile
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.sharding import local, whole
 
 torch.set_num_threads(1)
-MODELS = {"vit": lambda: vit(dropout=0.0), "vit with dropout": vit, "resnet": resnet}
+
+
+def vit_with_an_unused_layer():
+    model = vit(dropout=0.0)
+    model.vit.unused = nn.Linear(4, 4)
+    return model
+
+
+MODELS = {
+    "vit": lambda: vit(dropout=0.0),
+    "vit with dropout": vit,
+    "vit with an unused layer": vit_with_an_unused_layer,
+    "resnet": resnet,
+}
+# Does not divide evenly by two processes.
+META_ROWS = 21
+
+
+class Rows(IterableDataset):
+    def __iter__(self):
+        yield from images(META_ROWS, seed=1)
+
+
+TRAINING_SETS = {"table": images, "stream": lambda: streamed(images())}
+META_SETS = {None: lambda: None, "stream": lambda: streamed(images(META_ROWS, seed=1)), "rows": Rows}
+
+
+def names(inputs):
+    """A figure that tells every image from the others."""
+    return inputs["pixel_values"][:, 0, 0, 0].tolist()
 
 
 class TrainerOfTheTest(MetaLRTrainer):
     """accelerate shards on accelerators only; torch's `fully_shard`, which it calls, is at home on a CPU."""
 
     spoiled_step = None
+    slow_to_save = False
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -32,7 +66,19 @@ class TrainerOfTheTest(MetaLRTrainer):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.train_rows += names(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir):
+        if self.slow_to_save and self.args.process_index == 1:
+            time.sleep(0.2)
+        super()._save_rng_state(output_dir)
+
     def compute_meta_loss(self, inputs):
+        # The same batch is looked at several times where it calibrates.
+        if self.meta_rows[-len(inputs["labels"]) :] != names(inputs):
+            self.meta_rows += names(inputs)
         loss = super().compute_meta_loss(inputs)
         spoiled = self.args.process_index == 1 and self.state.global_step == self.spoiled_step
         return loss * float("nan") if spoiled else loss
@@ -48,14 +94,31 @@ class Rates(TrainerCallback):
         self.rates.append(lr_scheduler.learning_rates.tolist())
 
 
-def run(folder, model="vit", resume=None, spoiled_step=None, profiled=False, **arguments):
+def run(
+    folder,
+    model="vit",
+    train="table",
+    meta=None,
+    resume=None,
+    spoiled_step=None,
+    slow_to_save=False,
+    profiled=False,
+    **arguments,
+):
     folder = Path(folder)
     set_seed(0)
     defaults = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "max_steps": 12}
     args = MetaLRTrainingArguments(str(folder), **{**defaults, **arguments})
     rates = Rates()
-    trainer = TrainerOfTheTest(model=MODELS[model](), args=args, train_dataset=images(), callbacks=[rates])
-    trainer.spoiled_step = spoiled_step
+    trainer = TrainerOfTheTest(
+        model=MODELS[model](),
+        args=args,
+        train_dataset=TRAINING_SETS[train](),
+        meta_dataset=META_SETS[meta](),
+        callbacks=[rates],
+    )
+    trainer.spoiled_step, trainer.slow_to_save = spoiled_step, slow_to_save
+    trainer.train_rows, trainer.meta_rows = [], []
     with profile(record_shapes=True) if profiled else nullcontext() as profiler:
         trainer.train(resume_from_checkpoint=resume)
     events = profiler.events() if profiled else []
@@ -66,6 +129,8 @@ def run(folder, model="vit", resume=None, spoiled_step=None, profiled=False, **a
         "reduced": [event.input_shapes for event in events if event.name == "gloo:all_reduce"],
         "non_finite": trainer.lr_scheduler.guard.non_finite,
         "history": trainer.lr_history.learning_rates.tolist(),
+        "train_rows": trainer.train_rows,
+        "meta_rows": trainer.meta_rows,
         "sharded": sum(p is not local(p) and p.shape != local(p).shape for p in model.parameters()),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,11 +31,18 @@ def name_broken_image(error: Exception, splits: Mapping[str, Any]) -> None:
     if isinstance(cause, OSError) and cause.errno is not None:
         return
     for name, images in splits.items():
-        for row, image in enumerate(images.cast_column(IMAGE, datasets.Image(decode=False))):
+        rows = iter(images.cast_column(IMAGE, datasets.Image(decode=False)))
+        for row in itertools.count():
+            # A stream that is mapped decodes its images before.
+            path = None
             try:
-                datasets.Image().decode_example(image[IMAGE])
+                image = next(rows)[IMAGE]
+                path = image["path"]
+                datasets.Image().decode_example(image)
+            except StopIteration:
+                break
             except Exception as reason:
+                where = f" ({path})" if path else ""
                 raise ValueError(
-                    f"Row {row} of the {name} images ({image[IMAGE]['path'] or 'a file without a name'}) cannot be "
-                    f"read: {reason}. Repair the image or leave it out."
+                    f"Row {row} of the {name} images{where} cannot be read: {reason}. Repair the image or leave it out."
                 ) from error

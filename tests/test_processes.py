@@ -174,7 +174,8 @@ def test_the_command_line_in_two_processes_is_the_one_in_one_and_its_checkpoint_
     arguments += ["--model_name_or_path", save_timm(tmp_path / "timm", "test_vit"), "--meta_split", "0.2"]
     arguments += ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--max_steps", "30"]
     arguments += ["--adam_epsilon", "1e-3", "--save_strategy", "steps", "--save_steps", "15", "--output_dir"]
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    # accelerate's own --cpu starts one process, whatever the number.
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "metalr_hf.cli"]
     two, one, resumed = (tmp_path / name for name in ("two", "one", "resumed"))
     command = [sys.executable, *launcher, *arguments, two, "--per_device_train_batch_size", "4"]
@@ -182,6 +183,7 @@ def test_the_command_line_in_two_processes_is_the_one_in_one_and_its_checkpoint_
     assert done.returncode == 0, done.stderr[-3000:]
     assert {file.name for file in two.iterdir()} >= set(RUN_FILES)
     assert done.stdout.count("On the test split") == 1
+    assert (two / "checkpoint-15" / "rng_state_1.pth").exists()
 
     whole = [*map(str, arguments), str(one), "--per_device_train_batch_size", "8"]
     assert main(whole) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ class CollapseGuard:
 
     def __init__(self, model: nn.Module, every: int = 10):
         self.every = every
+        self.active = True
         self.losses: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.start_spread: float | None = None
@@ -79,12 +81,13 @@ class CollapseGuard:
             self.start_spread = float(reduce(_spread(logits())))
         if len(self.losses) < self.every:
             return False
-        loss = torch.stack(self.losses).float().mean()
-        shares = torch.cat(self.labels).bincount().float()
+        device = self.losses[-1].device
+        loss = torch.stack([loss.to(device, torch.float32) for loss in self.losses]).mean()
+        shares = torch.cat([labels.to(device) for labels in self.labels]).bincount().float()
         shares = shares / shares.sum()
         entropy = -torch.special.xlogy(shares, shares).sum()
         self.losses = []
-        loss, entropy = reduce(torch.stack([loss, entropy.to(loss.device)])).tolist()
+        loss, entropy = reduce(torch.stack([loss, entropy])).tolist()
         if not loss >= NOTHING_LEARNED * entropy:
             return False
         return float(reduce(_spread(logits()))) < min(SPREAD, SHARE_OF_SPREAD * self.start_spread)
@@ -96,6 +99,32 @@ class CollapseGuard:
             model (`torch.nn.Module`): The model that the guard was made with.
         """
         model.load_state_dict(self._start)
+
+    def stop(self) -> None:
+        """Gives the memory back; there is nothing to watch any more."""
+        self.active = False
+        self.losses, self.labels, self._start = [], [], {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, first weights included, in tensors and plain containers."""
+        return {
+            "active": self.active,
+            "losses": [float(loss) for loss in self.losses],
+            "labels": torch.cat(self.labels).cpu() if self.labels else torch.zeros(0, dtype=torch.int64),
+            "start_spread": self.start_spread,
+            "start": self._start,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what [`~CollapseGuard.state_dict`] gave.
+
+        Args:
+            state_dict (`dict`): The state.
+        """
+        # The first weights are those of the run, not those that it goes on from.
+        self.active, self.start_spread, self._start = (state_dict[name] for name in ("active", "start_spread", "start"))
+        self.losses = [torch.tensor(loss) for loss in state_dict["losses"]]
+        self.labels = [state_dict["labels"]]
 
 
 def _spread(logits: Tensor) -> Tensor:

@@ -205,8 +205,12 @@ class MetaLRScheduler(LRScheduler):
         """Whether the coming (or, between `optimizer.step()` and `step()`, the present) step is one that tunes."""
         if self.shape(self.last_epoch) <= 0:
             return False
-        in_time = self.last_epoch < self.restarted_at + self.tuning_steps
-        return self.will_calibrate or (in_time and self.last_epoch % self.meta_every == 0)
+        return self.will_calibrate or (not self.tuning_is_over and self.last_epoch % self.meta_every == 0)
+
+    @property
+    def tuning_is_over(self) -> bool:
+        """Whether all `tuning_steps` have been taken."""
+        return self.last_epoch >= self.restarted_at + self.tuning_steps
 
     @property
     def awaits_gradients(self) -> bool:
@@ -344,7 +348,7 @@ class MetaLRScheduler(LRScheduler):
         if self.will_tune:
             self._found_inf = []
             self._look_ahead.before_step(self._parameters_by_layer())
-        elif self.last_epoch >= self.restarted_at + self.tuning_steps:
+        elif self.tuning_is_over:
             # Gives the copy of the parameters back.
             self._look_ahead = LookAhead()
 

@@ -168,7 +168,7 @@ class MetaLRTrainer(CheckpointingTrainer):
                 self._meta_stream = self._create_meta_stream()
                 scheduler.stateful["meta_stream"] = self._meta_stream
             if args.hyper_lr > 0 and args.tuning_steps and not self.is_fsdp_enabled and self.compute_loss_func is None:
-                self._collapse_guard = CollapseGuard(self.model)
+                self._collapse_guard = scheduler.stateful["collapse_guard"] = CollapseGuard(self.model)
             held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
             parameters = self.model.named_parameters()
             self._left_out = {name: p for name, p in parameters if id(p) not in held and not p.requires_grad}
@@ -237,10 +237,10 @@ class MetaLRTrainer(CheckpointingTrainer):
 
     def _undo_collapse(self, inputs: dict[str, Any]) -> None:
         scheduler, guard, labels = self.lr_scheduler, self._collapse_guard, inputs.get("labels")
-        if guard is None or labels is None or labels.dim() != 1 or labels.is_floating_point():
+        if guard is None or not guard.active or labels is None or labels.dim() != 1 or labels.is_floating_point():
             return
-        if not scheduler.will_tune:
-            self._collapse_guard = None
+        if scheduler.tuning_is_over:
+            guard.stop()
             return
 
         def logits() -> Tensor:
@@ -252,7 +252,7 @@ class MetaLRTrainer(CheckpointingTrainer):
             guard.go_back(self.model)
             self.model.zero_grad()
             scheduler.restart(COLLAPSE_FACTOR)
-            self._collapse_guard = None
+            guard.stop()
             logger.warning(
                 f"By step {self.state.global_step} the model answered every image alike, at the loss of a constant "
                 "answer: its learning rates were too high. Its first weights are back, the learning rates are "

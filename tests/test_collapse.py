@@ -1,7 +1,7 @@
 import pytest
 import torch
 import transformers
-from test_trainer import arguments, images, resnet, vit
+from test_trainer import arguments, images, resnet, same_weights, vit
 from torch import nn
 
 from metalr_hf import MetaLRTrainer
@@ -79,3 +79,26 @@ def test_a_collapse_made_on_purpose_is_noticed_and_undone(tmp_path, source):
     assert sum(last) / 5 < 1.0, last
     start = vit(0.0).state_dict()
     assert any(not torch.equal(value, start[name]) for name, value in run.model.state_dict().items())
+
+
+@pytest.mark.parametrize("setting", [{"warmup_steps": 2}, {"meta_every": 2}], ids=str)
+def test_steps_that_are_not_tuned_do_not_end_the_watch(tmp_path, setting):
+    args = arguments(tmp_path, max_steps=14, learning_rate=1e-2, lr_scheduler_type="constant_with_warmup", **setting)
+    run = MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=2)])
+    run.train()
+    assert run.lr_scheduler.restarted_at > 0
+
+
+def test_a_run_resumed_before_a_collapse_goes_back_to_its_first_weights_too(tmp_path):
+    def collapsing():
+        args = arguments(tmp_path, max_steps=14, learning_rate=1e-2, save_strategy="steps", save_steps=4)
+        return MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=2)])
+
+    whole = collapsing()
+    whole.train()
+    assert whole.lr_scheduler.restarted_at == 9
+    for step in (4, 12):
+        again = collapsing()
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert again.lr_scheduler.restarted_at == 9
+        assert same_weights(whole.model, again.model)

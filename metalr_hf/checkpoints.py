@@ -158,11 +158,11 @@ class CheckpointingTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except Exception as error:
-            # What torch and others say of a full disk is "iostream error" or less.
-            folder = self.args.output_dir
+            # What torch says of a full disk is "iostream error" or less.
+            folder = str(self.args.output_dir)
             free = shutil.disk_usage(folder).free
-            # Weights, and what Adam and the step held open keep of them.
-            if free < 4 * sum(p.numel() * p.element_size() for p in self.model.parameters()):
+            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            if "No space left" in str(error) or free < weights:
                 raise OSError(
                     errno.ENOSPC,
                     f"The disk is full: the checkpoint of step {self.state.global_step} could not be written, with "

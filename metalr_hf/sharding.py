@@ -79,3 +79,16 @@ def reshard(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def refuse_fsdp1(version: int) -> None:
+    """Raises `ValueError` if the version of FSDP is 1.
+
+    Args:
+        version (`int`): As accelerate's FSDP plugin has it.
+    """
+    if version == 1:
+        raise ValueError(
+            "FSDP 1 flattens the parameters of a layer into one, and is deprecated. Use FSDP 2: "
+            'fsdp_config={"version": 2}, or `fsdp_version: 2` in the file of `accelerate config`.'
+        )

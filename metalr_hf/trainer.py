@@ -25,7 +25,7 @@ from .linearity import check_optimizer_name
 from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
 from .scheduler import MetaLRScheduler
 from .schedules import schedule_shape
-from .sharding import reshard
+from .sharding import refuse_fsdp1, reshard
 from .training_args import MetaLRTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -83,6 +83,7 @@ class MetaLRTrainer(CheckpointingTrainer):
     ):
         args = _with_tuning_arguments(args)
         args.refuse_deepspeed()
+        refuse_fsdp1((args.fsdp_plugin_args or {}).get("fsdp_version", 2))
         if model is not None and hasattr(model, "pretrained_cfg"):
             model, layer_groups = _wrap_bare_timm_model(model, layer_groups)
         optimizer, scheduler = kwargs.get("optimizers") or (None, None)
@@ -101,11 +102,9 @@ class MetaLRTrainer(CheckpointingTrainer):
         self._left_out: dict[str, Tensor] = {}
         self._collapse_guard: CollapseGuard | None = None
         super().__init__(model, args, *trainer_args, **kwargs)
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise ValueError(
-                "FSDP 1 flattens the parameters of a layer into one, and is deprecated. Use FSDP 2: "
-                'fsdp_config={"version": 2}, or `fsdp_version: 2` in the file of `accelerate config`.'
-            )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            refuse_fsdp1(plugin.fsdp_version)
         if self.train_dataset is not None:
             self._prepare_meta_dataset()
         if self.model_init is None:

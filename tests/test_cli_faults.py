@@ -26,6 +26,7 @@ def cache(tmp_path_factory):
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     save_image_folder(root / "images")
+    shutil.copytree(root / "images" / "test", root / "images" / "validation")
     save_vit(root / "vit")
     save_timm(root / "timm")
     return root
@@ -64,6 +65,16 @@ def test_a_run_goes_on_with_what_it_can_and_says_what_it_cannot(root, tmp_path, 
     before, after = (LRHistory.load(tmp_path / run / "lr_history.csv") for run in ("run", "other"))
     assert after.steps.tolist() == list(range(6))
     assert (after.learning_rates[:4] == before.learning_rates).all()
+
+
+@pytest.mark.parametrize("more", ["", "--meta_split_name validation"])
+def test_a_run_on_streams_goes_on_bitwise(root, tmp_path, more):
+    stream = ["--max_steps", "12", "--streaming", "true", "--dataloader_num_workers", "1", *more.split()]
+    assert train(root, tmp_path / "run", *stream) == 0
+    go_on = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-8")]
+    assert train(root, tmp_path / "other", *stream, *go_on) == 0
+    for file in ("lr_history.csv", "model.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
 
 
 def test_deepspeed_is_refused_before_it_is_imported(root, tmp_path, capsys, monkeypatch):

@@ -441,6 +441,12 @@ def test_deepspeed_is_refused(tmp_path):
         MetaLRTrainer(model=vit(), args=args, train_dataset=images())
 
 
+def test_fsdp_1_is_refused(tmp_path):
+    args = arguments(tmp_path, fsdp=True, fsdp_config={"version": 1})
+    with pytest.raises(ValueError, match=r'FSDP 1 .*Use FSDP 2: fsdp_config=\{"version": 2\}'):
+        MetaLRTrainer(model=vit(), args=args, train_dataset=images())
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     setting = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path / "layers", **setting).train()

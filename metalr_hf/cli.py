@@ -1,4 +1,4 @@
-"""The command line: `metalr-hf train`, `compare` and `plot`."""
+"""The command line: `metalr-hf train`, `compare`, `plot` and `publish`."""
 
 # torch and transformers are imported inside the commands, so that `metalr-hf --help` answers at once.
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (train, "fine-tune a pretrained image classifier with one tuned learning rate a layer"),
         "compare": (compare, "run fine-tuning strategies side by side on equal budgets"),
         "plot": (plot, "draw the learning rates of a finished run"),
+        "publish": (publish, "upload a finished run to the Hub, with a card of what every layer did"),
     }
     parser = argparse.ArgumentParser(
         prog="metalr-hf",
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("Interrupted.")
         return INTERRUPTED
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if not _is_message_to_user(error):
             raise
         _say(f"metalr-hf {given.command}: {' '.join(str(error).split())}")
@@ -121,23 +122,46 @@ def plot(argv: list[str]) -> int:
         FileNotFoundError: if there is no history.
     """
     parser = argparse.ArgumentParser(prog="metalr-hf plot", description="Draws the learning rates of a finished run.")
-    parser.add_argument("run", type=Path, help="folder of a run, or an lr_history.csv")
+    parser.add_argument("run", help="folder of a run, an lr_history.csv, or user/name on the Hub")
     parser.add_argument("--kind", choices=("curves", "heatmap"), default="curves", help="default: curves")
     parser.add_argument("--output", type=Path, help="picture; by default learning_rates.png beside the history")
     given = parser.parse_args(argv)
-    file = given.run / "lr_history.csv" if given.run.is_dir() else given.run
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} does not exist. Give the output folder of a finished run, or the lr_history.csv in it."
-        )
-    output = given.output or file.with_name("learning_rates.png")
-    if not output.suffix:
-        raise ValueError(f"--output={output} needs an ending that says the format, such as .png, .pdf or .svg.")
+    if given.output is not None and not given.output.suffix:
+        raise ValueError(f"--output={given.output} needs an ending that says the format, such as .png, .pdf or .svg.")
     from .history import LRHistory
     from .plots import plot_learning_rates
+    from .publish import history_file
+
+    file = history_file(given.run)
+    # Of a run on the Hub the file lies in the cache.
+    beside = file if os.path.exists(given.run) else Path.cwd() / file.name
+    output = given.output or beside.with_name("learning_rates.png")
 
     plot_learning_rates(LRHistory.load(file), kind=given.kind).savefig(output, dpi=150, bbox_inches="tight")
     print(output)
+    return 0
+
+
+def publish(argv: list[str]) -> int:
+    """`metalr-hf publish`: uploads a finished run to the Hub.
+
+    Args:
+        argv (`list[str]`): The arguments.
+
+    Returns:
+        `int`: the exit code.
+    """
+    parser = argparse.ArgumentParser(prog="metalr-hf publish", description="Uploads a finished run to the Hub.")
+    parser.add_argument("run", help="output folder of the run")
+    parser.add_argument("--repo_id", required=True, help="user/name on the Hub; made if it is not there")
+    parser.add_argument("--private", action="store_true", default=None, help="make it private")
+    parser.add_argument("--revision", help="branch to commit to")
+    parser.add_argument("--commit_message", default="Upload model", help="default: Upload model")
+    given = parser.parse_args(argv)
+    from .publish import publish
+
+    options = {"private": given.private, "revision": given.revision, "commit_message": given.commit_message}
+    print(publish(given.run, given.repo_id, **options).repo_url)
     return 0
 
 

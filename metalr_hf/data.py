@@ -116,6 +116,12 @@ class DataArguments:
             self.metrics = [self.metrics]
 
     @property
+    def hub_id(self) -> str | None:
+        """The data set's name on the Hub, if it comes from there."""
+        name = self.dataset_name
+        return name if name and "/" in name and not os.path.exists(name) else None
+
+    @property
     def is_demo(self) -> bool:
         """Whether no data set is named, so that it is scikit-learn's digits."""
         return self.dataset_name is None and self.data_dir is None

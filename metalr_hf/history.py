@@ -94,6 +94,44 @@ class LRHistory:
         """∂L_val/∂α: `(steps, layers)`, float64, NaN where nothing was tuned."""
         return self._table(self._hypergradients)
 
+    def last_row(self, every_layer: bool = False) -> dict[str, float]:
+        """The last recorded step as a row of a log.
+
+        Args:
+            every_layer (`bool`, *optional*, defaults to `False`): Whether every layer is in it. Trackers group by
+                what stands before the slash.
+
+        Returns:
+            `dict[str, float]`: `learning_rate`, the geometric mean over the layers; `learning_rate_min` and
+            `learning_rate_max`; `meta_loss` if there was a validation loss; of every layer `lr/<layer>` and, if the
+            step was tuned, `hypergradient/<layer>`.
+
+        Example:
+
+        ```python
+        >>> from metalr_hf import LRHistory
+        >>> history = LRHistory(["stem", "head"])
+        >>> history.append(0, [0.25, 1.0], meta_loss=2.5)
+        >>> history.last_row()
+        {'learning_rate': 0.5, 'learning_rate_min': 0.25, 'learning_rate_max': 1.0, 'meta_loss': 2.5}
+
+        ```
+        """
+        rates = self._learning_rates[-1]
+        low, high = min(rates), max(rates)
+        mean = math.exp(sum(map(math.log, rates)) / len(rates)) if low > 0 else 0.0
+        row = {
+            "learning_rate": low if low == high else mean,
+            "learning_rate_min": low,
+            "learning_rate_max": high,
+            "meta_loss": self._meta_losses[-1],
+        }
+        if every_layer:
+            row |= {f"lr/{layer}": rate for layer, rate in zip(self.layers, rates, strict=True)}
+            hypergradients = zip(self.layers, self._hypergradients[-1], strict=True)
+            row |= {f"hypergradient/{layer}": value for layer, value in hypergradients}
+        return {name: value for name, value in row.items() if math.isfinite(value)}
+
     def to_pandas(self) -> pd.DataFrame:
         """The learning rates as a table: a row a step, a column a layer, the steps as index."""
         import pandas as pd

@@ -118,6 +118,7 @@ def _label_ends(layers: list[str], rates: np.ndarray, ax: Axes) -> None:
             fontsize="small",
             fontweight="bold" if i == len(layers) - 1 else "normal",
             annotation_clip=False,
+            parse_math=False,
         )
 
 
@@ -140,7 +141,7 @@ def _heatmap(history: LRHistory, ax: Axes) -> None:
     rows = np.arange(len(history.layers) + 1) - 0.5
     norm = LogNorm(low, high if high > low else low * 1.01)
     mesh = ax.pcolormesh(edges, rows, rates.T, norm=norm, cmap="cividis", rasterized=True)
-    ax.set_yticks(range(len(history.layers)), history.layers, fontsize="small")
+    ax.set_yticks(range(len(history.layers)), history.layers, fontsize="small", parse_math=False)
     ax.invert_yaxis()
     figure = ax.get_figure()
     assert figure is not None

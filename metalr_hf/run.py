@@ -24,7 +24,6 @@ from .checkpoints import checkpoints, is_complete, usable_checkpoint
 from .data import load_images
 from .meta_batches import UnusableRowError
 from .metrics import build_compute_metrics
-from .plots import plot_learning_rates
 from .trainer import MetaLRTrainer
 from .transforms import collate_images, load_image_processor, prepare_images
 
@@ -165,13 +164,15 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         data_collator=collate_images,
         compute_metrics=build_compute_metrics(data.metrics),
     )
+    trainer.dataset_name = "scikit-learn's digits" if data.is_demo else data.hub_id
     try:
         results = trainer.train(resume_from_checkpoint=checkpoint).metrics
     except (OSError, UnusableRowError) as error:
         meta = {} if splits.meta is None else {"meta": splits.meta}
         name_broken_image(error, {"training": splits.train, **meta})
         raise
-    trainer.save_model()
+    # It is pushed when it has been tested.
+    trainer.save_model(_internal_call=True)
     results |= trainer.evaluate(prepared.test, metric_key_prefix="test")
     if trainer.is_world_process_zero():
         _write_files(trainer, results)
@@ -185,10 +186,7 @@ def _write_files(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
     folder = Path(str(trainer.args.output_dir))
     trainer.save_metrics("all", results, combined=False)
     trainer.save_state()
-    trainer.lr_history.save(folder / "lr_history.csv")
-    figure = plot_learning_rates(trainer.lr_history)
-    figure.savefig(folder / "learning_rates.png", dpi=150, bbox_inches="tight")
-    trainer.create_model_card(tags=["image-classification", "metalr"])
+    trainer.create_model_card()
     if hasattr(trainer.model, "timm_model"):
         from .timm_models import make_portable
 

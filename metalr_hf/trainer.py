@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .checkpoints import CheckpointingTrainer
 from .collapse import CollapseGuard
 from .history import LRHistory
+from .hub_trainer import HubTrainer
 from .hypergradient import untouched
 from .layers import check_layer_groups, layer_groups, split_param_groups
 from .linearity import check_optimizer_name
@@ -33,7 +34,7 @@ logger = logging.get_logger(__name__)
 COLLAPSE_FACTOR = 0.1
 
 
-class MetaLRTrainer(CheckpointingTrainer):
+class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
     """[`~transformers.Trainer`] with one meta-tuned learning rate a layer.
 
     Every argument of `Trainer` keeps its meaning, and `args` may be plain `TrainingArguments`. After each optimizer
@@ -261,30 +262,15 @@ class MetaLRTrainer(CheckpointingTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the learning rates that the last step used, and how tuning goes, to a training row.
 
-        `learning_rate` is the geometric mean over the layers. Trackers (`args.report_to`) get every layer, as
-        `lr/<layer>`.
+        `learning_rate` is the geometric mean over the layers. Trackers (`args.report_to`) get every layer's rate, as
+        `lr/<layer>`, and at a tuned step its hypergradient, as `hypergradient/<layer>`.
         """
         if "learning_rate" in logs and isinstance(self.lr_scheduler, MetaLRScheduler) and len(self.lr_history):
-            logs |= self._learning_rate_logs()
+            logs |= self.lr_history.last_row(every_layer=bool(self.args.report_to))
+            if self.lr_scheduler.guard.non_finite:
+                logs["meta_non_finite"] = self.lr_scheduler.guard.non_finite
         super().log(logs, *args, **kwargs)
 
-    def _learning_rate_logs(self) -> dict[str, float]:
-        history, scheduler = self.lr_history, self.lr_scheduler
-        rates = history.last_learning_rates
-        low, high = min(rates), max(rates)
-        mean = math.exp(sum(map(math.log, rates)) / len(rates)) if low > 0 else 0.0
-        logs = {
-            "learning_rate": low if low == high else mean,
-            "learning_rate_min": low,
-            "learning_rate_max": high,
-        }
-        if not math.isnan(history.last_meta_loss):
-            logs["meta_loss"] = history.last_meta_loss
-        if scheduler.guard.non_finite:
-            logs["meta_non_finite"] = scheduler.guard.non_finite
-        if self.args.report_to:
-            logs |= {f"lr/{layer}": rate for layer, rate in zip(history.layers, rates, strict=True)}
-        return logs
 
     def _layer_groups(self, model: nn.Module) -> dict[str, list[str]]:
         groups = layer_groups(model) if self._own_layer_groups is None else self._own_layer_groups

@@ -3,6 +3,30 @@ import os
 # The tests' models are small: threads cost more than they give, and the tests themselves run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
+from stand_in_hub import HubUser, StandInHub
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def hub_and_user(tmp_path_factory):
+    hub = StandInHub(tmp_path_factory.mktemp("hub"))
+    user = HubUser(hub, tmp_path_factory.mktemp("home"))
+    yield hub, user
+    user.close()
+    hub.close()
+
+
+@pytest.fixture
+def hub(hub_and_user):
+    """An empty stand-in for the Hub."""
+    hub_and_user[0].empty()
+    return hub_and_user[0]
+
+
+@pytest.fixture
+def user(hub_and_user, hub):
+    """A process that takes it for the Hub."""
+    return hub_and_user[1]

@@ -1,0 +1,226 @@
+"""What a trainer knows of its run, for the card."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard
+
+# The errors of the HTTP library that the installed huggingface_hub uses, which has changed over time.
+from huggingface_hub.errors import HTTPError
+from sklearn.metrics import precision_recall_fscore_support
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType
+
+from .model_card import Evaluation, LayerFacts, RunFacts
+
+if TYPE_CHECKING:
+    from .hub_trainer import HubTrainer
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+TASKS = {
+    "ForImageClassification": "image-classification",
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForObjectDetection": "object-detection",
+}
+NOT_A_RESULT = ("_runtime", "_per_second", "model_preparation_time")
+
+
+def run_facts(
+    trainer: HubTrainer, base_model: str | None = None, dataset: str | None = None, task: str | None = None
+) -> RunFacts:
+    """Gathers what a trained trainer knows of its run.
+
+    Args:
+        trainer ([`~metalr_hf.hub_trainer.HubTrainer`]): The trainer.
+        base_model (`str`, *optional*): Hub id of the pretrained model; by default what the model's configuration says.
+        dataset (`str`, *optional*): Hub id or name of the data set; by default `trainer.dataset_name`.
+        task (`str`, *optional*): Pipeline tag; by default that of the model's class.
+
+    Returns:
+        [`~metalr_hf.model_card.RunFacts`]
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    config, is_adapter = getattr(model, "config", None), hasattr(model, "peft_config")
+    network = model.get_base_model() if is_adapter else model
+    loaded_from = getattr(config, "_name_or_path", None)
+    base_model = base_model or _hub_id(loaded_from)
+    dataset = dataset or trainer.dataset_name or _builder_name(trainer.train_dataset)
+    is_timm = hasattr(network, "timm_model")
+    return RunFacts(
+        library="peft" if is_adapter else "timm" if is_timm else "transformers",
+        task=task or _task(network),
+        architecture=getattr(config, "architecture", None) or type(network).__name__,
+        layers=_layers(trainer.lr_scheduler),
+        settings=_settings(trainer),
+        validation=_validation(trainer),
+        step=trainer.step_of_weights,
+        auto_class=f"AutoModel{next((e for e in TASKS if type(network).__name__.endswith(e)), '')}",
+        base_model=base_model,
+        license=_license(base_model, loaded_from, config),
+        dataset=dataset,
+        dataset_on_hub=bool(_hub_id(dataset)),
+        classes=class_names(model),
+        evaluation=trainer.evaluation,
+        train_images=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+    )
+
+
+def read_evaluation(model: Any, output: EvalLoopOutput, split: str, step: int) -> Evaluation | None:
+    """What an evaluation says, of every class where it is a classifier's.
+
+    Args:
+        model (`torch.nn.Module`): The model, for the names of its classes.
+        output (`EvalLoopOutput`): What `Trainer.evaluation_loop` gives: of all processes.
+        split (`str`): The metrics' prefix.
+        step (`int`): Optimizer step of the weights.
+
+    Returns:
+        [`~metalr_hf.model_card.Evaluation`], *optional*: `None` where nothing was measured.
+    """
+    metrics = {
+        name.removeprefix(f"{split}_"): float(value)
+        for name, value in (output.metrics or {}).items()
+        if isinstance(value, (int, float)) and not name.endswith(NOT_A_RESULT)
+    }
+    return Evaluation(split, metrics, _class_results(class_names(model), output), step) if metrics else None
+
+
+def class_names(model: Any) -> list[str]:
+    """The names of a model's classes in their order; empty where its configuration names none."""
+    names: Mapping[int, str] = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return [str(names[i]) for i in sorted(names)]
+
+
+def _class_results(names: list[str], output: EvalLoopOutput) -> list[list[object]]:
+    predictions, labels = output.predictions, output.label_ids
+    answers = predictions[0] if isinstance(predictions, tuple) else predictions
+    if not isinstance(answers, np.ndarray) or not isinstance(labels, np.ndarray) or labels.ndim != 1:
+        return []
+    if answers.shape == (len(labels), len(names)):
+        answers = answers.argmax(-1)
+    # Otherwise `preprocess_logits_for_metrics` may have left the answers only.
+    if answers.shape != labels.shape or not all(np.issubdtype(x.dtype, np.integer) for x in (answers, labels)):
+        return []
+    figures = precision_recall_fscore_support(labels, answers, labels=range(len(names)), zero_division=0.0)
+    return [
+        [name, f"{precision:.3f}", f"{recall:.3f}", f"{f1:.3f}", int(images)]
+        for name, precision, recall, f1, images in zip(names, *figures, strict=True)
+    ]
+
+
+def _layers(scheduler: Any) -> list[LayerFacts]:
+    history = scheduler.history
+    shape = np.array([scheduler.shape(int(step)) for step in history.steps])
+    start, final = scheduler.start_learning_rates.tolist(), scheduler.learning_rates.tolist()
+    rates = history.learning_rates[shape > 0] / shape[shape > 0, None]
+    # The last update came after the last step.
+    rates = np.vstack([rates, final])
+    return [
+        LayerFacts(name, start[i], final[i], float(rates[:, i].min()), float(rates[:, i].max()))
+        for i, name in enumerate(history.layers)
+    ]
+
+
+def _settings(trainer: HubTrainer) -> dict[str, object]:
+    args, state, optimizer = trainer.args, trainer.state, trainer.lr_scheduler.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    warmup = args.get_warmup_steps(state.max_steps)
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
+    settings: dict[str, object] = {
+        "optimizer steps": f"{state.global_step} ({state.epoch or 0:.4g} epochs)",
+        "images a step": batch,
+        "optimizer": f"{type(optimizer).__name__}, weight decay {decay:g}",
+        "schedule": f"{SchedulerType(args.lr_scheduler_type).value}{f', {warmup} warm-up steps' if warmup else ''}",
+        **_tuning(trainer),
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else str(next(trainer.model.parameters()).dtype)[6:],
+        "device": _device(args),
+        "seed": args.seed if args.data_seed is None else f"{args.seed}, {args.data_seed} for the data",
+    }
+    if trainer.step_of_weights != state.global_step:
+        settings["weights"] = f"those of step {trainer.step_of_weights}, the best on the evaluation set"
+    packages = ["metalr_hf", "transformers", "torch", "datasets"]
+    modules = {type(module).__module__.split(".")[0] for module in trainer.model.modules()}
+    packages += sorted(modules & {"timm", "peft"})
+    return settings | {"versions": ", ".join(f"{package} {version(package)}" for package in packages)}
+
+
+def _tuning(trainer: HubTrainer) -> dict[str, object]:
+    args, scheduler = trainer.args, trainer.lr_scheduler
+    found = scheduler.calibration
+    settings: dict[str, object] = {
+        "start learning rates": "calibrated along the first step" if found else "as given",
+        "learning-rate rule": "none"
+        if not args.hyper_lr
+        else f"{args.lr_rule}, η = {args.hyper_lr:g}, at most a factor of {args.resolve_max_lr_change():g} a step",
+    }
+    if args.hyper_lr:
+        settings["rates tuned"] = f"at the first {args.tuning_steps} steps" if args.tuning_steps else "at every step"
+    if scheduler.restarted_at:
+        settings["collapsed"] = f"and went back to the first weights at step {scheduler.restarted_at}, with lower rates"
+    if scheduler.guard.refused:
+        settings["harmful steps taken back"] = scheduler.guard.refused
+    if scheduler.guard.non_finite:
+        settings["steps not tuned, for figures that were not finite"] = scheduler.guard.non_finite
+    return settings
+
+
+def _validation(trainer: HubTrainer) -> str:
+    args = trainer.args
+    if not args.hyper_lr:
+        return "The rates were not tuned."
+    if trainer.meta_source == "next_batch":
+        return (
+            "The validation gradient of a step was that of the next training batch, whose images the step had not "
+            "seen. No image was held out for it, and none of the evaluation was used."
+        )
+    source = "a second, independently shuffled pass over the training set"
+    if args.meta_split:
+        source = f"{args.meta_split:.0%} of the training images, held out and stratified by class"
+    elif trainer.meta_dataset is not None:
+        source = "a set of labelled images given for it"
+    each = "each" if args.meta_every == 1 else f"every {args.meta_every}th"
+    size = (args.meta_batch_size or args.train_batch_size) * args.world_size
+    return f"At {each} tuned step a shuffled validation batch of {size} images came from {source}."
+
+
+def _device(args: Any) -> str:
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
+    return f"{args.world_size} × {name}" if args.world_size > 1 else name
+
+
+def _task(network: Any) -> str | None:
+    return next((tag for ending, tag in TASKS.items() if type(network).__name__.endswith(ending)), None)
+
+
+def _builder_name(dataset: Any) -> str | None:
+    # The name of a folder is not told. Of other builders (parquet, generator) the name says nothing.
+    name = getattr(getattr(dataset, "info", None), "builder_name", None)
+    return name if name == "imagefolder" else None
+
+
+def _hub_id(name: str | None) -> str | None:
+    return name if name and HUB_ID.fullmatch(name) and not os.path.exists(name) else None
+
+
+def _license(base_model: str | None, loaded_from: str | None, config: Any) -> str | None:
+    """The licence of the pretrained model, if it can be known."""
+    card = Path(loaded_from or "") / "README.md"
+    try:
+        if card.is_file():
+            return ModelCard.load(card).data.license
+        if base_model is None:
+            return None
+        known = (getattr(config, "pretrained_cfg", None) or {}).get("license")
+        return known or ModelCard.load(base_model).data.license
+    # No network, no such model, no card, or one that cannot be read: the licence is not known.
+    except (HTTPError, OSError, ValueError):
+        return None

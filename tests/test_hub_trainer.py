@@ -1,0 +1,270 @@
+import getpass
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from digits import save_image_folder, save_vit
+from huggingface_hub import ModelCard
+from stand_in_hub import TOKEN
+from test_publish import FILES
+from test_trainer import arguments, images, trainer, vit
+from transformers import TrainerCallback
+
+from metalr_hf import LRHistory, MetaLRTrainer
+from metalr_hf.metrics import build_compute_metrics
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Images in folders and a pretrained model."""
+    root = tmp_path_factory.mktemp("start")
+    save_image_folder(root / "images")
+    save_vit(root / "model")
+    return root
+
+
+def train(start, output_dir, **options):
+    """A command line."""
+    given = {"output_dir": output_dir, "dataset_name": start / "images", "model_name_or_path": start / "model"}
+    given |= {"max_steps": 2, "per_device_train_batch_size": 8, "image_size": 16, "report_to": "none", "use_cpu": True}
+    return ["train", *[part for name, value in {**given, **options}.items() for part in (f"--{name}", value)]]
+
+
+PUSH = {"push_to_hub": True, "hub_model_id": "me/pushed"}
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+
+
+def told_secrets(hub, *folders):
+    secrets = {TOKEN, str(Path.home()), *map(str, folders)} | ({getpass.getuser()} - {"root"})
+    published = [path for path in hub.root.rglob("*") if path.is_file()]
+    assert len(published) > 5
+    return [(path, secret) for path in published for secret in secrets if secret.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_pushing_while_training_tells_neither_token_nor_paths_and_is_resumed_from(hub, user, start, tmp_path, strategy):
+    options = {**EVERY_STEP, "load_best_model_at_end": True, "hub_token": TOKEN, "hub_always_push": True}
+    done = user.metalr_hf(*train(start, tmp_path / "run", **PUSH, **options, hub_strategy=strategy), token="")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert hub.messages("me/pushed")[-1] == "End of training"
+    assert sorted(hub.messages("me/pushed"))[1:] == [f"Training in progress, step {step}" for step in (1, 2)]
+    pushed = hub.files("me/pushed")
+    assert {file for file in pushed if "/" not in file} == FILES
+    folders = {"every_save": set(), "checkpoint": {"last-checkpoint"}}.get(strategy, {"checkpoint-1", "checkpoint-2"})
+    assert {file.split("/")[0] for file in pushed if "/" in file} == folders
+    assert not [file for file in pushed if Path(file).name in ("training_args.bin", "events")]
+    assert not told_secrets(hub, tmp_path, start)
+    assert TOKEN not in done.stdout + done.stderr
+    if strategy == "checkpoint":
+        whole = user.metalr_hf(*train(start, tmp_path / "whole", max_steps=3))
+        shutil.copytree(hub.folder("me/pushed") / "last-checkpoint", tmp_path / "pulled")
+        resumed = {"max_steps": 3, "resume_from_checkpoint": tmp_path / "pulled", **EVERY_STEP}
+        done = user.metalr_hf(*train(start, tmp_path / "more", **resumed))
+        assert (whole.returncode, done.returncode) == (0, 0), done.stderr[-2000:]
+        histories = [LRHistory.load(tmp_path / run / "lr_history.csv") for run in ("run", "more")]
+        assert histories[1].steps.tolist() == [0, 1, 2]
+        assert histories[1].learning_rates[:2].tolist() == histories[0].learning_rates.tolist()
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "message"),
+    [
+        ("me/bad name", TOKEN, "is not a name on the Hub"),
+        ("someone/theirs", TOKEN, "the Hub does not let this token write there"),
+        ("me/model", "hf_wrong", "the Hub does not know the token"),
+        ("me/model", "", "not logged in to the Hub"),
+    ],
+)
+def test_where_nothing_can_be_pushed_nothing_is_trained(hub, user, start, tmp_path, repo_id, token, message):
+    hub.folder("someone/theirs").mkdir(parents=True)
+    command = train(start, tmp_path / "run", push_to_hub=True, hub_model_id=repo_id)
+    done = user.metalr_hf(*command, token=token)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_pushes_that_fail_leave_the_run_whole(hub, user, start, tmp_path):
+    # Both while training and the one at its end.
+    hub.answers["/commit/"] = (500, 99)
+    done = user.metalr_hf(*train(start, tmp_path / "run", **PUSH, **EVERY_STEP, hub_strategy="every_save"))
+    assert done.returncode == 2
+    assert (
+        "A push while training failed, and training went on: repo_id='me/pushed': the Hub answered 500" in done.stderr
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"`metalr-hf publish {tmp_path / 'run'} --repo_id me/pushed` finishes the job" in last
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= FILES
+    hub.answers.clear()
+    assert user.metalr_hf("publish", tmp_path / "run", "--repo_id", "me/pushed").returncode == 0
+    assert hub.files("me/pushed") == FILES
+
+
+def test_the_card_names_the_base_and_inherits_its_licence(hub, user, start, tmp_path):
+    base = shutil.copytree(start / "model", hub.folder("someone/vit"))
+    (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    done = user.metalr_hf(*train(start, tmp_path / "run", model_name_or_path="someone/vit", **PUSH))
+    assert done.returncode == 0, done.stderr[-2000:]
+    card = ModelCard((hub.folder("me/pushed") / "README.md").read_text())
+    assert card.data.base_model == "someone/vit"
+    assert card.data.license == "cc-by-nc-4.0"
+    assert "[someone/vit](https://huggingface.co/someone/vit)" in card.text
+    assert "# vit on imagefolder" in card.text
+    assert card.data.datasets is None
+
+
+ADAPTER = """
+import sys, torch
+sys.path.insert(0, argv[0])
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_trainer import images, trainer
+from transformers import AutoModelForImageClassification, AutoModel
+base = AutoModelForImageClassification.from_pretrained("someone/vit", num_labels=3, ignore_mismatched_sizes=True)
+config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+run = trainer(argv[1], model=get_peft_model(base, config), max_steps=2, hub_model_id="me/adapter")
+run.train()
+run.push_to_hub(dataset_tags="someone/photos", tags="histology")
+card = open(argv[2]).read()
+snippet = card.split("```python")[1].split("```")[0]
+print(snippet)
+names = {}
+exec(snippet, names)
+x = torch.stack([row["pixel_values"] for row in images()])
+run.model.eval(); names["model"].eval()
+assert torch.equal(run.model(pixel_values=x).logits, names["model"](pixel_values=x).logits)
+print("reloaded")
+"""
+
+
+def test_an_adapter_goes_onto_its_base(hub, user, start, tmp_path):
+    shutil.copytree(start / "model", hub.folder("someone/vit"))
+    tests = Path(__file__).parent
+    published = hub.folder("me/adapter")
+    done = user.python(ADAPTER, tests, tmp_path, published / "README.md")
+    assert "reloaded" in done.stdout, done.stderr[-3000:]
+    assert hub.files("me/adapter") == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "learning_rates.png",
+        "lr_history.csv",
+    }
+    card = ModelCard((published / "README.md").read_text()).data
+    assert (card.library_name, card.base_model, card.datasets) == ("peft", "someone/vit", ["someone/photos"])
+    assert {"metalr", "histology"} <= set(card.tags)
+
+
+SEGMENTATION = """
+import sys, torch
+sys.path.insert(0, argv[0])
+from metalr_hf import MetaLRTrainer
+from test_trainer import arguments
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, SegformerConfig, pipeline
+from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor, set_seed
+set_seed(0)
+sizes = dict(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=8)
+names = {0: "background", 1: "vessel"}
+config = SegformerConfig(**sizes, id2label=names, label2id={name: i for i, name in names.items()})
+rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": torch.randint(0, 2, (32, 32))} for _ in range(16)]
+processor = SegformerImageProcessor(size={"height": 32, "width": 32})
+args = arguments(argv[1], max_steps=2, hub_model_id="me/vessels")
+run = MetaLRTrainer(SegformerForSemanticSegmentation(config), args,
+    train_dataset=rows, eval_dataset=rows, processing_class=processor)
+run.train()
+run.evaluate()
+run.push_to_hub()
+model = AutoModelForSemanticSegmentation.from_pretrained("me/vessels").eval()
+x = torch.randn(2, 3, 32, 32)
+assert torch.equal(model(x).logits, run.model.eval()(x).logits)
+from PIL import Image
+Image.new("RGB", (48, 40), "red").save("image.png")
+card = open(argv[2]).read()
+exec(card.split("```python")[1].split("```")[0])
+print("reloaded")
+"""
+
+
+def test_a_segmentation_model_reloads(hub, user, tmp_path):
+    published = hub.folder("me/vessels")
+    done = user.python(SEGMENTATION, Path(__file__).parent, tmp_path, published / "README.md", folder=tmp_path)
+    assert "reloaded" in done.stdout, done.stderr[-3000:]
+    card = ModelCard((published / "README.md").read_text())
+    assert card.data.pipeline_tag == "image-segmentation"
+    assert "'label': 'background'" in done.stdout or "'label': 'vessel'" in done.stdout
+    assert "| loss |" in card.text
+
+
+def test_only_the_first_of_two_processes_pushes_and_the_figures_are_of_both(hub, start, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "metalr_hf.cli"]
+    command = [*launcher, *train(start, tmp_path / "run", **PUSH)]
+    environment = hub.environment(tmp_path)
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert hub.messages("me/pushed") == ["Training in progress, step 2", "End of training"]
+    assert hub.files("me/pushed") == FILES
+    card = (hub.folder("me/pushed") / "README.md").read_text()
+    by_class = [line.split("|") for line in card.split("| class |")[1].split("\n\n")[0].splitlines()[2:]]
+    test_images = len(list((start / "images" / "test").rglob("*.png")))
+    # Uneven: some images came twice, so that both processes had as many.
+    assert sum(int(cells[5]) for cells in by_class) == test_images == 30
+    accuracy = sum(float(cells[3]) * int(cells[5]) for cells in by_class) / test_images
+    results = json.loads((hub.folder("me/pushed") / "all_results.json").read_text())
+    assert results["test_accuracy"] == pytest.approx(accuracy, abs=1e-3)
+    assert f"| accuracy | {results['test_accuracy']:.4f} |" in card
+    assert "2 × CPU" in card
+
+
+class EvaluatesAtStep3(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = state.global_step == 3
+
+
+def evaluated(folder, callbacks=None, **options):
+    run = MetaLRTrainer(
+        model=vit(),
+        args=arguments(folder, max_steps=4, **options),
+        train_dataset=images(),
+        eval_dataset=images(seed=1),
+        compute_metrics=build_compute_metrics(["accuracy"]),
+        callbacks=callbacks,
+    )
+    run.train()
+    return run
+
+
+def test_the_card_shows_what_its_weights_were_measured_to_do(tmp_path):
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    run = evaluated(tmp_path / "best", **every, **best)
+    losses = {row["step"]: row["eval_loss"] for row in run.state.log_history if "eval_loss" in row}
+    assert run.step_of_weights == min(losses, key=losses.get)
+    assert run.evaluation.metrics["loss"] == min(losses.values())
+    late = evaluated(tmp_path / "late", callbacks=[EvaluatesAtStep3()])
+    late.create_model_card()
+    card = ModelCard.load(tmp_path / "late" / "README.md")
+    assert "On the evaluation set at optimizer step 3, not with the final weights:" in card.text
+    assert card.data.eval_results is None
+    late.evaluate(metric_key_prefix="test")
+    late.evaluate(images(seed=2))
+    late.create_model_card(dataset="clinic A")
+    card = ModelCard.load(tmp_path / "late" / "README.md")
+    assert "On the test split:" in card.text
+    [result] = card.data.eval_results
+    assert (result.dataset_name, result.dataset_split, result.metric_type) == ("clinic A", "test", "accuracy")
+    assert result.metric_value == late.evaluation.metrics["accuracy"]
+
+
+def test_a_run_without_evaluation_says_so_and_one_without_training_has_trainers_card(tmp_path):
+    run = trainer(tmp_path, model=vit(), max_steps=1)
+    run.create_model_card(model_name="mine")
+    assert "metalr" not in ModelCard.load(tmp_path / "README.md").text.lower().replace("metalrtrainer", "")
+    run.train()
+    run.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "## Results" not in card.text
+    assert "This run was not evaluated" in card.text
+    assert card.data.metrics is None

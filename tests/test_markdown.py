@@ -1,0 +1,59 @@
+import html
+import unicodedata
+
+import pytest
+from markdown_it import MarkdownIt
+
+from metalr_hf.markdown import escape, table
+
+HOSTILE = [
+    "a|b",
+    "`code` and ``more``",
+    "two\nlines\r\nand\ttabs",
+    "{{ 7*7 }} {% raw %}",
+    "<script>alert(1)</script> <!-- & -->",
+    "שלום עולם (1)",
+    "مرحبا",
+    "\u202eturned\u2066 round",
+    "*bold* _it_ __all__ ~~gone~~ # $x$ \\",
+    "[a](http://evil.example) ![b](x) http://evil.example www.evil.example @someone",
+    "snake_case_name",
+    "می\u200cخواهم",
+]
+
+
+def rendered(text):
+    return MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text)
+
+
+def shown(text):
+    """What a reader should see of it: one line, without what turns the direction of writing."""
+    line = " ".join(text.split())
+    return "".join(c for c in line if c == "\u200c" or unicodedata.category(c) != "Cf")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_text_is_shown_as_it_is_and_is_nothing_else(text):
+    [_, inline, _] = rendered(f"Before {escape(text)} after")
+    assert {token.type for token in inline.children} <= {"text", "text_special"}
+    plain = "".join(token.content for token in inline.children).replace("\u2068", "").replace("\u2069", "")
+    assert plain == f"Before {shown(text)} after"
+
+
+def test_a_table_is_whole_whatever_is_in_it():
+    rows = [[text, i] for i, text in enumerate(HOSTILE)]
+    tokens = rendered(table(["class", "images"], rows, "lr"))
+    cells = [
+        "".join(child.content for child in tokens[i + 1].children).strip("\u2068\u2069")
+        for i, token in enumerate(tokens)
+        if token.type in ("td_open", "th_open")
+    ]
+    assert cells == ["class", "images", *[str(cell) for text, i in rows for cell in (shown(text), i)]]
+    assert not [token for token in tokens if token.type.startswith("html")]
+
+
+def test_what_turns_the_direction_of_writing_does_so_inside_only():
+    assert escape("\u202eabc") == "abc"
+    assert escape("שלום") == "\u2068שלום\u2069"
+    assert html.unescape(escape("www.evil.example http://x")) == "www.evil.example http://x"
+    assert not {"www.", "://"} & {escape(text)[:4] for text in ("www.x", "://x")}

@@ -248,7 +248,10 @@ def _run_files(folder: Path, repo_id: str) -> Iterator[CommitOperationAdd]:
 def _addition(path: Path, path_in_repo: str) -> CommitOperationAdd:
     if path.suffix != ".json":
         return CommitOperationAdd(path_in_repo, str(path))
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole: {error}") from error
     if path.name == "trainer_state.json" and content.get("best_model_checkpoint"):
         content["best_model_checkpoint"] = Path(content["best_model_checkpoint"]).name
     text = json.dumps(_without_local_paths(content), indent=2, ensure_ascii=False)

@@ -13,7 +13,7 @@ from test_publish import FILES
 from test_trainer import arguments, images, trainer, vit
 from transformers import TrainerCallback
 
-from metalr_hf import LRHistory, MetaLRTrainer
+from metalr_hf import MetaLRTrainer
 from metalr_hf.metrics import build_compute_metrics
 
 
@@ -45,7 +45,7 @@ def told_secrets(hub, *folders):
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_pushing_while_training_tells_neither_token_nor_paths_and_is_resumed_from(hub, user, start, tmp_path, strategy):
+def test_pushing_while_training_tells_neither_token_nor_paths(hub, user, start, tmp_path, strategy):
     options = {**EVERY_STEP, "load_best_model_at_end": True, "hub_token": TOKEN, "hub_always_push": True}
     done = user.metalr_hf(*train(start, tmp_path / "run", **PUSH, **options, hub_strategy=strategy), token="")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -58,15 +58,43 @@ def test_pushing_while_training_tells_neither_token_nor_paths_and_is_resumed_fro
     assert not [file for file in pushed if Path(file).name in ("training_args.bin", "events")]
     assert not told_secrets(hub, tmp_path, start)
     assert TOKEN not in done.stdout + done.stderr
-    if strategy == "checkpoint":
-        whole = user.metalr_hf(*train(start, tmp_path / "whole", max_steps=3))
-        shutil.copytree(hub.folder("me/pushed") / "last-checkpoint", tmp_path / "pulled")
-        resumed = {"max_steps": 3, "resume_from_checkpoint": tmp_path / "pulled", **EVERY_STEP}
-        done = user.metalr_hf(*train(start, tmp_path / "more", **resumed))
-        assert (whole.returncode, done.returncode) == (0, 0), done.stderr[-2000:]
-        histories = [LRHistory.load(tmp_path / run / "lr_history.csv") for run in ("run", "more")]
-        assert histories[1].steps.tolist() == [0, 1, 2]
-        assert histories[1].learning_rates[:2].tolist() == histories[0].learning_rates.tolist()
+
+
+RESUME = """
+import sys, torch
+sys.path.insert(0, argv[0])
+from huggingface_hub import snapshot_download
+from metalr_hf import MetaLRTrainer
+from test_trainer import arguments, images, vit
+from transformers import TrainerCallback
+
+class Interrupted(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+def train(folder, resume_from_checkpoint=None, callbacks=None, **options):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "meta_source": "stream", **options}
+    args = arguments(f"{argv[1]}/{folder}", **options)
+    run = MetaLRTrainer(vit(), args, train_dataset=images(), callbacks=callbacks)
+    run.train(resume_from_checkpoint=resume_from_checkpoint)
+    return run
+
+whole = train("whole")
+push = {"push_to_hub": True, "hub_model_id": "me/run", "hub_strategy": "checkpoint"}
+train("interrupted", callbacks=[Interrupted()], **push)
+pulled = snapshot_download("me/run", allow_patterns="last-checkpoint/*") + "/last-checkpoint"
+resumed = train("resumed", pulled)
+assert resumed.lr_history.learning_rates.tolist() == whole.lr_history.learning_rates.tolist()
+assert len(resumed.lr_history) == 4
+weights = whole.model.state_dict()
+assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
+print("resumed")
+"""
+
+
+def test_a_run_goes_on_bitwise_from_the_checkpoint_on_the_hub(hub, user, tmp_path):
+    done = user.python(RESUME, Path(__file__).parent, tmp_path)
+    assert "resumed" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from transformers.utils import PushInProgress, logging
 
@@ -155,7 +155,9 @@ class HubTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         folder = Path(str(self.args.output_dir))
-        if hasattr(self.accelerator.unwrap_model(self.model), "timm_model"):
+        model = self.accelerator.unwrap_model(self.model)
+        # An adapter on a timm model is saved without it.
+        if isinstance(model, PreTrainedModel) and hasattr(model, "timm_model"):
             from .timm_models import make_portable
 
             make_portable(folder)

@@ -106,6 +106,7 @@ class RunFacts:
         settings (`Mapping[str, object]`): The training set-up, name to value.
         validation (`str`): How validation batches were drawn, in a sentence.
         step (`int`): The optimizer step of the weights.
+        tuned (`bool`): Whether the rates were tuned.
         auto_class (`str`): The class of transformers that loads such a model.
         base_model (`str`, *optional*): Hub id of the pretrained model.
         license (`str`, *optional*): Its licence.
@@ -125,6 +126,7 @@ class RunFacts:
     settings: Mapping[str, object]
     validation: str
     step: int = 0
+    tuned: bool = True
     auto_class: str = "AutoModelForImageClassification"
     base_model: str | None = None
     license: str | None = None
@@ -178,7 +180,7 @@ def model_card(facts: RunFacts) -> ModelCard:
             ],
             "lrrr",
         ),
-        reading=reading(facts.layers),
+        reading=facts.tuned and reading(facts.layers),
         settings=table(["setting", "value"], facts.settings.items()),
         validation=facts.validation,
         limits=_limits(facts),
@@ -194,16 +196,17 @@ def reading(layers: Sequence[LayerFacts]) -> str:
     Returns:
         `str`: Markdown.
     """
-    moved = []
-    for direction, extreme in (("rose", max), ("fell", min)):
-        among = [layer for layer in layers if layer.direction == direction]
-        if among:
-            most = extreme(among, key=lambda layer: layer.factor)
-            named = f", {escape(most.name)} most, to {most.factor:.2g} times its start"
-            moved.append(f"{len(among)} {direction}{named if len(layers) > 1 else ''}")
-    stayed = sum(layer.direction == "stayed" for layer in layers)
-    parts = [*moved, f"{stayed} stayed within a quarter of {'its' if stayed == 1 else 'their'} start"]
-    text = f"Of {len(layers)} learning rates, {'; '.join(parts if stayed else moved)}."
+    ways = {"rose": "rose", "fell": "fell", "stayed": "stayed within a quarter of the start"}
+    counts = {way: sum(layer.direction == way for layer in layers) for way in ways}
+    text = f"Of {len(layers)} learning rates, {', '.join(f'{counts[way]} {ways[way]}' for way in ways if counts[way])}."
+    factors = [layer.factor for layer in layers]
+    if min(factors) > 0 and max(factors) > MOVED * min(factors):
+        first, last = (end(layers, key=lambda layer: layer.factor) for end in (max, min))
+        mean = _mean(factors)
+        text += (
+            f" Together they went to {mean:.2g} times their start; measured by that, {escape(first.name)} gained most, "
+            f"{first.factor / mean:.2g} times, and {escape(last.name)} least, {last.factor / mean:.2g} times."
+        )
     backbone = [layer.final for layer in layers[:-1]]
     if len(backbone) >= 2 and min(*backbone, layers[-1].final) > 0:
         half = len(backbone) // 2

@@ -61,6 +61,7 @@ def run_facts(
         settings=_settings(trainer),
         validation=_validation(trainer),
         step=trainer.step_of_weights,
+        tuned=trainer.args.hyper_lr > 0,
         auto_class=f"AutoModel{next((e for e in TASKS if type(network).__name__.endswith(e)), '')}",
         base_model=base_model,
         license=_license(base_model, loaded_from, config),
@@ -176,7 +177,7 @@ def _tuning(trainer: HubTrainer) -> dict[str, object]:
 def _validation(trainer: HubTrainer) -> str:
     args = trainer.args
     if not args.hyper_lr:
-        return "The rates were not tuned."
+        return ""
     if trainer.meta_source == "next_batch":
         return (
             "The validation gradient of a step was that of the next training batch, whose images the step had not "

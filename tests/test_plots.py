@@ -5,6 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from metalr_hf import LRHistory, plot_learning_rates
+from metalr_hf.plots import KINDS
 
 
 def history(layers=5, steps=20, zeros=False):
@@ -66,3 +67,10 @@ def test_an_empty_history_and_an_unknown_kind_are_refused():
         plot_learning_rates(LRHistory(["a"]))
     with pytest.raises(ValueError, match="kind='bars' must be one of 'curves', 'heatmap'"):
         plot_learning_rates(history(), kind="bars")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_names_in_anyones_history_are_text(kind, tmp_path):
+    pulled = LRHistory(["$\\nonsense{$", "head"])
+    pulled.append(0, [1e-3, 1e-2])
+    plot_learning_rates(pulled, kind=kind).savefig(tmp_path / "rates.png")

@@ -51,6 +51,11 @@ class HubTrainer(Trainer):
         known.sort(key=lambda one: (one.step == self.step_of_weights, one.split == "test", one.step))
         return known[-1] if known else None
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; what earlier weights were measured to do is forgotten."""
+        self._evaluations.clear()
+        return super().train(*args, **kwargs)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,

@@ -58,6 +58,9 @@ def test_pushing_while_training_tells_neither_token_nor_paths(hub, user, start, 
     assert {file.split("/")[0] for file in pushed if "/" in file} == folders
     assert list((tmp_path / "run" / "runs").rglob("*tfevents*"))
     assert not [file for file in pushed if "training_args" in file or "tfevents" in file]
+    for folder in folders:
+        state = json.loads((hub.folder("me/pushed") / folder / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] in ("checkpoint-1", "checkpoint-2")
     assert not told_secrets(hub, tmp_path, start)
     assert TOKEN not in done.stdout + done.stderr
 
@@ -287,6 +290,8 @@ def test_the_card_shows_what_its_weights_were_measured_to_do(tmp_path):
     [result] = card.data.eval_results
     assert (result.dataset_name, result.dataset_split, result.metric_type) == ("clinic A", "test", "accuracy")
     assert result.metric_value == late.evaluation.metrics["accuracy"]
+    late.train()
+    assert {key[0] for key in late._evaluations} == {"eval"}
 
 
 def test_a_run_without_evaluation_says_so_and_one_without_training_has_trainers_card(tmp_path):

@@ -156,14 +156,13 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
 
 def _tuning(trainer: HubTrainer) -> dict[str, object]:
     args, scheduler = trainer.args, trainer.lr_scheduler
-    found = scheduler.calibration
-    settings: dict[str, object] = {
-        "start learning rates": "calibrated along the first step" if found else "as given",
-        "learning-rate rule": "none"
-        if not args.hyper_lr
-        else f"{args.lr_rule}, η = {args.hyper_lr:g}, at most a factor of {args.resolve_max_lr_change():g} a step",
-    }
+    rates = scheduler.start_learning_rates
+    given = " to ".join(dict.fromkeys(f"{rate:.1e}" for rate in (rates.min().item(), rates.max().item())))
+    way = "calibrated along the first step" if scheduler.calibration else "as given"
+    settings: dict[str, object] = {"start learning rates": f"{given}, {way}"}
     if args.hyper_lr:
+        most = f"at most a factor of {args.resolve_max_lr_change():g} a step"
+        settings["learning-rate rule"] = f"{args.lr_rule}, η = {args.hyper_lr:g}, {most}"
         settings["rates tuned"] = f"at the first {args.tuning_steps} steps" if args.tuning_steps else "at every step"
     if scheduler.restarted_at:
         settings["collapsed"] = f"and went back to the first weights at step {scheduler.restarted_at}, with lower rates"

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from digits import save_image_folder, save_vit
+from digits import save_image_folder, save_timm, save_vit
 from huggingface_hub import ModelCard
 from stand_in_hub import TOKEN
 from test_publish import FILES
@@ -150,6 +150,22 @@ def test_the_card_names_the_base_and_inherits_its_licence(hub, user, start, tmp_
     assert card.data.datasets is None
 
 
+def test_a_timm_model_that_its_trainer_pushed_reloads_in_both_libraries(hub, user, start, tmp_path):
+    model = save_timm(tmp_path / "timm")
+    done = user.metalr_hf(*train(start, tmp_path / "run", **{**PUSH, "model_name_or_path": model, "image_size": 32}))
+    assert done.returncode == 0, done.stderr[-2000:]
+    code = """
+import timm, torch
+from transformers import AutoModelForImageClassification
+weights = timm.create_model("hf-hub:me/pushed", pretrained=True).state_dict()
+model = AutoModelForImageClassification.from_pretrained("me/pushed").timm_model
+assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+print("reloaded")
+"""
+    done = user.python(code)
+    assert "reloaded" in done.stdout, done.stderr[-2000:]
+
+
 ADAPTER = """
 import sys, torch
 sys.path.insert(0, argv[0])
@@ -272,11 +288,15 @@ def evaluated(folder, callbacks=None, **options):
 
 def test_the_card_shows_what_its_weights_were_measured_to_do(tmp_path):
     every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     run = evaluated(tmp_path / "best", **every, **best)
     losses = {row["step"]: row["eval_loss"] for row in run.state.log_history if "eval_loss" in row}
-    assert run.step_of_weights == min(losses, key=losses.get)
-    assert run.evaluation.metrics["loss"] == min(losses.values())
+    # As it learns, the best by this measure is not the last.
+    assert run.step_of_weights == max(losses, key=losses.get) < run.state.global_step
+    assert run.evaluation.metrics["loss"] == max(losses.values())
+    run.evaluate()
+    assert run.evaluation.step == run.step_of_weights
+    assert run.evaluation.metrics["loss"] == pytest.approx(max(losses.values()))
     late = evaluated(tmp_path / "late", callbacks=[EvaluatesAtStep3()])
     late.create_model_card()
     card = ModelCard.load(tmp_path / "late" / "README.md")

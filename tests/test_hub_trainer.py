@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from digits import save_image_folder, save_timm, save_vit
+from digits import save_image_folder, save_vit
 from huggingface_hub import ModelCard
 from stand_in_hub import TOKEN
 from test_publish import FILES
@@ -150,19 +150,28 @@ def test_the_card_names_the_base_and_inherits_its_licence(hub, user, start, tmp_
     assert card.data.datasets is None
 
 
-def test_a_timm_model_that_its_trainer_pushed_reloads_in_both_libraries(hub, user, start, tmp_path):
-    model = save_timm(tmp_path / "timm")
-    done = user.metalr_hf(*train(start, tmp_path / "run", **{**PUSH, "model_name_or_path": model, "image_size": 32}))
-    assert done.returncode == 0, done.stderr[-2000:]
-    code = """
-import timm, torch
-from transformers import AutoModelForImageClassification
-weights = timm.create_model("hf-hub:me/pushed", pretrained=True).state_dict()
-model = AutoModelForImageClassification.from_pretrained("me/pushed").timm_model
-assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+TIMM = """
+import sys, timm, torch
+sys.path.insert(0, argv[0])
+from test_trainer import trainer
+from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
+# What this configuration leaves out is what timm cannot do without.
+config = TimmWrapperConfig(architecture="test_resnet", num_labels=3)
+run = trainer(argv[1], model=TimmWrapperForImageClassification(config), max_steps=2, hub_model_id="me/timm")
+run.train()
+run.push_to_hub()
+weights = run.model.timm_model.state_dict()
+for model in (
+    timm.create_model("hf-hub:me/timm", pretrained=True),
+    AutoModelForImageClassification.from_pretrained("me/timm").timm_model,
+):
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 print("reloaded")
 """
-    done = user.python(code)
+
+
+def test_a_timm_model_that_its_trainer_pushed_reloads_in_both_libraries(hub, user, tmp_path):
+    done = user.python(TIMM, Path(__file__).parent, tmp_path)
     assert "reloaded" in done.stdout, done.stderr[-2000:]
 
 

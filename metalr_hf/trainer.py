@@ -271,7 +271,6 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
                 logs["meta_non_finite"] = self.lr_scheduler.guard.non_finite
         super().log(logs, *args, **kwargs)
 
-
     def _layer_groups(self, model: nn.Module) -> dict[str, list[str]]:
         groups = layer_groups(model) if self._own_layer_groups is None else self._own_layer_groups
         check_layer_groups(model, groups)

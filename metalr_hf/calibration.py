@@ -64,13 +64,14 @@ class Calibration:
         """Forward passes that it took."""
         return 1 + len(self.head_losses) + len(self.backbone_losses)
 
-    def learning_rates(self, layers: int) -> list[float]:
+    def learning_rates(self, layers: int, head_layers: int = 1) -> list[float]:
         """The start rate of every layer, the head last.
 
         Args:
             layers (`int`): How many there are.
+            head_layers (`int`, *optional*, defaults to 1): How many of them, at the end, are the head.
         """
-        return [self.backbone_lr] * (layers - 1) + [self.head_lr]
+        return [self.backbone_lr] * (layers - head_layers) + [self.head_lr] * head_layers
 
     def state_dict(self) -> dict[str, Any]:
         """The fields, in plain containers."""
@@ -133,6 +134,7 @@ def calibrate(
     meta_loss: Callable[[], Tensor] | None,
     *,
     head_lr: float | None = None,
+    head_layers: int = 1,
     lr_min: float = 0.0,
     lr_max: float = math.inf,
     reduce: Callable[[Tensor], Tensor] | None = None,
@@ -145,11 +147,12 @@ def calibrate(
     numbers are the caller's, see [`~metalr_hf.hypergradient.untouched`].
 
     Args:
-        look_ahead ([`~metalr_hf.hypergradient.LookAhead`]): The step taken. Its last layer is the head.
+        look_ahead ([`~metalr_hf.hypergradient.LookAhead`]): The step taken. Its last layers are the head.
         step_lrs (`Sequence[float]`): The learning rate that the step was taken with, in every layer.
         meta_loss (`Callable`): Takes nothing and returns the scalar validation loss at the present parameters.
         head_lr (`float`, *optional*): The rate of the head where it is known: only the backbone is walked, from the
             head as the step left it.
+        head_layers (`int`, *optional*, defaults to 1): How many of the layers, at the end, are the head.
         lr_min (`float`, *optional*, defaults to 0.0), lr_max (`float`, *optional*, defaults to `math.inf`): Rungs
             outside these bounds are left out.
         reduce (`Callable`, *optional*): Averages a tensor over all processes.
@@ -169,7 +172,7 @@ def calibrate(
     layers = len(look_ahead.sizes)
 
     def loss_at(backbone_lr: float, head_lr: float) -> float:
-        rates = [backbone_lr] * (layers - 1) + [head_lr]
+        rates = [backbone_lr] * (layers - head_layers) + [head_lr] * head_layers
         ratios = [rate / step_lr for rate, step_lr in zip(rates, step_lrs, strict=True)]
         return look_ahead.loss_at(ratios, meta_loss, reduce)
 
@@ -184,7 +187,7 @@ def calibrate(
         head_lr = min(max(FALLBACK_HEAD_LR, lr_min), lr_max)
     backbone_lr: float | None = None
     backbone_losses: list[float] = []
-    if layers > 1:
+    if layers > head_layers:
         backbone_lr, backbone_losses = first_valley(ladder, lambda rate: loss_at(rate, head_step), start_loss)
         # A batch whose loss no step of the backbone lowers, as far as it was walked, says nothing of how long to step.
         if backbone_lr is None or not min(backbone_losses) <= start_loss * (1 - TOLERANCE):
@@ -258,7 +261,7 @@ class Calibrator:
             lower = max(found.backbone_lr / LONGER_FIRST_STEP, kwargs.get("lr_min", 0.0))
             found = replace(found, backbone_lr=lower)
         self.found = found
-        return found.learning_rates(len(before))
+        return found.learning_rates(len(before), kwargs.get("head_layers", 1))
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in plain containers."""

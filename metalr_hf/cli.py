@@ -1,4 +1,4 @@
-"""The command line: `metalr-hf train`, `compare`, `plot` and `publish`."""
+"""The command line: `metalr-hf train`, `compare`, `layers`, `plot` and `publish`."""
 
 # torch and transformers are imported inside the commands, so that `metalr-hf --help` answers at once.
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "train": (train, "fine-tune a pretrained image classifier with one tuned learning rate a layer"),
         "compare": (compare, "run fine-tuning strategies side by side on equal budgets"),
+        "layers": (layers, "list the layers of a model, each of which gets a learning rate"),
         "plot": (plot, "draw the learning rates of a finished run"),
         "publish": (publish, "upload a finished run to the Hub, with a card of what every layer did"),
     }
@@ -106,6 +107,21 @@ def compare(argv: list[str]) -> int:
     except KeyboardInterrupt:
         _say(f"Interrupted. What has run is in {arguments.output_dir}; the same command runs the rest.")
         return INTERRUPTED
+    return 0
+
+
+def layers(argv: list[str]) -> int:
+    """`metalr-hf layers`: prints a model's layers, with their tensors, parameters and share, as a table.
+
+    Args:
+        argv (`list[str]`): The arguments.
+
+    Returns:
+        `int`: the exit code.
+    """
+    from .show_layers import show_layers
+
+    show_layers(argv)
     return 0
 
 

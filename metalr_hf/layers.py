@@ -3,49 +3,92 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
-from typing import Any
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-GRANULARITIES = ("block", "stage", "tensor")
-HEAD = re.compile(r"(\w+_)?(heads?|classifiers?|predictor|score|logits)(_\w+)?|fc|linear|(class|bbox)_embed")
+from .layer_names import clean, tensor_names
+from .layer_sources import Layers, find_layers
+from .layer_structure import look_through
+from .settings import LAYER_GRANULARITIES, check_choice
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
 NOTHING_TO_TRAIN = "The model has no trainable parameter: every requires_grad is False. Unfreeze at least the head."
-STEM = re.compile(r".*(stem|embed|patch).*|conv[01]|conv_(proj|first|in)")
-# FSDP, torch.compile and activation checkpointing put these into the names of whatever they wrap, blocks included.
-WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
-
-Layers = dict[str, list[str]]
 
 
-def layer_groups(model: nn.Module, granularity: str = "block") -> Layers:
+class LayerGroups(dict[str, list[str]]):
+    """Layers, as [`layer_groups`] gives them: a dictionary that prints as a table.
+
+    Args:
+        layers (`Mapping[str, list[str]]`):
+            Layer name to parameter names.
+        parameters (`Mapping[str, int]`):
+            Layer name to how many numbers are trained in it.
+    """
+
+    def __init__(self, layers: Mapping[str, list[str]], parameters: Mapping[str, int]):
+        super().__init__(layers)
+        self.parameters = dict(parameters)
+
+    def __rich__(self) -> Table:
+        """The table: layer, tensors, parameters and their share of all trainable ones."""
+        from rich.table import Table
+
+        table = Table()
+        table.add_column("layer", overflow="fold")
+        for title in ("tensors", "parameters", "share"):
+            table.add_column(title, justify="right")
+        total = sum(self.parameters.values())
+        for layer, members in self.items():
+            count = self.parameters[layer]
+            table.add_row(layer, f"{len(members)}", f"{count:,}", f"{count / max(1, total):.1%}")
+        table.add_section()
+        tensors = sum(map(len, self.values()))
+        table.add_row(f"{len(self)} layer{'s' * (len(self) != 1)}", f"{tensors}", f"{total:,}", "")
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def layer_groups(model: nn.Module, granularity: str = "block", head: str | Sequence[str] | None = None) -> LayerGroups:
     """Groups a model's trainable parameters into layers.
 
     timm models are grouped by timm's own `group_matcher` (as in `timm.models.group_parameters`), wherever in the model
-    they sit. All other modules are grouped by their structure: the elements of lists of blocks are layers, lists of
-    stages are taken apart into their blocks, and every other part is a layer of its own. The outputs of a network
-    (children called `head`, `classifier`, `fc`, `decode_head` ...) are one layer, `head`, the last; if no child is
-    called so, the last child is the last layer and keeps its name. A normalisation goes with the layer before it, the
-    final one with the last block (in timm models, where the matcher puts it). Parameters that a module holds itself,
-    such as a class token, go with the parameter before them, or with the first layer. Adapters of PEFT are parts of
-    the block they sit in.
+    they sit; where that tells stages apart but not their blocks, the blocks come from the structure. All other modules
+    are grouped by their structure: the elements of lists of blocks are layers, lists of stages are taken apart into
+    their blocks, and every other part is a layer of its own. The outputs of a network (children called `head`,
+    `classifier`, `fc`, `decode_head` ..., or a single linear or convolutional layer at its end) are one layer, `head`,
+    the last. A normalisation goes with the layer before it, the final one with the last block (in timm models, where
+    the matcher puts it). Parameters that a module holds itself, such as a class token, go with the parameter before
+    them, or with the first layer. Adapters of PEFT are parts of the block they sit in.
 
     Args:
         model (`torch.nn.Module`):
             The model, bare or inside wrappers (DDP, FSDP, `torch.compile`, PEFT, transformers' `TimmWrapper`).
         granularity (`str`, *optional*, defaults to `"block"`):
             `"block"`: a layer a block. `"stage"`: a layer a stage of blocks, where there are stages. `"tensor"`: a
-            layer a parameter.
+            layer a parameter; those of the head are called `head. ...`.
+        head (`str` or `Sequence[str]`, *optional*):
+            The module or modules that are the head, by their names in `model.named_modules()`, where they are not
+            recognised.
 
     Returns:
         `dict[str, list[str]]`: layer name to parameter names as in `model.named_parameters()`, input side first and
         the head last. Every trainable parameter is in exactly one layer, a frozen one in none, a tied one once.
+        Printed, it is a table of the layers and their sizes.
 
     Raises:
-        ValueError: if the model has no trainable parameter, or `granularity` is unknown.
+        ValueError: if the model has no trainable parameter, `granularity` is unknown, or there is no module `head`.
 
     Example:
 
@@ -57,23 +100,34 @@ def layer_groups(model: nn.Module, granularity: str = "block") -> Layers:
 
     ```
     """
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity={granularity!r} must be one of {', '.join(map(repr, GRANULARITIES))}.")
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    check_choice("granularity", granularity, LAYER_GRANULARITIES)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(NOTHING_TO_TRAIN)
-    network, prefix = _look_through(model, "")
-    if _has_matcher(network):
-        layers = _timm_layers(network, prefix, granularity)
-    else:
-        layers = _network_layers(network, prefix, granularity)
+    network, prefix = look_through(model, "")
+    layers = _once(find_layers(network, prefix, "stage" if granularity == "stage" else "block"), model)
     layers = _with_held(layers, [name for name, _ in model.named_parameters()])
-    kept = set(trainable)
-    layers = {layer: [name for name in members if name in kept] for layer, members in layers.items()}
+    if head is not None:
+        layers = _with_head(layers, model, [head] if isinstance(head, str) else list(head))
+    elif len(layers) > 1 and "head" not in layers:
+        warnings.warn(
+            f"No head recognised in {type(network).__name__}: its last layer, {list(layers)[-1]!r}, is taken for it by "
+            "what treats a head apart (the calibration of the start rates, head_lr_multiplier, head_hold_epochs). If "
+            "another module is the head, name it as named_modules() does: layer_groups(model, head=...), or "
+            "head_module=... in MetaLRTrainingArguments.",
+            stacklevel=2,
+        )
+    layers = {layer: [name for name in members if name in trainable] for layer, members in layers.items()}
     if granularity == "tensor":
-        names = [name for members in layers.values() for name in members]
-        return {_clean(name.removeprefix(prefix)): [name] for name in names}
-    return {layer: members for layer, members in layers.items() if members}
+        layers = {
+            tensor: [name]
+            for layer, members in layers.items()
+            for tensor, name in zip(tensor_names(layer, members, prefix), members, strict=True)
+        }
+    layers = {layer: members for layer, members in layers.items() if members}
+    return LayerGroups(
+        layers, {layer: sum(trainable[name].numel() for name in members) for layer, members in layers.items()}
+    )
 
 
 def check_layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]]) -> None:
@@ -158,203 +212,26 @@ def split_param_groups(
     return sorted(split, key=lambda group: order[group["layer"]])
 
 
-def _look_through(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The network inside modules that do nothing but hold it, and the prefix of its parameter names."""
-    while not _has_matcher(module) and next(module.parameters(recurse=False), None) is None:
-        children = list(_children(module))
-        if len(children) != 1 or _only_numbers(children[0][1]):
-            break
-        path, module = f"{path}{children[0][0]}.", children[0][1]
-    return module, path
-
-
-def _only_numbers(module: nn.Module) -> bool:
-    names = [name for name, _ in _children(module)]
-    return len(names) > 1 and all(name.isdigit() for name in names)
-
-
-def _has_matcher(module: nn.Module) -> bool:
-    # Asked of the class: PEFT, FSDP and torch.compile hand attributes of the module inside through, but with it not
-    # the parameter names that timm's patterns are written for.
-    return hasattr(type(module), "group_matcher")
-
-
-def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, child) for name, child in module.named_children() if next(child.parameters(), None) is not None)
-
-
-def _names(module: nn.Module, prefix: str) -> list[str]:
-    return [prefix + name for name, _ in module.named_parameters(remove_duplicate=False)]
-
-
-def _clean(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def _timm_layers(network: nn.Module, prefix: str, granularity: str) -> Layers:
-    """Layers by timm's group matcher, or by structure where timm has none that works."""
-    from timm.models import group_parameters
-
-    full = {_clean(name): name for name, _ in network.named_parameters()}
-    # timm's patterns know nothing of wrappers around blocks: it sees the names without them.
-    names_only: Any = SimpleNamespace(named_parameters=lambda: ((name, None) for name in full))
-    try:
-        by_id = group_parameters(names_only, network.group_matcher(coarse=granularity == "stage"))  # type: ignore[operator]
-    except (AttributeError, AssertionError, NotImplementedError, KeyError, TypeError, ValueError):
-        # Some classes inherit the method from one whose structure they do not share, or support one granularity.
-        return _network_layers(network, prefix, granularity)
-    members = [by_id[i] for i in sorted(by_id)]
-    _move_early(members, list(full))
-    names = _exclusive_paths(members)
-    if len(set(names)) < len(names) or len(names) < 2:
-        return _network_layers(network, prefix, granularity)
-    *parents, own = names[0].split(".")
-    if not own.isdigit() or STEM.fullmatch(parents[-1]) or any(not n.startswith(f"{names[0]}.") for n in members[0]):
-        names[0] = "stem"
-    classifier = (getattr(network, "pretrained_cfg", None) or {}).get("classifier") or ()
-    classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    if any(HEAD.fullmatch(n.split(".")[0]) or n.startswith(tuple(f"{c}." for c in classifiers)) for n in members[-1]):
-        names[-1] = "head"
-    return {name: [prefix + full[n] for n in group] for name, group in zip(names, members, strict=True)}
-
-
-def _move_early(members: list[list[str]], names: list[str]) -> None:
-    """Moves modules before the blocks to the first layer: what no pattern matches, timm puts into the last."""
-    order = {name: i for i, name in enumerate(names)}
-    blocks = min(order[name] for name in members[min(1, len(members) - 1)])
-    early = [name for name in members[-1] if "." in name and order[name] < blocks]
-    if len(members) > 2 and early:
-        members[0] = members[0] + early
-        members[-1] = [name for name in members[-1] if name not in early]
-
-
-def _exclusive_paths(groups: list[list[str]]) -> list[str]:
-    """Names each group by the module path that holds most of its parameters and none of another's."""
-    paths = [
-        Counter(path for name in group for path in (name[: m.start()] for m in re.finditer(r"\.|$", name)))
-        for group in groups
-    ]
-    owners = Counter(path for counts in paths for path in counts)
-    own = [{path: count for path, count in counts.items() if owners[path] == 1} for counts in paths]
-    best = [max(counts, key=lambda path: (counts[path], -len(path))) for counts in own]
-    # The only block of a stage is called as the blocks of other stages are.
-    depth = max(map(_depth, best))
-    for i, (name, counts) in enumerate(zip(best, own, strict=True)):
-        same = [path for path in counts if path.startswith(f"{name}.") and counts[path] == counts[name]]
-        numbered = [path for path in same if path.split(".")[-1].isdigit() and _depth(path) <= depth]
-        best[i] = max(numbered, key=len, default=name)
-    return best
-
-
-def _depth(path: str) -> int:
-    return sum(part.isdigit() for part in path.split("."))
-
-
-def _network_layers(network: nn.Module, prefix: str, granularity: str) -> Layers:
-    """Layers by structure: the children of the network, those that hold blocks taken apart, the head last."""
-    heads = [(name, child) for name, child in _children(network) if HEAD.fullmatch(name)]
-    body = [pair for pair in _children(network) if pair not in heads]
-    if not body:
-        heads, body = [], heads
-    lists = 1 if granularity == "stage" else 2
-    layers: Layers = {}
-    for name, child, left, entered in _in_order(network, body, lists, False):
-        _take_apart(child, f"{prefix}{name}.", left, entered, granularity, layers)
-    backbones = [pair for pair in body if _holds_blocks(pair[1], False)]
-    if len(backbones) == 1:
-        # The only backbone: its own name says nothing.
-        name, child = backbones[0]
-        path = _look_through(child, f"{prefix}{name}.")[1]
-        short = [layer.removeprefix(path) for layer in layers]
-        if len(set(short)) == len(short) and not any(layer[0].isdigit() for layer in short):
-            layers = dict(zip(short, layers.values(), strict=True))
-    layers = {_clean(layer.removeprefix(prefix)): members for layer, members in layers.items()}
-    first = next(iter(layers), "")
-    if STEM.fullmatch(first.split(".")[-1]) and len(layers) + len(heads) > 1 and "stem" not in layers:
-        layers = {"stem" if layer == first else layer: members for layer, members in layers.items()}
-    if heads:
-        layers = {"backbone.head" if layer == "head" else layer: members for layer, members in layers.items()}
-        layers["head"] = [name for key, child in heads for name in _names(child, f"{prefix}{key}.")]
-    return layers
-
-
-def _take_apart(module: nn.Module, path: str, lists: int, entered: bool, granularity: str, layers: Layers) -> None:
-    """Adds a module to the layers: as one layer, or as its parts, through at most `lists` lists inside each other."""
-    if _has_matcher(module):
-        layers |= {path + layer: members for layer, members in _timm_layers(module, path, granularity).items()}
-    elif _is_norm(module) and layers:
-        layers[next(reversed(layers))] += _names(module, path)
-    elif lists and _holds_blocks(module, entered):
-        for name, child, left, inside in _in_order(module, list(_children(module)), lists, entered):
-            _take_apart(child, f"{path}{name}.", left, inside, granularity, layers)
-    else:
-        layers[path[:-1]] = _names(module, path)
-
-
-def _in_order(
-    module: nn.Module, children: list[tuple[str, nn.Module]], lists: int, entered: bool
-) -> Iterator[tuple[str, nn.Module, int, bool]]:
-    """The children as data pass them, with how many lists may still be entered and whether one has been.
-
-    Where a list of stages has patch embeddings (before it) or norms in lists of the same length beside it, these take
-    turns: embedding 0, stage 0, norm 0, embedding 1 ...
-    """
-    is_list = _is_list(module, entered)
-    stages = [i for i, (_, child) in enumerate(children) if _is_list(child, False) and _holds_lists(child)]
-    beside = []
-    if len(stages) == 1 and isinstance(children[stages[0]][1], nn.ModuleList):
-        size = len(list(children[stages[0]][1].children()))
-        beside = [
-            (name, list(child.children()))
-            for i, (name, child) in enumerate(children)
-            if isinstance(child, nn.ModuleList) and len(child) == size and (i <= stages[0] or _is_norm(child))
-        ]
-    turns = {name for name, _ in beside} if len(beside) > 1 else set()
-    for name, child in children:
-        if name not in turns:
-            yield name, child, lists - is_list, entered or is_list
-        elif name == beside[0][0]:
-            for i in range(size):
-                yield from ((f"{other}.{i}", parts[i], lists - 1, True) for other, parts in beside)
-
-
-def _is_list(module: nn.Module, entered: bool) -> bool:
-    """Whether the children are blocks, or stages: of one class and with two or more weights each.
-
-    Outside of any list these may also be the children of an ordinary module (`layer1`, `layer2` ...), or a plain
-    sequence of single convolutions.
-    """
-    weights = [(type(child), _weights(child)) for child in module.children()]
-    alike = max(Counter(kind for kind, count in weights if count > 1).values(), default=0)
-    enough = 3
-    if isinstance(module, nn.ModuleList):
-        enough = 1
-    elif isinstance(module, (nn.Sequential, nn.ModuleDict)):
-        enough = 2
-    if alike >= enough:
-        return enough < 3 or not entered
-    return enough < 3 and not entered and sum(count > 0 for _, count in weights) > 3
-
-
-def _holds_lists(module: nn.Module) -> bool:
-    return any(_holds_blocks(child, True) for child in module.children())
-
-
-def _holds_blocks(module: nn.Module, entered: bool) -> bool:
-    return any(_has_matcher(part) or _is_list(part, entered) for part in module.modules())
-
-
-def _weights(module: nn.Module) -> int:
-    """How many weights a module holds, norms aside; an adapted layer of PEFT counts as the one that it adapts."""
-    children = dict(module.named_children())
-    if "base_layer" in children:
-        return 1
-    own = next(module.parameters(recurse=False), None) is not None and "norm" not in type(module).__name__.lower()
-    return own + sum(_weights(child) for child in children.values())
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return not _weights(module) and next(module.parameters(), None) is not None
+def _once(layers: Layers, model: nn.Module) -> Layers:
+    """Each parameter under its name in `model.named_parameters()`, and in one layer: the head, or else the first."""
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    names = {alias: by_id[id(p)] for alias, p in model.named_parameters(remove_duplicate=False)}
+    embeddings = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.weight is not None
+    }
+    tied_to_input = {name for key, name in by_id.items() if key in embeddings}
+    layer_of: dict[str, str] = {}
+    for layer in sorted(layers, key=lambda layer: layer != "head"):
+        for alias in layers[layer]:
+            # A head that shares its weight with the embedding of the inputs leaves it there.
+            if layer != "head" or alias == names[alias] or names[alias] not in tied_to_input:
+                layer_of.setdefault(names[alias], layer)
+    once: Layers = {layer: [] for layer in layers}
+    for layer, members in layers.items():
+        once[layer] = [name for name in dict.fromkeys(names[alias] for alias in members) if layer_of[name] == layer]
+    return {layer: members for layer, members in once.items() if members}
 
 
 def _with_held(layers: Layers, names: list[str]) -> Layers:
@@ -368,3 +245,19 @@ def _with_held(layers: Layers, names: list[str]) -> Layers:
         else:
             layers[current].append(name)
     return layers
+
+
+def _with_head(layers: Layers, model: nn.Module, modules: list[str]) -> Layers:
+    """The layers with the parameters of given modules taken out of theirs and put into the head."""
+    known = [clean(name) for name, _ in model.named_modules() if name]
+    head = []
+    for module in modules:
+        found = [n for n, _ in model.named_parameters() if f"{clean(n)}.".startswith(f"{clean(module)}.")]
+        if not found:
+            near = difflib.get_close_matches(module, known, n=2)
+            hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "model.named_modules() lists them."
+            raise ValueError(f"head={module!r} is no module of the model that holds parameters. {hint}")
+        head += found
+    layers = {"backbone.head" if layer == "head" else layer: members for layer, members in layers.items()}
+    layers = {layer: [name for name in members if name not in head] for layer, members in layers.items()}
+    return {**{layer: members for layer, members in layers.items() if members}, "head": list(dict.fromkeys(head))}

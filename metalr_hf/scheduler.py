@@ -16,6 +16,7 @@ from .calibration import PROBE_LR, Calibration, Calibrator
 from .guard import TuningGuard
 from .history import LRHistory
 from .hypergradient import LookAhead, clear_gradients, gather
+from .layer_names import head_layers
 from .linearity import check_linear
 from .optimizers import (
     check_own_rates,
@@ -388,6 +389,7 @@ class MetaLRScheduler(LRScheduler):
                 before.tolist(),
                 self.shape(self.last_epoch),
                 meta_loss,
+                head_layers=len(head_layers(self.layers)),
                 lr_min=self.lr_min,
                 lr_max=self.lr_max,
                 reduce=self.reduce,

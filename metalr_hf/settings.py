@@ -9,6 +9,7 @@ from typing import Any
 META_SOURCES = ("stream", "next_batch")
 LOOKAHEADS = ("optimizer", "sgd")
 META_MODES = ("train", "eval")
+LAYER_GRANULARITIES = ("block", "stage", "tensor")
 
 
 def check_settings(

@@ -21,6 +21,7 @@ from .collapse import CollapseGuard
 from .history import LRHistory
 from .hub_trainer import HubTrainer
 from .hypergradient import untouched
+from .layer_names import head_layers
 from .layers import check_layer_groups, layer_groups, split_param_groups
 from .linearity import check_optimizer_name
 from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
@@ -134,10 +135,10 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             groups = split_param_groups(optimizer.param_groups, layers)
             order = {layer: i for i, layer in enumerate(layers)}
             groups.sort(key=lambda group: order[group["layer"]])
-            head = list(layers)[-1]
+            heads = head_layers(list(layers))
             optimizer.param_groups.clear()
             for group in groups:
-                group["lr"] = group["lr"] * (self.args.head_lr_multiplier if group["layer"] == head else 1)
+                group["lr"] = group["lr"] * (self.args.head_lr_multiplier if group["layer"] in heads else 1)
                 optimizer.add_param_group(group)
         return optimizer
 
@@ -163,7 +164,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
                 meta_context=lambda: untouched(self.model, args.meta_mode),
                 reduce=self._mean_over_processes if args.world_size > 1 else None,
             )
-            scheduler.hold_steps = {scheduler.layers[-1]: self._head_hold_steps()}
+            scheduler.hold_steps = dict.fromkeys(head_layers(scheduler.layers), self._head_hold_steps())
             if self.meta_source == "stream":
                 self._meta_stream = self._create_meta_stream()
                 scheduler.stateful["meta_stream"] = self._meta_stream
@@ -272,7 +273,9 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         super().log(logs, *args, **kwargs)
 
     def _layer_groups(self, model: nn.Module) -> dict[str, list[str]]:
-        groups = layer_groups(model) if self._own_layer_groups is None else self._own_layer_groups
+        groups = self._own_layer_groups
+        if groups is None:
+            groups = layer_groups(model, self.args.layer_granularity, self.args.head_module)
         check_layer_groups(model, groups)
         return {layer: list(names) for layer, names in groups.items()}
 

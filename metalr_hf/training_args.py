@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from .rules import get_rule
-from .settings import META_MODES, check_choice, check_count, check_number, check_settings
+from .settings import LAYER_GRANULARITIES, META_MODES, check_choice, check_count, check_number, check_settings
 
 # From calibrated rates a large trust region is a random walk of the rates: one batch's hypergradient is mostly noise.
 CALIBRATED_LR_CHANGE, UNCALIBRATED_LR_CHANGE = 1.1, 2.0
@@ -40,7 +40,9 @@ class MetaLRTrainingArguments(TrainingArguments):
 
     `learning_rate` is where every layer starts if `calibrate` is off. `lr_scheduler_type` and warm-up are the shape
     that multiplies the tuned rates: by default `warmup_stable_decay` with a linear decay over the last 70 % of the
-    steps (change its length with `lr_scheduler_kwargs={"num_decay_steps": ...}`).
+    steps (change its length with `lr_scheduler_kwargs={"num_decay_steps": ...}`). `layer_granularity` and `head_module`
+    (names as in `model.named_modules()`) are handed to [`layer_groups`]; a map of layers given to the trainer goes
+    before them.
 
     Args:
         hyper_lr (`float`, *optional*, defaults to 0.1):
@@ -80,6 +82,10 @@ class MetaLRTrainingArguments(TrainingArguments):
             The head starts at `learning_rate` times this.
         head_hold_epochs (`float`, *optional*, defaults to 0.0):
             The head keeps its start rate for so many first epochs.
+        layer_granularity (`str`, *optional*, defaults to `"block"`):
+            What gets a learning rate of its own: every `block`, every `stage` of blocks, or every `tensor`.
+        head_module (`list[str]`, *optional*):
+            The module or modules that are the head, where they are not recognised.
         preset (`str`, *optional*):
             `paper` gives the settings of the paper to all of these that are left at their defaults, and a constant
             schedule.
@@ -170,6 +176,16 @@ class MetaLRTrainingArguments(TrainingArguments):
     head_hold_epochs: float = field(
         default=0.0, metadata={"help": "The head keeps its start rate for so many first epochs."}
     )
+    layer_granularity: str = field(
+        default="block",
+        metadata={
+            "help": "What gets a learning rate of its own: every `block`, every `stage` of blocks, or every `tensor`."
+        },
+    )
+    head_module: list[str] | None = field(
+        default=None,
+        metadata={"help": "The module or modules that are the head, where they are not recognised."},
+    )
     preset: str | None = field(
         default=None,
         metadata={
@@ -201,6 +217,7 @@ class MetaLRTrainingArguments(TrainingArguments):
         )
         get_rule(self.lr_rule, self.hyper_lr)
         check_choice("meta_mode", self.meta_mode, META_MODES)
+        check_choice("layer_granularity", self.layer_granularity, LAYER_GRANULARITIES)
         if self.meta_batch_size is not None:
             check_count("meta_batch_size", self.meta_batch_size)
         check_number("meta_split", self.meta_split)

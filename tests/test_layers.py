@@ -150,7 +150,7 @@ def test_a_plain_module_is_grouped_by_its_children_and_norms_go_with_the_layer_b
     assert groups == {
         "0": ["0.weight", "0.bias", "1.weight", "1.bias"],
         "3": ["3.weight", "3.bias"],
-        "4": ["4.weight", "4.bias"],
+        "head": ["4.weight", "4.bias"],
     }
     single = nn.Linear(2, 2)
     assert_is_a_partition(single, layer_groups(single))

@@ -15,6 +15,7 @@ OUTPUT = re.compile(r"(final|out|output)(_?(conv|layer|proj|projection|block))?"
 # Detectors hang these into their decoders.
 NESTED_HEAD = re.compile(r"(class|bbox|mask)_embed(der)?")
 STEM = re.compile(r".*(stem|embed|patch).*|conv[01]|conv_(proj|first|in)")
+STAGE = re.compile(r"(.+\.)?(stages?|layers?)[._]?\d+")
 # FSDP, torch.compile and activation checkpointing put these into the names of whatever they wrap, blocks included.
 WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 

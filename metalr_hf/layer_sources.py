@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .layer_names import HEAD, NESTED_HEAD, OUTPUT, STEM, clean, exclusive_paths, without_prefix
+from .layer_names import HEAD, NESTED_HEAD, OUTPUT, STAGE, STEM, clean, exclusive_paths, without_prefix
 from .layer_structure import (
     Child,
     children_with_parameters,
@@ -110,8 +110,7 @@ def _finer(layers: Layers, network: nn.Module, prefix: str) -> Layers:
         stage, path = modules.get(layer), f"{prefix}{layer}."
         parts: Layers = {}
         # What timm itself calls a block stays one, whatever is in it.
-        is_block = clean(layer).split(".")[-2:-1] == ["blocks"]
-        if stage is not None and not is_block and holds_blocks(stage, True):
+        if stage is not None and STAGE.fullmatch(layer) and holds_blocks(stage, True):
             for name, child, left, inside in in_order(stage, list(children_with_parameters(stage)), 1, True):
                 _take_apart(child, f"{path}{name}.", left, inside, "block", parts)
         parts = {name.removeprefix(prefix): names for name, names in parts.items()}
@@ -184,7 +183,7 @@ def _inner_head(path: str, module: nn.Module) -> list[Child]:
     while not holds_blocks(module, False):
         children = list(children_with_parameters(module))
         heads = [(f"{path}.{name}", part) for name, part in children if HEAD.fullmatch(name) or OUTPUT.fullmatch(name)]
-        if heads or len(children) < 2:
+        if heads or not children:
             return heads
         path, module = f"{path}.{children[-1][0]}", children[-1][1]
     return []

@@ -108,7 +108,9 @@ def _taking_turns(children: Sequence[Child]) -> dict[str, list[nn.Module]]:
 
 
 def _early_first(children: Sequence[Child]) -> list[Child]:
-    blocks = next((i for i, (_, child) in enumerate(children) if is_list(child, False)), 0)
+    # `enc_output`: the first guesses of two-stage detectors.
+    starts = (i for i, (name, child) in enumerate(children) if is_list(child, False) or name == "enc_output")
+    blocks = next(starts, 0)
     early = [pair for pair in children[blocks:] if BEFORE_BLOCKS.fullmatch(pair[0])]
     return [*children[:blocks], *early, *(pair for pair in children[blocks:] if pair not in early)]
 

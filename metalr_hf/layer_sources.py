@@ -45,7 +45,9 @@ def parameter_names(module: nn.Module, prefix: str) -> list[str]:
         module (`torch.nn.Module`): Any module.
         prefix (`str`): What stands before them.
     """
-    return [prefix + name for name, _ in module.named_parameters(remove_duplicate=False)]
+    # Of the base class: the wrapper of activation checkpointing leaves its own name out of its answer, but not out of
+    # the names of the model around it.
+    return [prefix + name for name, _ in nn.Module.named_parameters(module, remove_duplicate=False)]
 
 
 def _timm_layers(network: nn.Module, prefix: str, granularity: str) -> Layers:
@@ -54,8 +56,9 @@ def _timm_layers(network: nn.Module, prefix: str, granularity: str) -> Layers:
     members = _matched(network, list(full), granularity == "stage")
     if members is None:
         return _network_layers(network, prefix, granularity)
+    stages_only = granularity == "block" and members == _matched(network, list(full), True)
     _move_early(members, list(full))
-    _join_last_norm(members, network, full)
+    members = _join_norms(members, network, full)
     names = exclusive_paths(members)
     if len(set(names)) < len(names) or len(names) < 2:
         return _network_layers(network, prefix, granularity)
@@ -67,9 +70,7 @@ def _timm_layers(network: nn.Module, prefix: str, granularity: str) -> Layers:
     if any(HEAD.fullmatch(n.split(".")[0]) or n.startswith(tuple(f"{c}." for c in classifiers)) for n in members[-1]):
         names[-1] = "head"
     layers = {name: [prefix + full[n] for n in group] for name, group in zip(names, members, strict=True)}
-    if granularity == "block" and members == _matched(network, list(full), True):
-        layers = _finer(layers, network, prefix)
-    return layers
+    return _finer(layers, network, prefix) if stages_only else layers
 
 
 def _matched(network: nn.Module, names: list[str], coarse: bool) -> list[list[str]] | None:
@@ -95,11 +96,16 @@ def _move_early(members: list[list[str]], names: list[str]) -> None:
         members[-1] = [name for name in members[-1] if name not in early]
 
 
-def _join_last_norm(members: list[list[str]], network: nn.Module, full: dict[str, str]) -> None:
-    """A network without a classifier may end in a norm, which is no layer."""
-    owners = {full[name].rpartition(".")[0] for name in members[-1]}
-    if len(members) > 1 and all(is_norm(network.get_submodule(owner)) for owner in owners):
-        members[-2:] = [members[-2] + members[-1]]
+def _join_norms(members: list[list[str]], network: nn.Module, full: dict[str, str]) -> list[list[str]]:
+    """A norm that the matcher counts as a layer goes with the one before it."""
+    joined: list[list[str]] = []
+    for group in members:
+        owners = {full[name].rpartition(".")[0] for name in group}
+        if joined and all(is_norm(network.get_submodule(owner)) for owner in owners):
+            joined[-1] = joined[-1] + group
+        else:
+            joined.append(group)
+    return joined
 
 
 def _finer(layers: Layers, network: nn.Module, prefix: str) -> Layers:

@@ -238,7 +238,10 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
 
     def _undo_collapse(self, inputs: dict[str, Any]) -> None:
         scheduler, guard, labels = self.lr_scheduler, self._collapse_guard, inputs.get("labels")
-        if guard is None or not guard.active or labels is None or labels.dim() != 1 or labels.is_floating_point():
+        if guard is None or not guard.active:
+            return
+        # Detectors take a list of boxes and classes.
+        if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
             return
         if scheduler.tuning_is_over:
             guard.stop()

@@ -61,6 +61,8 @@ def upernet():
 STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1]}
 PYRAMID = {"num_attention_heads": [1, 1, 2, 2], "mlp_ratios": [2, 2, 2, 2]}
 
+DETR_SIZES = {"layers": 2, "ffn_dim": 16, "attention_heads": 2}
+
 IMAGE_CLASSIFIERS = {
     "ViT": lambda: vit("ViTForImageClassification"),
     "DeiT": lambda: vit("DeiTForImageClassification"),
@@ -170,6 +172,18 @@ SEGMENTERS = {
     ),
     "MobileNetV2": lambda: hugging_face("MobileNetV2ForSemanticSegmentation", image_size=64, depth_multiplier=0.25),
 }
+DETECTORS = {
+    "YOLOS": lambda: vit("YolosForObjectDetection", image_size=[32, 32], num_detection_tokens=5),
+    "DETR": lambda: transformers.DetrForObjectDetection(
+        transformers.DetrConfig(
+            backbone_config=transformers.ResNetConfig(embedding_size=8, **STAGES, out_features=["stage4"]),
+            **{f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in DETR_SIZES.items()},
+            d_model=16,
+            num_queries=5,
+            num_labels=CLASSES,
+        )
+    ),
+}
 SIZES = {
     "EfficientNet": 64,
     "MobileNetV1": 64,
@@ -181,6 +195,17 @@ SIZES = {
     "Inception": 80,
     "MobileNetV2": 64,
 }
+
+
+def boxes_for(batch):
+    """Random images with two boxes each."""
+    return [
+        {
+            "pixel_values": torch.randn(3, 32, 32),
+            "labels": {"class_labels": torch.randint(CLASSES, (2,)), "boxes": 0.1 + 0.4 * torch.rand(2, 4)},
+        }
+        for _ in range(batch)
+    ]
 
 
 def images_for(name, batch, segmentation=False):

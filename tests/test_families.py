@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import IMAGE_CLASSIFIERS, SEGMENTERS, images_for
+from families import DETECTORS, IMAGE_CLASSIFIERS, SEGMENTERS, boxes_for, images_for
 from torch import nn
 from transformers import TrainerCallback
 
@@ -21,12 +21,27 @@ class BuffersOfValidation(TrainerCallback):
         self.after = {name: value.clone() for name, value in model.named_buffers()}
 
 
+def keep_labels_apart(rows):
+    labels = [row["labels"] for row in rows]
+    return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_tuned_step_of_a_detector_moves_every_rate_and_no_running_statistics(name, tmp_path):
+    torch.manual_seed(0)
+    check_tuned_step(DETECTORS[name](), boxes_for(8), tmp_path, data_collator=keep_labels_apart)
+
+
 @pytest.mark.parametrize(("name", "segmentation"), MODELS, ids=[f"{n}{' (masks)' * s}" for n, s in MODELS])
 def test_a_tuned_step_moves_every_rate_and_no_running_statistics(name, segmentation, tmp_path):
     torch.manual_seed(0)
     model = (SEGMENTERS if segmentation else IMAGE_CLASSIFIERS)[name]()
+    check_tuned_step(model, images_for(name, 8, segmentation), tmp_path)
+
+
+def check_tuned_step(model, images, folder, **options):
     args = MetaLRTrainingArguments(
-        str(tmp_path),
+        str(folder),
         max_steps=1,
         per_device_train_batch_size=4,
         learning_rate=1e-3,
@@ -38,9 +53,8 @@ def test_a_tuned_step_moves_every_rate_and_no_running_statistics(name, segmentat
         save_strategy="no",
         use_cpu=True,
     )
-    images = images_for(name, 8, segmentation)
     buffers = BuffersOfValidation()
-    trainer = MetaLRTrainer(model, args, train_dataset=images, callbacks=[buffers])
+    trainer = MetaLRTrainer(model, args, train_dataset=images, callbacks=[buffers], **options)
     start = {name: value.clone() for name, value in model.named_buffers()}
     trainer.train()
     scheduler = trainer.lr_scheduler

@@ -91,14 +91,14 @@ class _FirstUses(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def layers_by_first_use(model, groups, **inputs):
+def layers_by_first_use(model, groups, *inputs):
     """The layers in the order in which a forward first uses a parameter of each; those it does not use are left out.
 
     On the meta device this costs no arithmetic.
     """
     device = next(model.parameters()).device
     with torch.no_grad(), torch.device(device), _FirstUses(model) as uses:
-        model(**inputs) if inputs else model(torch.zeros(1, *image_shape(model), device=device))
+        model(*inputs or (torch.zeros(1, *image_shape(model), device=device),))
     used = {
         layer: min(uses.found[name] for name in members if name in uses.found)
         for layer, members in groups.items()

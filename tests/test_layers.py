@@ -17,12 +17,6 @@ from metalr_hf import layer_groups
 from metalr_hf.layers import check_layer_groups, split_param_groups
 from metalr_hf.timm_models import wrap_timm_model
 
-SAMPLE = [
-    *("resnet18", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"),
-    *("convnext_atto", "tf_efficientnet_lite0", "mobilenetv3_small_050", "regnetx_002", "densenet121", "vgg11"),
-    *("poolformer_s12", "levit_128s", "pit_ti_224", "mobilevit_xxs", "beit_base_patch16_224", "resnetv2_50"),
-]
-
 
 def vit():
     return ViTForImageClassification(
@@ -93,20 +87,6 @@ def test_hugging_face_models_are_grouped_by_block(make, layers):
     assert list(groups) == layers
     assert_is_a_partition(model, groups)
     assert all(name.startswith("classifier") for name in groups["head"])
-
-
-@pytest.mark.parametrize("name", SAMPLE)
-def test_timm_models_are_grouped_by_block_with_the_head_last(name):
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    groups = layer_groups(model)
-    assert_is_a_partition(model, groups)
-    assert len(groups) >= 4
-    assert list(groups)[-1] == "head"
-    assert list(groups)[0] == "stem" or name == "vgg11"
-    classifiers = model.pretrained_cfg["classifier"]
-    for classifier in [classifiers] if isinstance(classifiers, str) else classifiers:
-        assert all(member in groups["head"] for member in names(model) if member.startswith(f"{classifier}."))
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "resnet18"])

@@ -4,12 +4,15 @@ import warnings
 
 import pytest
 import timm
+import torch
+import torchvision
 from architectures import (
     hugging_face_classes,
     hugging_face_network,
     image_shape,
     layers_by_first_use,
     timm_network,
+    without_weights,
 )
 
 from metalr_hf import layer_groups
@@ -21,6 +24,10 @@ TIMM_SAMPLE = [
     *("poolformer_s12", "levit_128s", "pit_ti_224", "mobilevit_xxs", "beit_base_patch16_224", "resnetv2_50"),
     *("coatnet_0_224", "efficientformer_l1", "eva02_tiny_patch14_224", "inception_v3", "pvt_v2_b0", "hrnet_w18_small"),
     *("maxvit_tiny_tf_224", "csatv2", "rdnet_tiny", "efficientvit_b0", "crossvit_9_240", "selecsls42b", "dla34"),
+]
+TORCHVISION_SAMPLE = [
+    *("resnet18", "convnext_tiny", "vit_b_16", "swin_t", "mobilenet_v3_small", "densenet121", "efficientnet_b0"),
+    *("deeplabv3_resnet50", "r3d_18", "maxvit_t"),
 ]
 SEGMENTERS = ("Segformer", "UperNet", "DPT", "MobileViT", "Beit")
 CLASSIFIERS = ("ViT", "Swinv2", "ConvNextV2", "Pvt", "PoolFormer", "Bit", "CLIP", "Cvt")
@@ -92,6 +99,19 @@ def test_layers_of_timm_architectures(name):
 def test_layers_of_all_timm_architectures(part):
     names = timm.list_models()
     assert timm_faults(names[len(names) * part // PARTS : len(names) * (part + 1) // PARTS]) == {}
+
+
+@pytest.mark.parametrize("name", TORCHVISION_SAMPLE)
+def test_layers_of_torchvision_networks(name):
+    options = {"weights_backbone": None} if name.startswith("deeplab") else {}
+    with without_weights():
+        model = torchvision.models.get_model(name, weights=None, **options).eval()
+    assert fault_of(model) is None
+    shape = (1, 3, 8, 112, 112) if name == "r3d_18" else (1, 3, 224, 224)
+    with torch.device("meta"):
+        images = torch.zeros(shape)
+    groups = layer_groups(model)
+    assert layers_by_first_use(model, groups, images) == list(groups)
 
 
 @pytest.mark.parametrize("family", SEGMENTERS)

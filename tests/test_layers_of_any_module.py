@@ -119,7 +119,7 @@ def test_hand_written_networks(name):
     groups = layer_groups(model)
     assert_is_a_partition(model, groups)
     assert list(groups)[-1] == "head"
-    assert layers_by_first_use(model, groups, **{"images": torch.zeros(shape)}) == list(groups)
+    assert layers_by_first_use(model, groups, torch.zeros(shape)) == list(groups)
     expected = {
         "torchvision-like": ["stem", *(f"layer{i}.{j}" for i in range(1, 5) for j in range(2)), "head"],
         "U-Net with a child a block": ["inc", "down1", "down2", "up1", "up2", "head"],

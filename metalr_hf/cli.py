@@ -1,4 +1,4 @@
-"""The command line: `metalr-hf train`, `compare`, `layers`, `plot` and `publish`."""
+"""The command line: `metalr-hf train`, `compare`, `benchmark`, `layers`, `plot` and `publish`."""
 
 # torch and transformers are imported inside the commands, so that `metalr-hf --help` answers at once.
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (train, "fine-tune a pretrained image classifier with one tuned learning rate a layer"),
         "compare": (compare, "run fine-tuning strategies side by side on equal budgets"),
         "layers": (layers, "list the layers of a model, each of which gets a learning rate"),
+        "benchmark": (benchmark, "measure what a tuned step costs against a plain one, in time and in memory"),
         "plot": (plot, "draw the learning rates of a finished run"),
         "publish": (publish, "upload a finished run to the Hub, with a card of what every layer did"),
     }
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="metalr-hf",
         description="Fine-tune pretrained vision models with one meta-tuned learning rate a layer.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:<8}{what}" for name, (_, what) in commands.items())
+        + "\n".join(f"  {name:<11}{what}" for name, (_, what) in commands.items())
         + "\n\n`metalr-hf COMMAND --help` lists the arguments of a command.\n"
         "A first run, on images that come with pip: metalr-hf train --output_dir runs/demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -122,6 +123,21 @@ def layers(argv: list[str]) -> int:
     from .show_layers import show_layers
 
     show_layers(argv)
+    return 0
+
+
+def benchmark(argv: list[str]) -> int:
+    """`metalr-hf benchmark`: measures what tuning costs and leaves `benchmark.json` and a picture in `output_dir`.
+
+    Args:
+        argv (`list[str]`): The arguments.
+
+    Returns:
+        `int`: the exit code.
+    """
+    from .benchmark_run import parse_benchmark_arguments, run_benchmark
+
+    run_benchmark(parse_benchmark_arguments(argv))
     return 0
 
 

@@ -1,0 +1,384 @@
+"""What a tuned step costs against a plain one: time and peak memory, every case in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from .arguments import ModelArguments
+from .data import DataArguments, load_images
+from .layers import layer_groups
+from .run import load_model
+from .second_order import SecondOrderTrainer
+from .settings import check_choice, check_count
+from .timm_models import wrap_timm_model
+from .trainer import MetaLRTrainer
+from .training_args import MetaLRTrainingArguments
+from .transforms import ImageTransform, collate_images, load_image_processor
+
+DEMO = "demo"
+DTYPES = ("float32", "bfloat16", "float16")
+MOST_IMAGES = 512
+PLAIN, DEFAULT, SETTLED = "plain", "next_batch", "settled"
+# A step of the second-order way costs several plain ones.
+SECOND_ORDER_SHARE = 1 / 3
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is measured, and how often.
+
+    Args:
+        output_dir (`str`): Folder for `benchmark.json` and `benchmark.png`.
+        model (`str`, *optional*, defaults to `"demo"`):
+            `demo` (EfficientNet-Lite0 with its weights), a Hub id, a local folder, or the name of a timm architecture,
+            which is made with random weights.
+        batch_size (`int`, *optional*, defaults to 32): Images a step.
+        image_size (`int`, *optional*, defaults to 64): Height and width of the images in pixels.
+        meta_batch_size (`int`, *optional*): Validation images a tuned step; as many as `batch_size` by default.
+        dtype (`str`, *optional*, defaults to `"float32"`): `float32`, or mixed precision with `bfloat16` or `float16`.
+        device (`str`, *optional*, defaults to `"auto"`): `cpu`, `cuda`, or `auto` for the accelerator that there
+            is.
+        optim (`str`, *optional*, defaults to `"adamw_torch_fused"`): As in `TrainingArguments`.
+        meta_every (`list[int]`, *optional*, defaults to `[1, 2, 5, 10]`): The streams tune at every k-th step.
+        steps (`int`, *optional*, defaults to 10): Measured steps of a case at a time.
+        repeats (`int`, *optional*, defaults to 3): How often all cases are gone through, in turn.
+        run_steps (`int`, *optional*, defaults to 500): Length of the run whose cost is put together from the steps.
+        only (`list[str]`, *optional*): Leave out all other cases but the plain step.
+    """
+
+    output_dir: str = field(metadata={"help": "Folder for benchmark.json and benchmark.png."})
+    model: str = field(
+        default=DEMO,
+        metadata={
+            "help": "`demo` (EfficientNet-Lite0 with its weights), a Hub id, a local folder, or the name of a timm "
+            "architecture, which is made with random weights."
+        },
+    )
+    batch_size: int = field(default=32, metadata={"help": "Images a step."})
+    image_size: int = field(default=64, metadata={"help": "Height and width of the images in pixels."})
+    meta_batch_size: int | None = field(
+        default=None, metadata={"help": "Validation images a tuned step; as many as batch_size by default."}
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "`float32`, or mixed precision with `bfloat16` or `float16`."}
+    )
+    device: str = field(
+        default="auto", metadata={"help": "`cpu`, `cuda`, or `auto` for the accelerator that there is."}
+    )
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "As in TrainingArguments."})
+    meta_every: list[int] = field(
+        default_factory=lambda: [1, 2, 5, 10], metadata={"help": "The streams tune at every k-th step."}
+    )
+    steps: int = field(default=10, metadata={"help": "Measured steps of a case at a time."})
+    repeats: int = field(default=3, metadata={"help": "How often all cases are gone through, in turn."})
+    run_steps: int = field(
+        default=500, metadata={"help": "Length of the run whose cost is put together from the steps."}
+    )
+    only: list[str] = field(default_factory=list, metadata={"help": "Leave out all other cases but the plain step."})
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda': torch finds no such device. Leave it at auto, or set it to cpu.")
+        for name in ("batch_size", "image_size", "steps", "repeats", "run_steps"):
+            check_count(name, getattr(self, name))
+        for k in self.meta_every:
+            check_count("meta_every", k)
+        if self.meta_batch_size is not None:
+            check_count("meta_batch_size", self.meta_batch_size)
+        known = [case.key for case in all_cases(self)]
+        for name in self.only:
+            check_choice("only", name, tuple(known))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to train.
+
+    Args:
+        key (`str`): Its name in `benchmark.json`.
+        title (`str`): Its name in the table.
+        kind (`type`): Its trainer.
+        tuning (`dict`, *optional*): What it adds to the arguments.
+        streams (`bool`, *optional*): Whether it gets validation images.
+        granularity (`str`, *optional*, defaults to `"block"`): Of its layers.
+        validated (`float`, *optional*, defaults to 0.0): The share of its steps that have a pass more.
+        steps (`float`, *optional*, defaults to 1.0): The share of `steps` that is measured.
+    """
+
+    key: str
+    title: str
+    kind: type[Trainer]
+    tuning: dict[str, Any] = field(default_factory=dict)
+    streams: bool = False
+    granularity: str = "block"
+    validated: float = 0.0
+    steps: float = 1.0
+
+
+def all_cases(arguments: BenchmarkArguments) -> list[Case]:
+    """The cases in the order of the table, the plain step first.
+
+    Args:
+        arguments ([`BenchmarkArguments`]): With the streams' `meta_every`.
+    """
+    uncalibrated: dict[str, Any] = {"calibrate": False, "tuning_steps": 0}
+    streams = [
+        Case(
+            key=f"stream_{k}",
+            title=f"stream, every {k}",
+            kind=MetaLRTrainer,
+            tuning=uncalibrated | {"meta_every": k, "meta_batch_size": arguments.meta_batch_size},
+            streams=True,
+            validated=1 / k,
+        )
+        for k in arguments.meta_every
+    ]
+    return [
+        Case(PLAIN, "plain Trainer", Trainer),
+        Case(DEFAULT, "next_batch", MetaLRTrainer),
+        Case("tensors", "next_batch by tensor", MetaLRTrainer, uncalibrated, granularity="tensor"),
+        Case(SETTLED, "after tuning", MetaLRTrainer, {"calibrate": False, "tuning_steps": 1}),
+        *streams,
+        Case("second_order", "the paper's way", SecondOrderTrainer, streams=True, steps=SECOND_ORDER_SHARE),
+    ]
+
+
+def chosen_cases(arguments: BenchmarkArguments) -> list[Case]:
+    """The cases that are measured.
+
+    Args:
+        arguments ([`BenchmarkArguments`]): With what is left out.
+    """
+    return [case for case in all_cases(arguments) if case.key in (PLAIN, *(arguments.only or [case.key]))]
+
+
+def benchmark(
+    arguments: BenchmarkArguments, progress: Callable[[int, int, str], None] = lambda done, total, case: None
+) -> list[dict[str, Any]]:
+    """Measures all cases in turn, as often as `repeats` says; every second time in reverse order.
+
+    Args:
+        arguments ([`BenchmarkArguments`]): What to measure.
+        progress (`Callable[[int, int, str], None]`, *optional*): Called before each measurement with how many are
+            done, how many there are, and the case.
+
+    Returns:
+        `list[dict]`: what [`measure`] gave, with the number of the repeat, in the order of the measurements.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+    """
+    cases = chosen_cases(arguments)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "images.pt"
+        torch.save(prepare_images(arguments), images)
+        for repeat in range(arguments.repeats):
+            for case in cases if repeat % 2 == 0 else reversed(cases):
+                progress(len(rows), arguments.repeats * len(cases), case.title)
+                with _fresh_process() as process:
+                    row = process.submit(measure, arguments, case.key, str(images)).result()
+                rows.append({"case": case.key, "repeat": repeat, **row})
+    return rows
+
+
+def prepare_images(arguments: BenchmarkArguments) -> dict[str, Tensor]:
+    """scikit-learn's handwritten digits as the model takes them.
+
+    Args:
+        arguments ([`BenchmarkArguments`]): With the model and the size of the images.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `pixel_values`, float32 `(images, 3, height, width)`, and `labels`, int64
+            `(images,)`.
+    """
+    splits = load_images(DataArguments(max_train_samples=MOST_IMAGES))
+    model, name = make_model(arguments, splits.id2label), arguments.model
+    processor = load_image_processor(model, None if name == DEMO else name, arguments.image_size)
+    rows = ImageTransform(processor)(splits.train[:])
+    return {"pixel_values": torch.stack(rows["pixel_values"]), "labels": torch.tensor(rows["labels"])}
+
+
+def make_model(arguments: BenchmarkArguments, id2label: Mapping[int, str]) -> PreTrainedModel:
+    """The model by its name.
+
+    Args:
+        arguments ([`BenchmarkArguments`]): With the model and the size of the images.
+        id2label (`Mapping[int, str]`): Class number to class name.
+
+    Returns:
+        `transformers.PreTrainedModel`: an image classifier.
+
+    Raises:
+        FileNotFoundError: if there is none of that name.
+    """
+    name, size = arguments.model, arguments.image_size
+    if not timm.is_model(name):
+        return load_model(ModelArguments(None if name == DEMO else name), id2label)
+    options: dict[str, Any] = {"num_classes": len(id2label)}
+    try:
+        # Of a transformer, the positions depend on it.
+        network = timm.create_model(name, img_size=size, **options)
+    except TypeError:
+        network = timm.create_model(name, **options)
+    return wrap_timm_model(network, id2label)
+
+
+class _Images(Dataset[dict[str, Any]]):
+    """Prepared images, so that a step is not made longer by reading them."""
+
+    def __init__(self, images: dict[str, Tensor], rows: slice):
+        self.pixel_values, self.labels = images["pixel_values"][rows], images["labels"][rows].tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixel_values[row], "labels": self.labels[row]}
+
+
+class _StopWatch(TrainerCallback):
+    """Wall and processor time at the end of every step, and what the learning-rate scheduler took of it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.started = self._now()
+        self.steps: list[dict[str, Any]] = []
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.stepped = self._now()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = self._now()
+        passes = getattr(kwargs["lr_scheduler"], "extra_passes", 0.0)
+        self.steps.append({"end": now, "tuning": _difference(now, self.stepped), "passes": passes})
+
+    def durations(self) -> list[dict[str, Any]]:
+        """A row a step: `wall` and `cpu` seconds, those of the `tuning` in it, and the `passes` that it had more."""
+        ends = [self.started, *(step["end"] for step in self.steps)]
+        passes = [0.0, *(step["passes"] for step in self.steps)]
+        return [
+            {**_difference(ends[i + 1], ends[i]), "tuning": step["tuning"], "passes": passes[i + 1] - passes[i]}
+            for i, step in enumerate(self.steps)
+        ]
+
+    def _now(self) -> dict[str, float]:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return {"wall": time.perf_counter(), "cpu": time.process_time()}
+
+
+def _difference(later: dict[str, float], earlier: dict[str, float]) -> dict[str, float]:
+    return {name: later[name] - earlier[name] for name in later}
+
+
+def measure(arguments: BenchmarkArguments, key: str, images: str) -> dict[str, Any]:
+    """Trains a case for some steps in this process.
+
+    Args:
+        arguments ([`BenchmarkArguments`]): The settings.
+        key (`str`): The case.
+        images (`str`): File of prepared images.
+
+    Returns:
+        `dict`: `steps`, a row a step, the first of them with all that comes before it; `peak`, bytes of memory that
+            were in use at most, of the accelerator or of the process; `layers`; `device`; and `calibration`, if there
+            was one.
+    """
+    case = next(case for case in all_cases(arguments) if case.key == key)
+    data = torch.load(images, mmap=True, weights_only=True)
+    set_seed(0)
+    model = make_model(arguments, dict(enumerate(map(str, range(int(data["labels"].max()) + 1)))))
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = _make_trainer(case, model, data, arguments, scratch)
+        trainer.remove_callback(PrinterCallback)
+        device = trainer.args.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        watch = _StopWatch(device)
+        trainer.add_callback(watch)
+        trainer.train()
+    calibration = getattr(trainer.lr_scheduler, "calibration", None)
+    groups = trainer.optimizer.param_groups if trainer.optimizer else []
+    return {
+        "steps": watch.durations(),
+        "peak": _peak_memory(device),
+        "layers": len({group["layer"] for group in groups if "layer" in group}),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "calibration": None if calibration is None else calibration.state_dict() | {"forwards": calibration.forwards},
+    }
+
+
+def _make_trainer(
+    case: Case, model: nn.Module, images: dict[str, Tensor], arguments: BenchmarkArguments, scratch: str
+) -> Trainer:
+    settings: dict[str, Any] = {
+        "output_dir": scratch,
+        # The first step is not measured.
+        "max_steps": 1 + max(1, round(case.steps * arguments.steps)),
+        "per_device_train_batch_size": arguments.batch_size,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "optim": arguments.optim,
+        "bf16": arguments.dtype == "bfloat16",
+        "fp16": arguments.dtype == "float16",
+        "use_cpu": arguments.device == "cpu",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": arguments.device != "cpu" and torch.accelerator.is_available(),
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+    half = len(images["labels"]) // 2
+    given: dict[str, Any] = {"train_dataset": _Images(images, slice(0, half)), "data_collator": collate_images}
+    if case.streams:
+        given["meta_dataset"] = _Images(images, slice(half, None))
+    if case.granularity != "block":
+        given["layer_groups"] = layer_groups(model, case.granularity)
+    kind = MetaLRTrainingArguments if case.kind is MetaLRTrainer else TrainingArguments
+    return case.kind(model=model, args=kind(**settings, **case.tuning), **given)
+
+
+@contextmanager
+def _fresh_process() -> Iterator[ProcessPoolExecutor]:
+    """A process that has imported everything, but has not yet used any memory of its own."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
+        yield executor
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What getrusage tells may be of the process that this one was forked from.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

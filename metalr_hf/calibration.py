@@ -250,7 +250,8 @@ class Calibrator:
         """
         first = self.found is None
         step_lrs = [rate * shape for rate in before]
-        found = calibrate(look_ahead, step_lrs, meta_loss, head_lr=None if first else before[-1], **kwargs)
+        with look_ahead.excursions():
+            found = calibrate(look_ahead, step_lrs, meta_loss, head_lr=None if first else before[-1], **kwargs)
         self.forwards += found.forwards
         self._steps = [later for later in self._steps if later > step] if found.backbone_in_doubt else []
         if not self._steps:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from .displacement import StepFromState, step_options
 from .sharding import local, shard_of, shards, whole
+from .validation import clear_gradients, validation_gradient
 
 
 class LookAhead:
@@ -22,8 +24,12 @@ class LookAhead:
     the learning rate α_j. So the derivative of a loss at θ̂ with respect to α_j is one inner product,
     ∂L/∂α_j = ⟨∇_{θ_j} L(θ̂), Δ_j⟩ / α_j, and the step with another rate α'_j ends at θ̂_j + (α'_j / α_j - 1) Δ_j.
 
-    Only parameters that have a gradient when the step begins are noted: the others are not moved by it. One copy of
-    them is kept, which holds θ while the step is under way and -Δ = θ - θ̂ afterwards, and is used again by the next.
+    Only parameters that have a gradient when the step begins are noted: the others are not moved by it. Where the
+    optimizer's state tells Δ (Adam, AdamW, SGD with momentum) it is read off that. Otherwise one copy of the parameters
+    is kept, which holds θ while the step is under way and -Δ = θ - θ̂ afterwards, and is used again by the next.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`, *optional*): Whose steps they are, not wrapped. Without it copies are taken.
 
     Example:
 
@@ -47,13 +53,18 @@ class LookAhead:
     ```
     """
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: Optimizer | None = None) -> None:
+        self.optimizer = optimizer
         self.parameters: list[Tensor] = []
         # This process's part of every parameter; the whole one unless it is sharded.
         self._parts: list[Tensor] = []
         self.sizes: list[int] = []
         self.taken = False
         self._displacement: list[Tensor] = []
+        self._from_state: StepFromState | None = None
+        # θ̂, while the parameters stand elsewhere, and where that is.
+        self._stepped: list[Tensor] = []
+        self._factors: list[float] = []
 
     def before_step(self, layers: Iterable[Iterable[Tensor]]) -> None:
         """Notes where the parameters are.
@@ -66,16 +77,22 @@ class LookAhead:
         if [id(p) for p in parameters] != [id(p) for p in self.parameters]:
             self.parameters = parameters
             self._parts = [local(p) for p in parameters]
-            self._displacement = [torch.empty_like(part) for part in self._parts]
+            self._displacement = []
         self.sizes = [len(layer) for layer in by_layer]
         self.taken = False
+        options = step_options(self.optimizer, parameters)
+        if self.optimizer is not None and options is not None:
+            self._displacement, self._from_state = [], StepFromState(self.optimizer, parameters, options)
+            return
+        self._from_state = None
         with torch.no_grad():
+            self._displacement = self._displacement or [torch.empty_like(part) for part in self._parts]
             _copy(self._displacement, self._parts)
 
     def after_step(self) -> None:
         """Notes the step that the optimizer has taken."""
         with torch.no_grad():
-            if self.parameters:
+            if self._displacement:
                 torch._foreach_sub_(self._displacement, self._parts)
         self.taken = True
 
@@ -96,11 +113,13 @@ class LookAhead:
         """
         if not self.parameters:
             return torch.zeros(0)
-        sign = -1 if directions is None else 1
-        directions = self._displacement if directions is None else directions
-        device = self.parameters[0].device
-        products = [_dot(p.grad, d).to(device) * shards(p) for p, d in zip(self.parameters, directions, strict=True)]
-        return sign * torch.stack(products)
+        everything = slice(0, len(self.parameters))
+        pieces = self._pieces(everything) if directions is None else [(everything, directions)]
+        device, products = self.parameters[0].device, []
+        for piece, tensors in pieces:
+            own = zip(self.parameters[piece], tensors, strict=True)
+            products += [_dot(p.grad, tensor).to(device) * shards(p) for p, tensor in own]
+        return torch.stack(products) * (-1 if directions is None else 1)
 
     def sum_by_layer(self, products: Tensor) -> Tensor:
         """Sums figures of parameters up to figures of layers.
@@ -126,29 +145,58 @@ class LookAhead:
         for size, ratio in zip(self.sizes, ratios, strict=True):
             part = slice(first, first + size)
             if size and ratio != 1:
-                torch._foreach_add_(self._parts[part], self._displacement[part], alpha=1 - ratio)
-                if keep:
+                for piece, back in self._pieces(part):
+                    torch._foreach_add_(self._parts[piece], back, alpha=1 - ratio)
+                if keep and self._from_state is not None:
+                    self._from_state.scale(part, ratio)
+                elif keep:
                     torch._foreach_mul_(self._displacement[part], ratio)
             first += size
         self.taken = keep
+
+    def _pieces(self, part: slice) -> Iterator[tuple[slice, Sequence[Tensor]]]:
+        """-Δ = θ - θ̂ of some parameters; where it has to be worked out, no more than a layer of it at a time."""
+        if self._from_state is None:
+            yield part, self._displacement[part]
+            return
+        where = self._stepped or self._parts
+        # On a CPU one tensor at a time stays in the cache; an accelerator takes many in one call.
+        size = 1 if all(tensor.device.type == "cpu" for tensor in where[part]) else max(self.sizes)
+        for first in range(part.start, part.stop, size):
+            piece = slice(first, min(first + size, part.stop))
+            with torch.no_grad():
+                back = self._from_state.back(piece, where[piece])
+            yield piece, back
+
+    @contextmanager
+    def excursions(self) -> Iterator[None]:
+        """Keeps where the step ended, in one copy, for any number of [`~LookAhead.moved_to`] inside."""
+        self._stepped, self._factors = [part.clone() for part in self._parts], [1.0] * len(self._parts)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                _copy(self._parts, self._stepped)
+            self._stepped, self._factors = [], []
 
     @contextmanager
     def moved_to(self, ratios: Sequence[float]) -> Iterator[None]:
         """Stands where a step with other learning rates would have ended while the context is open.
 
+        Inside [`~LookAhead.excursions`] the parameters stay there when it closes, until the next one or the end.
+
         Args:
             ratios (`Sequence[float]`): α'/α of every layer. 0 is where the step began.
         """
-        factors = [ratio for ratio, size in zip(ratios, self.sizes, strict=True) for _ in range(size)]
-        with torch.no_grad():
-            stepped = [part.clone() for part in self._parts]
-            for part, displacement, factor in zip(self._parts, self._displacement, factors, strict=True):
-                part.add_(displacement, alpha=1 - factor)
-        try:
-            yield
-        finally:
+        with nullcontext() if self._stepped else self.excursions():
+            factors = [ratio for ratio, size in zip(ratios, self.sizes, strict=True) for _ in range(size)]
             with torch.no_grad():
-                _copy(self._parts, stepped)
+                for i, factor in enumerate(factors):
+                    if factor != self._factors[i]:
+                        ((_, (back,)),) = self._pieces(slice(i, i + 1))
+                        torch.add(self._stepped[i], back, alpha=1 - factor, out=self._parts[i])
+            self._factors = factors
+            yield
 
     def loss_at(
         self,
@@ -208,8 +256,9 @@ class LookAhead:
         with torch.no_grad():
             stepped = [part.clone() for part in self._parts]
             rates = [rate for rate, size in zip(learning_rates, self.sizes, strict=True) for _ in range(size)]
-            for part, displacement, g, rate in zip(self._parts, self._displacement, gradients, rates, strict=True):
-                part.add_(displacement).sub_(g, alpha=rate)
+            for piece, back in self._pieces(slice(0, len(self._parts))):
+                for part, b, g, rate in zip(self._parts[piece], back, gradients[piece], rates[piece], strict=True):
+                    part.add_(b).sub_(g, alpha=rate)
         clear_gradients(self.parameters)
         try:
             yield gradients
@@ -224,11 +273,15 @@ class LookAhead:
             layers (`Iterable[Iterable[torch.Tensor]]`): The parameters of every layer.
 
         Returns:
-            `dict`: empty if no step is held open, else the displacement of every parameter, `None` for unmoved ones.
-            Those of sharded parameters are gathered, so that all processes have to call it.
+            `dict`: empty if no step is held open, else the displacement of every parameter, or the options of its step
+            if the optimizer's state tells the rest, `None` for unmoved ones. Displacements of sharded parameters are
+            gathered, so that all processes have to call it.
         """
         if not self.taken:
             return {}
+        if self._from_state is not None:
+            options = dict(zip(map(id, self.parameters), self._from_state.options, strict=True))
+            return {"options": [[options.get(id(p)) for p in layer] for layer in layers]}
         noted = {id(p): whole(d, p) for p, d in zip(self.parameters, self._displacement, strict=True)}
         return {"displacement": [[noted.get(id(p)) for p in layer] for layer in layers]}
 
@@ -242,74 +295,20 @@ class LookAhead:
         self.taken = bool(state_dict)
         if not self.taken:
             return
+        kind = "options" if "options" in state_dict else "displacement"
         noted = [
-            [(p, d) for p, d in zip(parameters, displacement, strict=True) if d is not None]
-            for parameters, displacement in zip(layers, state_dict["displacement"], strict=True)
+            [(p, own) for p, own in zip(parameters, of_layer, strict=True) if own is not None]
+            for parameters, of_layer in zip(layers, state_dict[kind], strict=True)
         ]
         self.sizes = [len(layer) for layer in noted]
         self.parameters = [p for layer in noted for p, _ in layer]
         self._parts = [local(p) for p in self.parameters]
-        self._displacement = [shard_of(d.to(p.device, p.dtype), p) for layer in noted for p, d in layer]
-
-
-def validation_gradient(meta_loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Tensor:
-    """Replaces the gradients of the parameters by those of the validation loss.
-
-    Args:
-        meta_loss (`Callable`): Takes nothing and returns the scalar validation loss.
-        parameters (`Iterable[torch.Tensor]`): The parameters whose training gradients are dropped first, which frees
-            their memory for the validation pass.
-
-    Returns:
-        `torch.Tensor` of shape `()`: the validation loss, detached.
-
-    Raises:
-        ValueError: if the validation loss is not a scalar that depends on a trainable parameter.
-    """
-    clear_gradients(parameters)
-    with torch.enable_grad():
-        loss = meta_loss()
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(
-                f"meta_loss must return a scalar tensor that depends on the model's parameters, but returned {loss!r}. "
-                "Return the loss itself, not loss.item() or loss.detach()."
-            )
-        loss.backward()
-    return loss.detach()
-
-
-def gather(
-    products: Tensor,
-    loss: Tensor | None,
-    overflow_flags: Sequence[Tensor],
-    reduce: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[float, Tensor, bool]:
-    """Brings all figures of a tuned step to the CPU, in the only wait for the device that the step has.
-
-    Args:
-        products (`torch.Tensor` of shape `(parameters,)`): Inner products.
-        loss (`torch.Tensor` of shape `()`, *optional*): The validation loss.
-        overflow_flags (`Sequence[torch.Tensor]`): Above zero where gradients overflowed.
-        reduce (`Callable`, *optional*): Averages a tensor over all processes.
-
-    Returns:
-        `tuple[float, torch.Tensor, bool]`: the loss (NaN without one), the products (float64) and whether there was an
-        overflow.
-    """
-    loss = products.new_full((), math.nan) if loss is None else loss.detach().to(products)
-    values = torch.cat([loss.reshape(1), products])
-    if reduce is not None:
-        values = reduce(values)
-    flags = [flag.to(values).reshape(1) for flag in overflow_flags]
-    figures = torch.cat([values, *flags]).double().cpu()
-    loss, products, flags_seen = figures.split([1, len(products), len(flags)])
-    return float(loss), products, bool(flags_seen.any())
-
-
-def clear_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sets every gradient to `None`."""
-    for p in parameters:
-        p.grad = None
+        if kind == "options" and self.optimizer is not None:
+            options = [own for layer in noted for _, own in layer]
+            self._displacement, self._from_state = [], StepFromState(self.optimizer, self.parameters, options)
+        else:
+            self._displacement = [shard_of(d.to(p.device, p.dtype), p) for layer in noted for p, d in layer]
+            self._from_state = None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .calibration import PROBE_LR, Calibration, Calibrator
 from .guard import TuningGuard
 from .history import LRHistory
-from .hypergradient import LookAhead, clear_gradients, gather
+from .hypergradient import LookAhead
 from .layer_names import head_layers
 from .linearity import check_linear
 from .optimizers import (
@@ -31,6 +31,7 @@ from .optimizers import (
 )
 from .rules import Rule, get_rule, limit_change
 from .settings import check_layer_names, check_learning_rates, check_saved_layers, check_saved_optimizer, check_settings
+from .validation import clear_gradients, gather
 
 PLAIN_STATE = ("last_epoch", "_step_count", "restarted_at", "validations")
 # What is left of a step that the next batch found harmful: no forward pass tells how much would have been good.
@@ -176,7 +177,7 @@ class MetaLRScheduler(LRScheduler):
         self.history = LRHistory(self.layers)
         self.guard = TuningGuard(active=self.rule.hyper_lr > 0)
         self.start_learning_rates = self.learning_rates
-        self._look_ahead = LookAhead()
+        self._look_ahead = LookAhead(unwrap(optimizer))
         self._found_inf: list[Tensor] = []
         self._noted: Tensor | None = None
         self._noted_loss: Tensor | None = None
@@ -351,7 +352,7 @@ class MetaLRScheduler(LRScheduler):
             self._look_ahead.before_step(self._parameters_by_layer())
         elif self.tuning_is_over:
             # Gives the copy of the parameters back.
-            self._look_ahead = LookAhead()
+            self._look_ahead = LookAhead(unwrap(optimizer))
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         """Notes the step that the optimizer has taken."""
@@ -382,6 +383,8 @@ class MetaLRScheduler(LRScheduler):
         if any(float(flag) > 0 for flag in self._found_inf):
             return
         before = self.learning_rates
+        # Of no use any more, and their room is needed for where the step ended.
+        clear_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         with self.meta_context():
             found = self._calibrator.learning_rates(
                 self.last_epoch,

@@ -1,0 +1,69 @@
+"""A validation pass: its gradient in place of the training one, and all figures of it in one transfer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def validation_gradient(meta_loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Tensor:
+    """Replaces the gradients of the parameters by those of the validation loss.
+
+    Args:
+        meta_loss (`Callable`): Takes nothing and returns the scalar validation loss.
+        parameters (`Iterable[torch.Tensor]`): The parameters whose training gradients are dropped first, which frees
+            their memory for the validation pass.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the validation loss, detached.
+
+    Raises:
+        ValueError: if the validation loss is not a scalar that depends on a trainable parameter.
+    """
+    clear_gradients(parameters)
+    with torch.enable_grad():
+        loss = meta_loss()
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(
+                f"meta_loss must return a scalar tensor that depends on the model's parameters, but returned {loss!r}. "
+                "Return the loss itself, not loss.item() or loss.detach()."
+            )
+        loss.backward()
+    return loss.detach()
+
+
+def gather(
+    products: Tensor,
+    loss: Tensor | None,
+    overflow_flags: Sequence[Tensor],
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[float, Tensor, bool]:
+    """Brings all figures of a tuned step to the CPU, in the only wait for the device that the step has.
+
+    Args:
+        products (`torch.Tensor` of shape `(parameters,)`): Inner products.
+        loss (`torch.Tensor` of shape `()`, *optional*): The validation loss.
+        overflow_flags (`Sequence[torch.Tensor]`): Above zero where gradients overflowed.
+        reduce (`Callable`, *optional*): Averages a tensor over all processes.
+
+    Returns:
+        `tuple[float, torch.Tensor, bool]`: the loss (NaN without one), the products (float64) and whether there was an
+        overflow.
+    """
+    loss = products.new_full((), math.nan) if loss is None else loss.detach().to(products)
+    values = torch.cat([loss.reshape(1), products])
+    if reduce is not None:
+        values = reduce(values)
+    flags = [flag.to(values).reshape(1) for flag in overflow_flags]
+    figures = torch.cat([values, *flags]).double().cpu()
+    loss, products, flags_seen = figures.split([1, len(products), len(flags)])
+    return float(loss), products, bool(flags_seen.any())
+
+
+def clear_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sets every gradient to `None`."""
+    for p in parameters:
+        p.grad = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +18,15 @@ NOTHING_LEARNED = 0.97
 
 
 class CollapseGuard:
-    """Keeps the first weights of a run on the CPU, and knows when to go back to them.
+    """Keeps the first weights of a run in a temporary file, and knows when to go back to them.
 
     A learning rate that is much too high drives the features of a network to a constant, where gradients vanish and no
     later learning rate helps. Such a run answers every image alike at the loss of the best constant answer, the entropy
     of the labels. Both signs together are looked for, at a few steps early in the run; a run that merely learns slowly
     still answers differently from image to image.
+
+    The file has no name and is gone with the guard or the process, however that ends. If the disk for temporary files
+    (`TMPDIR`) is full, the weights are kept in the CPU's memory.
 
     Args:
         model (`torch.nn.Module`): The model as the run begins.
@@ -55,7 +60,7 @@ class CollapseGuard:
         self.losses: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.start_spread: float | None = None
-        self._start = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+        self._start = _Kept(model.state_dict())
 
     def note(self, loss: Tensor, labels: Tensor) -> None:
         """Notes a step, without waiting for the device.
@@ -98,12 +103,12 @@ class CollapseGuard:
         Args:
             model (`torch.nn.Module`): The model that the guard was made with.
         """
-        model.load_state_dict(self._start)
+        model.load_state_dict(self._start.load())
 
     def stop(self) -> None:
-        """Gives the memory back; there is nothing to watch any more."""
+        """Gives the room back; there is nothing to watch any more."""
         self.active = False
-        self.losses, self.labels, self._start = [], [], {}
+        self.losses, self.labels, self._start = [], [], _Kept({})
 
     def state_dict(self) -> dict[str, Any]:
         """The state, first weights included, in tensors and plain containers."""
@@ -112,7 +117,7 @@ class CollapseGuard:
             "losses": [float(loss) for loss in self.losses],
             "labels": torch.cat(self.labels).cpu() if self.labels else torch.zeros(0, dtype=torch.int64),
             "start_spread": self.start_spread,
-            "start": self._start,
+            "start": self._start.load(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -122,9 +127,35 @@ class CollapseGuard:
             state_dict (`dict`): The state.
         """
         # The first weights are those of the run, not those that it goes on from.
-        self.active, self.start_spread, self._start = (state_dict[name] for name in ("active", "start_spread", "start"))
+        self.active, self.start_spread = state_dict["active"], state_dict["start_spread"]
+        self._start = _Kept(state_dict["start"])
         self.losses = [torch.tensor(loss) for loss in state_dict["losses"]]
         self.labels = [state_dict["labels"]]
+
+
+class _Kept:
+    """Tensors by name, in a temporary file."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.in_memory: dict[str, Tensor] | None = tensors
+        if not tensors:
+            return
+        # A copy in memory would be there at the peak of every step, and on a CPU beside the weights themselves.
+        try:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
+            torch.save(tensors, self._file)
+            self._file.flush()
+            self.in_memory = None
+        except (OSError, RuntimeError):
+            self.in_memory = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+
+    def load(self) -> dict[str, Tensor]:
+        """The tensors, on the CPU."""
+        if self.in_memory is not None:
+            return self.in_memory
+        self._file.seek(0)
+        return torch.load(self._file, map_location="cpu", weights_only=True)
 
 
 def _spread(logits: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ class LookAhead:
             first += size
         self.taken = keep
 
-    def _pieces(self, part: slice) -> Iterator[tuple[slice, Sequence[Tensor]]]:
+    def _pieces(self, part: slice) -> Iterator[tuple[slice, list[Tensor]]]:
         """-Δ = θ - θ̂ of some parameters; where it has to be worked out, no more than a layer of it at a time."""
         if self._from_state is None:
             yield part, self._displacement[part]

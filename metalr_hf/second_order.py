@@ -50,18 +50,19 @@ class SecondOrderTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Looks ahead, tunes the learning rates, and leaves the training gradient for the optimizer."""
         network: Any = self.model
+        optimizer: Any = self.optimizer
         network.train()
         names = list(self._layer_of)
         theta = [network.get_parameter(name) for name in names]
         alpha = self.learning_rates.detach().requires_grad_()
-        loss = self.compute_loss(network, self._prepare_inputs(inputs))
+        loss: Any = self.compute_loss(network, self._prepare_inputs(inputs))
         g = torch.autograd.grad(loss, theta, create_graph=True, materialize_grads=True)
         stepped = {n: p - alpha[self._layer_of[n]] * gradient for n, p, gradient in zip(names, theta, g, strict=True)}
         meta_loss = functional_call(network, stepped, (), dict(self._prepare_inputs(next(self._meta_stream)))).loss
         (self.hypergradients,) = torch.autograd.grad(meta_loss, alpha)
         self.learning_rates = alpha.detach() * (1 - self.hyper_lr * self.hypergradients).clamp(0.5, 2.0)
         rates = dict(zip(self._layers, self.learning_rates.tolist(), strict=True))
-        for group in self.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rates[group["layer"]]
         for p, gradient in zip(theta, g, strict=True):
             p.grad = gradient.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,67 @@ from .sharding import local
 
 # Of a param group, what the length and direction of a step depend on besides the state.
 OPTIONS = {Adam: ("lr", "betas", "eps", "weight_decay", "amsgrad"), SGD: ("lr",)}
+
+
+@dataclass
+class Backwards:
+    """-Δ = θ - θ̂ of some parameters, as length · direction + decay · θ̂.
+
+    Args:
+        directions (`list[torch.Tensor]`): A tensor a parameter, like its part in this process.
+        lengths (`list[float]`, *optional*): A factor a parameter; 1 by default.
+        decays (`list[float]`, *optional*): The share of θ̂ itself in it, a parameter each; 0 by default.
+    """
+
+    directions: list[Tensor]
+    lengths: list[float] | None = None
+    decays: list[float] | None = None
+
+    def add_to(self, stepped: list[Tensor], share: float) -> None:
+        """Moves parameters that stand at θ̂ back by a share of the step.
+
+        Args:
+            stepped (`list[torch.Tensor]`): This process's parts of them.
+            share (`float`): 1 goes back to where the step began.
+        """
+        if self.lengths is None or self.decays is None:
+            torch._foreach_add_(stepped, self.directions, alpha=share)
+            return
+        for part, direction, length, decay in zip(stepped, self.directions, self.lengths, self.decays, strict=True):
+            if decay:
+                part.mul_(1 + share * decay)
+            part.add_(direction, alpha=share * length)
+
+    def products(self, gradients: list[Tensor | None], stepped: list[Tensor]) -> list[Tensor]:
+        """⟨gradient, -Δ⟩ of every parameter.
+
+        Args:
+            gradients (`list[torch.Tensor]`): This process's parts of the gradients; `None` counts as zero.
+            stepped (`list[torch.Tensor]`): θ̂.
+        """
+        products = [dot(g, direction) for g, direction in zip(gradients, self.directions, strict=True)]
+        if self.lengths is None or self.decays is None:
+            return products
+        products = [product * length for product, length in zip(products, self.lengths, strict=True)]
+        for i, decay in enumerate(self.decays):
+            if decay:
+                products[i] = products[i] + decay * dot(gradients[i], stepped[i])
+        return products
+
+
+def dot(gradient: Tensor | None, direction: Tensor) -> Tensor:
+    """Inner product in single precision at least; without a gradient, zero.
+
+    Args:
+        gradient (`torch.Tensor`, *optional*): Of any shape.
+        direction (`torch.Tensor`): Of the same.
+    """
+    if gradient is None:
+        return torch.zeros((), dtype=torch.promote_types(direction.dtype, torch.float32), device=direction.device)
+    if gradient.dtype in (torch.float32, torch.float64):
+        return torch.dot(gradient.reshape(-1), direction.reshape(-1))
+    # Half precision has too few digits to add up a whole tensor.
+    return torch.dot(gradient.reshape(-1).float(), direction.reshape(-1).float())
 
 
 class StepFromState:
@@ -33,35 +95,37 @@ class StepFromState:
         self.options = [dict(own) for own in options]
         self._corrections: tuple[Sequence[Any], Sequence[Any]] | None = None
 
-    def back(self, piece: slice, where: Sequence[Tensor]) -> list[Tensor]:
-        """-Δ = θ - θ̂ of some parameters.
+    def back(self, piece: slice) -> Backwards:
+        """-Δ of some parameters, worked out anew.
 
         Args:
-            piece (`slice`): Which parameters.
-            where (`Sequence[torch.Tensor]`): θ̂ of those, this process's parts.
-
-        Returns:
-            `list[torch.Tensor]`: new tensors, like `where`.
+            piece (`slice`): Which.
         """
         states = [self.optimizer.state[p] for p in self.parameters[piece]]
         options = self.options[piece]
         if isinstance(self.optimizer, SGD):
-            rates = [own["lr"] for own in options]
-            return list(torch._foreach_mul([local(state["momentum_buffer"]) for state in states], rates))
-        first, second = (corrections[piece] for corrections in self._bias_corrections())
+            buffers = [local(state["momentum_buffer"]) for state in states]
+            return Backwards(buffers, [own["lr"] for own in options], [0.0] * len(options))
         moment = "max_exp_avg_sq" if options[0]["amsgrad"] else "exp_avg_sq"
-        denominators = torch._foreach_sqrt([local(state[moment]) for state in states])
-        torch._foreach_mul_(denominators, second)
-        torch._foreach_add_(denominators, [own["eps"] for own in options])
-        back = torch._foreach_div([local(state["exp_avg"]) for state in states], denominators)
+        roots = torch._foreach_sqrt([local(state[moment]) for state in states])
+        first, second = (corrections[piece] for corrections in self._bias_corrections())
+        epsilons = [own["eps"] for own in options]
+        lengths = [own["lr"] for own in options]
+        # Adam's step is α m c₁ / (√v c₂ + ε). Numbers go into ε and the length, and save two passes over the tensors.
+        if all(isinstance(c, float) for c in second):
+            torch._foreach_add_(roots, [eps / c for eps, c in zip(epsilons, second, strict=True)])
+            lengths = [rate * c1 / c2 for rate, c1, c2 in zip(lengths, first, second, strict=True)]
+        else:
+            torch._foreach_mul_(roots, list(second))
+            torch._foreach_add_(roots, epsilons)
+            torch._foreach_div_(roots, list(first))
+        directions = [
+            torch.div(local(state["exp_avg"]), root, out=root) for state, root in zip(states, roots, strict=True)
+        ]
         # Decoupled decay is α λ θ = α λ (θ̂ - Δ), and so -Δ = (1 + q) α û + q θ̂ with q = α λ / (1 - α λ).
-        decay = [own["lr"] * own["weight_decay"] / (1 - own["lr"] * own["weight_decay"]) for own in options]
-        torch._foreach_mul_(back, first)
-        torch._foreach_mul_(back, [own["lr"] * (1 + q) for own, q in zip(options, decay, strict=True)])
-        if any(decay):
-            for tensor, stepped, q in zip(back, where, decay, strict=True):
-                tensor.add_(stepped, alpha=q)
-        return list(back)
+        decays = [own["lr"] * own["weight_decay"] / (1 - own["lr"] * own["weight_decay"]) for own in options]
+        lengths = [length * (1 + q) for length, q in zip(lengths, decays, strict=True)]
+        return Backwards(directions, lengths, decays)
 
     def scale(self, piece: slice, ratio: float) -> None:
         """Notes that the step of some parameters is now so many times as long."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .displacement import StepFromState, step_options
+from .displacement import Backwards, StepFromState, dot, step_options
 from .sharding import local, shard_of, shards, whole
 from .validation import clear_gradients, validation_gradient
 
@@ -62,6 +62,8 @@ class LookAhead:
         self.taken = False
         self._displacement: list[Tensor] = []
         self._from_state: StepFromState | None = None
+        # What was worked out of the step, by the first parameter of the piece.
+        self._worked_out: dict[int, Backwards] = {}
         # θ̂, while the parameters stand elsewhere, and where that is.
         self._stepped: list[Tensor] = []
         self._factors: list[float] = []
@@ -79,7 +81,7 @@ class LookAhead:
             self._parts = [local(p) for p in parameters]
             self._displacement = []
         self.sizes = [len(layer) for layer in by_layer]
-        self.taken = False
+        self.discard()
         options = step_options(self.optimizer, parameters)
         if self.optimizer is not None and options is not None:
             self._displacement, self._from_state = [], StepFromState(self.optimizer, parameters, options)
@@ -99,12 +101,15 @@ class LookAhead:
     def discard(self) -> None:
         """Forgets the step: its learning rates stay what they were."""
         self.taken = False
+        self._worked_out = {}
 
-    def inner_products(self, directions: Sequence[Tensor] | None = None) -> Tensor:
+    def inner_products(self, directions: Sequence[Tensor] | None = None, consume: bool = False) -> Tensor:
         """⟨gradient, Δ⟩ of every parameter, from the gradients that the parameters hold now.
 
         Args:
             directions (`Sequence[torch.Tensor]`, *optional*): Directions to use in place of the step taken.
+            consume (`bool`, *optional*, defaults to `False`): Whether the gradients may be dropped. What was worked out
+                of the step takes their room, and need not be worked out again to rescale it.
 
         Returns:
             `torch.Tensor` of shape `(parameters,)`, at least float32: one figure a noted parameter, on the device of
@@ -113,13 +118,19 @@ class LookAhead:
         """
         if not self.parameters:
             return torch.zeros(0)
-        everything = slice(0, len(self.parameters))
-        pieces = self._pieces(everything) if directions is None else [(everything, directions)]
-        device, products = self.parameters[0].device, []
-        for piece, tensors in pieces:
-            own = zip(self.parameters[piece], tensors, strict=True)
-            products += [_dot(p.grad, tensor).to(device) * shards(p) for p, tensor in own]
-        return torch.stack(products) * (-1 if directions is None else 1)
+        products: list[Tensor] = []
+        for _, piece in self._pieces():
+            gradients = [None if p.grad is None else local(p.grad) for p in self.parameters[piece]]
+            if directions is not None:
+                products += [dot(g, direction) for g, direction in zip(gradients, directions[piece], strict=True)]
+                continue
+            back = self._back(piece)
+            products += [-product for product in back.products(gradients, self._parts[piece])]
+            if consume and self._from_state is not None:
+                clear_gradients(self.parameters[piece])
+                self._worked_out[piece.start] = back
+        device = self.parameters[0].device
+        return torch.stack([d.to(device) * shards(p) for d, p in zip(products, self.parameters, strict=True)])
 
     def sum_by_layer(self, products: Tensor) -> Tensor:
         """Sums figures of parameters up to figures of layers.
@@ -141,37 +152,38 @@ class LookAhead:
                 stay the same bit for bit.
             keep (`bool`, *optional*, defaults to `False`): Whether the step, as it is now, is still held open.
         """
-        first = 0
-        for size, ratio in zip(self.sizes, ratios, strict=True):
-            part = slice(first, first + size)
-            if size and ratio != 1:
-                for piece, back in self._pieces(part):
-                    torch._foreach_add_(self._parts[piece], back, alpha=1 - ratio)
-                if keep and self._from_state is not None:
-                    self._from_state.scale(part, ratio)
-                elif keep:
-                    torch._foreach_mul_(self._displacement[part], ratio)
-            first += size
+        for layer, piece in self._pieces():
+            if ratios[layer] == 1:
+                continue
+            self._back(piece).add_to(self._parts[piece], 1 - ratios[layer])
+            if keep and self._from_state is not None:
+                self._from_state.scale(piece, ratios[layer])
+            elif keep:
+                torch._foreach_mul_(self._displacement[piece], ratios[layer])
+        self.discard()
         self.taken = keep
 
-    def _pieces(self, part: slice) -> Iterator[tuple[slice, list[Tensor]]]:
-        """-Δ = θ - θ̂ of some parameters; where it has to be worked out, no more than a layer of it at a time."""
+    def _pieces(self) -> list[tuple[int, slice]]:
+        """The parameters in pieces, with the number of their layer, so that one piece of Δ at a time is worked out."""
+        # One tensor at a time stays in the cache of a CPU; an accelerator takes a layer in one call.
+        at_once = 1 if all(part.device.type == "cpu" for part in self._parts) else max(self.sizes, default=1)
+        pieces, first = [], 0
+        for layer, size in enumerate(self.sizes):
+            last = first + size
+            pieces += [(layer, slice(i, min(i + at_once, last))) for i in range(first, last, at_once)]
+            first = last
+        return pieces
+
+    @torch.no_grad()
+    def _back(self, piece: slice) -> Backwards:
         if self._from_state is None:
-            yield part, self._displacement[part]
-            return
-        where = self._stepped or self._parts
-        # On a CPU one tensor at a time stays in the cache; an accelerator takes many in one call.
-        size = 1 if all(tensor.device.type == "cpu" for tensor in where[part]) else max(self.sizes)
-        for first in range(part.start, part.stop, size):
-            piece = slice(first, min(first + size, part.stop))
-            with torch.no_grad():
-                back = self._from_state.back(piece, where[piece])
-            yield piece, back
+            return Backwards(self._displacement[piece])
+        return self._worked_out.get(piece.start) or self._from_state.back(piece)
 
     @contextmanager
     def excursions(self) -> Iterator[None]:
         """Keeps where the step ended, in one copy, for any number of [`~LookAhead.moved_to`] inside."""
-        self._stepped, self._factors = [part.clone() for part in self._parts], [1.0] * len(self._parts)
+        self._stepped, self._factors = [part.clone() for part in self._parts], [1.0] * len(self.sizes)
         try:
             yield
         finally:
@@ -189,13 +201,12 @@ class LookAhead:
             ratios (`Sequence[float]`): α'/α of every layer. 0 is where the step began.
         """
         with nullcontext() if self._stepped else self.excursions():
-            factors = [ratio for ratio, size in zip(ratios, self.sizes, strict=True) for _ in range(size)]
             with torch.no_grad():
-                for i, factor in enumerate(factors):
-                    if factor != self._factors[i]:
-                        ((_, (back,)),) = self._pieces(slice(i, i + 1))
-                        torch.add(self._stepped[i], back, alpha=1 - factor, out=self._parts[i])
-            self._factors = factors
+                for layer, piece in self._pieces():
+                    if ratios[layer] != self._factors[layer]:
+                        _copy(self._parts[piece], self._stepped[piece])
+                        self._back(piece).add_to(self._parts[piece], 1 - ratios[layer])
+            self._factors = list(ratios)
             yield
 
     def loss_at(
@@ -223,7 +234,7 @@ class LookAhead:
 
         Args:
             meta_loss (`Callable`): Takes nothing and returns the scalar validation loss.
-            parameters (`Iterable[torch.Tensor]`): All parameters; their gradients become those of the validation loss.
+            parameters (`Iterable[torch.Tensor]`): All parameters; their gradients are lost.
             raw_step (`Sequence[float]`, *optional*): Learning rates of a step along the raw gradient g to look at in
                 place of the step taken; the products are then with g.
 
@@ -231,7 +242,7 @@ class LookAhead:
             `tuple[torch.Tensor, torch.Tensor]`: the loss, of shape `()`, and the products, of shape `(parameters,)`.
         """
         if raw_step is None:
-            return validation_gradient(meta_loss, parameters), self.inner_products()
+            return validation_gradient(meta_loss, parameters), self.inner_products(consume=True)
         with self.raw_gradient_step(raw_step) as gradients:
             return validation_gradient(meta_loss, parameters), self.inner_products(gradients)
 
@@ -256,9 +267,10 @@ class LookAhead:
         with torch.no_grad():
             stepped = [part.clone() for part in self._parts]
             rates = [rate for rate, size in zip(learning_rates, self.sizes, strict=True) for _ in range(size)]
-            for piece, back in self._pieces(slice(0, len(self._parts))):
-                for part, b, g, rate in zip(self._parts[piece], back, gradients[piece], rates[piece], strict=True):
-                    part.add_(b).sub_(g, alpha=rate)
+            for _, piece in self._pieces():
+                self._back(piece).add_to(self._parts[piece], 1.0)
+            for part, g, rate in zip(self._parts, gradients, rates, strict=True):
+                part.sub_(g, alpha=rate)
         clear_gradients(self.parameters)
         try:
             yield gradients
@@ -292,6 +304,7 @@ class LookAhead:
             state_dict (`dict`): The state.
             layers (`Iterable[Iterable[torch.Tensor]]`): The parameters of every layer, as in the saved run.
         """
+        self.discard()
         self.taken = bool(state_dict)
         if not self.taken:
             return
@@ -373,13 +386,3 @@ def preserve_random_state(device: torch.device | None = None) -> Iterator[None]:
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources)
-
-
-def _dot(gradient: Tensor | None, direction: Tensor) -> Tensor:
-    if gradient is None:
-        return torch.zeros((), dtype=torch.promote_types(direction.dtype, torch.float32), device=direction.device)
-    gradient = local(gradient)
-    if gradient.dtype in (torch.float32, torch.float64):
-        return torch.dot(gradient.reshape(-1), direction.reshape(-1))
-    # Half precision has too few digits to add up a whole tensor.
-    return torch.dot(gradient.reshape(-1).float(), direction.reshape(-1).float())

@@ -168,7 +168,8 @@ def step_options(optimizer: Optimizer | None, parameters: Iterable[Tensor]) -> l
         by_parameter |= {id(p): own for p in group["params"] if own is not None and _is_full_precision(p)}
     found = [by_parameter.get(id(p)) for p in parameters]
     options = [own for own in found if own is not None]
-    return options if len(options) == len(found) else None
+    same_moments = len({own.get("amsgrad") for own in options}) <= 1
+    return options if len(options) == len(found) and same_moments else None
 
 
 def _group_options(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any] | None:

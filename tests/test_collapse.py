@@ -102,3 +102,19 @@ def test_a_run_resumed_before_a_collapse_goes_back_to_its_first_weights_too(tmp_
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert again.lr_scheduler.restarted_at == 9
         assert same_weights(whole.model, again.model)
+def test_the_first_weights_are_kept_outside_of_memory_or_in_it_if_the_disk_is_full(monkeypatch):
+    model = nn.Linear(4, 2)
+    start = model.weight.detach().clone()
+    on_disk = CollapseGuard(model)
+
+    def full():
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("metalr_hf.collapse.tempfile.TemporaryFile", full)
+    in_memory = CollapseGuard(model)
+    assert on_disk._start.in_memory is None
+    assert in_memory._start.in_memory
+    for guard in (on_disk, in_memory):
+        nn.init.zeros_(model.weight)
+        guard.go_back(model)
+        assert torch.equal(model.weight, start)

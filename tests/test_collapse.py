@@ -102,6 +102,8 @@ def test_a_run_resumed_before_a_collapse_goes_back_to_its_first_weights_too(tmp_
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert again.lr_scheduler.restarted_at == 9
         assert same_weights(whole.model, again.model)
+
+
 def test_the_first_weights_are_kept_outside_of_memory_or_in_it_if_the_disk_is_full(monkeypatch):
     model = nn.Linear(4, 2)
     start = model.weight.detach().clone()

@@ -28,6 +28,13 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "save_strategy": "epoch",
     "save_total_limit": 2,
 }
+# The same for segmentation.
+SEGMENTATION_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 10.0,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "logging_steps": 12,
+}
 
 
 @dataclass
@@ -37,6 +44,7 @@ class ModelArguments:
     Args:
         model_name_or_path (`str`, *optional*):
             Hub id, local folder or `timm/...`. By default EfficientNet-Lite0 with ImageNet weights that come with pip.
+            For segmentation, timm models become the encoder of a U-Net.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Run the model code that the repository brings along.
     """
@@ -45,7 +53,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Hub id, local folder or `timm/...`. By default EfficientNet-Lite0 with ImageNet weights that come "
-            "with pip."
+            "with pip. For segmentation, timm models become the encoder of a U-Net."
         },
     )
     trust_remote_code: bool = field(
@@ -103,8 +111,8 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     parser = _Parser(
         kinds,
         prog="metalr-hf train",
-        description="Fine-tunes an image classifier. Instead of arguments, or before them, a JSON or YAML file may be "
-        "given: metalr-hf train run.yaml --seed 1",
+        description="Fine-tunes an image classifier or a segmentation network. Instead of arguments, or before them, a "
+        "JSON or YAML file may be given: metalr-hf train run.yaml --seed 1",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -124,10 +132,12 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     if given.output_dir is None:
         raise ValueError("output_dir is missing: name the folder for the model and its files with --output_dir.")
     if given.dataset_name is None and given.data_dir is None:
-        parser.set_defaults(augment="crop")
+        segmentation = given.task == "segmentation"
+        parser.set_defaults(augment="flip" if segmentation else "crop")
         if given.model_name_or_path is None:
+            defaults = DEMO_DEFAULTS | (SEGMENTATION_DEFAULTS if segmentation else {})
             preset = PRESETS.get(given.preset, {})
-            parser.set_defaults(**{name: value for name, value in DEMO_DEFAULTS.items() if name not in preset})
+            parser.set_defaults(**{name: value for name, value in defaults.items() if name not in preset})
     elif given.model_name_or_path is None:
         # What EfficientNet-Lite0 was pretrained on; the digits need less.
         parser.set_defaults(image_size=224)

@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ```
     """
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
-        "train": (train, "fine-tune a pretrained image classifier with one tuned learning rate a layer"),
+        "train": (
+            train,
+            "fine-tune a pretrained image classifier or segmentation network with one tuned learning rate a layer",
+        ),
         "compare": (compare, "run fine-tuning strategies side by side on equal budgets"),
         "layers": (layers, "list the layers of a model, each of which gets a learning rate"),
         "benchmark": (benchmark, "measure what a tuned step costs against a plain one, in time and in memory"),

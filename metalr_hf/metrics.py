@@ -8,8 +8,11 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, recall_score, roc_auc_score
+import torch
+from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
 from transformers import EvalPrediction
+
+from .losses import first_logits, resize_logits
 
 _ClassIds = datasets.Features(predictions=datasets.Value("int64"), references=datasets.Value("int64"))
 _Scores = datasets.Features(
@@ -73,22 +76,55 @@ class AUROC(_BuiltIn):
 class Dice(_BuiltIn):
     """Overlap of predicted and true masks, 2 |A ∩ B| / (|A| + |B|): `dice` (mean over the classes), `dice_<class>`.
 
-    Over all pixels of all masks. A class that occurs in neither is left out of the mean. `compute(...)` takes
-    `num_classes` (`int`) and `ignore_index` (`int`, *optional*, defaults to 255).
+    Over all pixels of all masks. A class that occurs in neither is left out of the mean. Masks are arrays or tensors of
+    class ids from 0 to 255 of any shape; they are counted as they are added, so that no pixel is kept. `compute(...)`
+    takes `num_classes` (`int`) and `ignore_index` (`int`, *optional*, defaults to 255); negative true ids are ignored
+    as well.
     """
 
     features, description = _Masks, "Overlap of predicted and true masks."
 
-    def _compute(
-        self, predictions: Any, references: Any, num_classes: int, ignore_index: int = 255
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._counts = np.zeros((256, 256), dtype=np.int64)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Counts one predicted and one true mask."""
+        self.add_batch(predictions=[prediction], references=[reference])
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Counts predicted and true masks.
+
+        Raises:
+            ValueError: if they differ in shape, or a class id is above 255.
+        """
+        for prediction, reference in zip(predictions, references, strict=True):
+            guess, truth = (np.asarray(mask, dtype=np.int64) for mask in (prediction, reference))
+            if guess.shape != truth.shape:
+                raise ValueError(f"A predicted mask has the shape {guess.shape}, the true one {truth.shape}.")
+            kept = truth >= 0
+            guess, truth = guess[kept], truth[kept]
+            highest = max(guess.max(initial=0), truth.max(initial=0))
+            if highest > 255 or guess.min(initial=0) < 0:
+                raise ValueError(f"Class ids of masks must be from 0 to 255, not {highest if highest > 255 else -1}.")
+            self._counts += np.bincount(truth * 256 + guess, minlength=256 * 256).reshape(256, 256)
+
+    def compute(
+        self, *, predictions: Any = None, references: Any = None, num_classes: int, ignore_index: int = 255
     ) -> dict[str, float]:
-        guess = np.concatenate([np.asarray(mask).ravel() for mask in predictions])
-        truth = np.concatenate([np.asarray(mask).ravel() for mask in references])
-        kept = truth != ignore_index
-        counts = confusion_matrix(truth[kept], guess[kept], labels=range(num_classes))
-        sizes = counts.sum(0) + counts.sum(1)
-        dice = np.where(sizes > 0, 2 * np.diag(counts) / np.maximum(sizes, 1), np.nan)
-        return {"dice": float(np.nanmean(dice)), **{f"dice_{i}": float(value) for i, value in enumerate(dice)}}
+        """The Dice coefficients of everything added since the last call, and of the masks given here."""
+        if predictions is not None:
+            self.add_batch(predictions=predictions, references=references)
+        counts, self._counts = self._counts, np.zeros_like(self._counts)
+        kept = np.arange(256) != ignore_index
+        true_sizes, guessed_sizes = counts[kept].sum(1), counts[kept].sum(0)
+        sizes = np.zeros(256, dtype=np.int64)
+        sizes[kept] += true_sizes
+        sizes += guessed_sizes
+        overlap = np.where(kept, np.diag(counts), 0)
+        dice = np.where(sizes > 0, 2 * overlap / np.maximum(sizes, 1), np.nan)[:num_classes]
+        mean = float(np.nanmean(dice)) if (sizes[:num_classes] > 0).any() else float("nan")
+        return {"dice": mean, **{f"dice_{i}": float(value) for i, value in enumerate(dice)}}
 
 
 METRICS: dict[str, type[_BuiltIn]] = {
@@ -155,6 +191,63 @@ def build_compute_metrics(
         return results
 
     return compute_metrics
+
+
+def build_dice_metrics(class_names: Sequence[str]) -> Callable[..., dict[str, float]]:
+    """Makes the `compute_metrics` of a Trainer for segmentation: the [`Dice`] metric.
+
+    Masks are counted batch by batch with `args.batch_eval_metrics=True`, else once in the end. Give
+    [`predicted_classes`] as `preprocess_logits_for_metrics`.
+
+    Args:
+        class_names (`Sequence[str]`): Name of class 0, 1, ...
+
+    Returns:
+        `Callable[[EvalPrediction, bool], dict[str, float]]`: takes predicted and true class ids, gives `dice`, the mean
+            over the classes, and `dice_<class name>`.
+
+    Example:
+
+    ```python
+    trainer = MetaLRTrainer(
+        model=model,
+        args=args,
+        compute_metrics=build_dice_metrics(["background", "lesion"]),
+        preprocess_logits_for_metrics=predicted_classes,
+    )
+    ```
+    """
+    metric = load_metric("dice")
+
+    def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        masks = [value.cpu() if isinstance(value, torch.Tensor) else value for value in _masks_of(prediction)]
+        metric.add_batch(predictions=masks[0], references=masks[1])
+        if not compute_result:
+            return {}
+        values = metric.compute(num_classes=len(class_names)) or {}
+        names = {"dice": "dice"} | {f"dice_{i}": f"dice_{name}" for i, name in enumerate(class_names)}
+        return {names[key]: value for key, value in values.items()}
+
+    return compute_metrics
+
+
+def predicted_classes(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The likeliest class of every pixel: a `preprocess_logits_for_metrics`, so that no logits are kept.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, classes, ...)`, or a tuple that begins with it):
+            Brought to the size of the masks before the classes are compared.
+        labels (`torch.Tensor` of shape `(batch, ...)`): The true masks.
+
+    Returns:
+        `torch.Tensor` of the shape of `labels`, uint8
+    """
+    return resize_logits(first_logits(logits), labels.shape[1:]).argmax(1).to(torch.uint8)
+
+
+def _masks_of(prediction: EvalPrediction) -> tuple[Any, Any]:
+    predictions: Any = prediction.predictions
+    return (predictions[0] if isinstance(predictions, tuple) else predictions), prediction.label_ids
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

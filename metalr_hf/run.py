@@ -21,9 +21,12 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from .arguments import ModelArguments, TrainArguments
 from .broken_images import name_broken_image
 from .checkpoints import checkpoints, is_complete, usable_checkpoint
-from .data import load_images
+from .data import ImageSplits, load_images
+from .mask_transforms import prepare_masks
+from .masks import MaskSplits, load_masks
 from .meta_batches import UnusableRowError
 from .metrics import build_compute_metrics
+from .segmentation import load_mask_processor, load_segmentation_model, segmentation_trainer_arguments
 from .trainer import MetaLRTrainer
 from .transforms import collate_images, load_image_processor, prepare_images
 
@@ -84,12 +87,16 @@ def _left_by_a_run(folder: Path) -> list[Path]:
     return [path for path in files if path.exists()] + checkpoints(folder)
 
 
-def load_model(arguments: ModelArguments, id2label: Mapping[int, str]) -> PreTrainedModel:
-    """Loads a pretrained image classifier with a head for given classes.
+def load_model(
+    arguments: ModelArguments, id2label: Mapping[int, str], task: str = "classification", image_size: int | None = None
+) -> PreTrainedModel:
+    """Loads a pretrained model with a head for given classes.
 
     Args:
         arguments ([`ModelArguments`]): Which model.
         id2label (`Mapping[int, str]`): Class number to class name.
+        task (`str`, *optional*, defaults to `"classification"`): `classification` or `segmentation`.
+        image_size (`int`, *optional*): For encoders of U-Nets that are built for one size of images.
 
     Returns:
         `transformers.PreTrainedModel`: with a fresh head if the pretrained one has another number of classes.
@@ -98,11 +105,13 @@ def load_model(arguments: ModelArguments, id2label: Mapping[int, str]) -> PreTra
         FileNotFoundError: if there is no such model, or no network to fetch it.
     """
     if arguments.model_name_or_path is None:
-        from .demo import demo_model
+        from .demo import demo_model, demo_unet
 
-        return demo_model(dict(id2label))
+        return demo_unet(id2label) if task == "segmentation" else demo_model(dict(id2label))
     name = arguments.model_name_or_path
     try:
+        if task == "segmentation":
+            return load_segmentation_model(name, id2label, image_size, trust_remote_code=arguments.trust_remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
         config.id2label = dict(id2label)
         config.label2id = {label: i for i, label in id2label.items()}
@@ -118,11 +127,13 @@ def load_model(arguments: ModelArguments, id2label: Mapping[int, str]) -> PreTra
 
 def _load_processor(arguments: TrainArguments, model: PreTrainedModel) -> BaseImageProcessor:
     name, data = arguments.model.model_name_or_path, arguments.data
-    if name is None and data.is_demo:
+    segmentation = data.task == "segmentation"
+    if name is None and data.is_demo and not segmentation:
         # A digit fills its image: none of it may be cropped away.
         model.config.pretrained_cfg["crop_pct"] = 1.0
     try:
-        return load_image_processor(model, name, data.image_size, trust_remote_code=arguments.model.trust_remote_code)
+        load = load_mask_processor if segmentation else load_image_processor
+        return load(model, name, data.image_size, trust_remote_code=arguments.model.trust_remote_code)
     except OSError as error:
         raise _not_loaded(str(name), "image processor", error) from error
 
@@ -148,12 +159,21 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         `dict[str, float]`: what `all_results.json` holds: `test_accuracy` and so on.
     """
     training, data = arguments.training, arguments.data
+    load = load_masks if data.task == "segmentation" else load_images
     with training.main_process_first(desc="loading the images"):
-        splits = load_images(data, seed=training.seed)
+        splits = load(data, seed=training.seed)
     set_seed(training.seed)
-    model = load_model(arguments.model, splits.id2label)
+    model = load_model(arguments.model, splits.id2label, data.task, data.image_size)
     processor = _load_processor(arguments, model)
-    prepared = prepare_images(splits, processor, data.augment, seed=training.seed)
+    prepared: ImageSplits
+    if isinstance(splits, MaskSplits):
+        prepared = prepare_masks(splits, processor, data.augment, seed=training.seed)
+        of_task = segmentation_trainer_arguments(splits.class_names)
+        # Masks are counted as they come: those of a whole test split need not fit into memory.
+        training.batch_eval_metrics = True
+    else:
+        prepared = prepare_images(splits, processor, data.augment, seed=training.seed)
+        of_task = {"data_collator": collate_images, "compute_metrics": build_compute_metrics(data.metrics)}
     trainer = MetaLRTrainer(
         model=model,
         args=training,
@@ -161,10 +181,10 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         eval_dataset=None if training.eval_strategy == IntervalStrategy.NO else prepared.test,
         meta_dataset=prepared.meta,
         processing_class=processor,
-        data_collator=collate_images,
-        compute_metrics=build_compute_metrics(data.metrics),
+        **of_task,
     )
-    trainer.dataset_name = "scikit-learn's digits" if data.is_demo else data.hub_id
+    demo = "generated micrographs of cells" if data.task == "segmentation" else "scikit-learn's digits"
+    trainer.dataset_name = demo if data.is_demo else data.hub_id
     try:
         results = trainer.train(resume_from_checkpoint=checkpoint).metrics
     except (OSError, UnusableRowError) as error:

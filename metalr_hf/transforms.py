@@ -147,7 +147,7 @@ class ImageTransform:
         check_choice("augment", augment, AUGMENTATIONS)
         steps: list[Callable[..., Any]] = []
         if "crop" in augment:
-            steps += [*_random_crop(processor)]
+            steps += [*random_crop(processor)]
         else:
             steps += [_Processed(processor)]
         if "flip" in augment:
@@ -198,7 +198,12 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     return height, width
 
 
-def _random_crop(processor: BaseImageProcessor) -> list[Callable[..., Any]]:
+def random_crop(processor: BaseImageProcessor) -> list[Callable[..., Any]]:
+    """Transforms of torchvision that cut out a random part and bring it to a processor's output size and scale.
+
+    Args:
+        processor (`transformers.BaseImageProcessor`): The model's image processor.
+    """
     # Processors name and combine their settings in many ways. What one makes of black and of white says it all.
     black, white = (_Processed(processor)(Image.new("RGB", (64, 64), color)) for color in ("black", "white"))
     offset, scale = black.mean(dim=(1, 2)), (white - black).mean(dim=(1, 2))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, set_seed
 
+from .bare_modules import Classifier
 from .data import IMAGE, LABEL
 from .folds import flip_labels, fold_rows, stratified_subset
 from .metrics import score_classes
@@ -289,28 +290,6 @@ def _make_trainer(
     trainer = strategy.make_trainer(job)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-class Classifier(nn.Module):
-    """A network from images to logits, with a cross-entropy loss: what Trainer can train.
-
-    Args:
-        network (`torch.nn.Module`): Takes images of shape `(batch, channels, height, width)`, returns logits of shape
-            `(batch, classes)`.
-    """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Loss (if there are labels) and logits."""
-        logits = self.network(pixel_values)
-        return (
-            {"logits": logits}
-            if labels is None
-            else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-        )
 
 
 class _Watch:

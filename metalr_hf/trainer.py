@@ -11,11 +11,12 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .bare_modules import LossAlone, logits_of, wrap_bare_module
 from .checkpoints import CheckpointingTrainer
 from .collapse import CollapseGuard
 from .history import LRHistory
@@ -45,7 +46,9 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
 
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`):
-            The model. A bare timm model is put into transformers' `TimmWrapperForImageClassification`.
+            The model. A bare timm model is put into transformers' `TimmWrapperForImageClassification`, a module from
+            images to logits into a [`~metalr_hf.bare_modules.Classifier`]. One that takes labels is taken as it is,
+            whether it returns a loss, or a tuple or a dictionary with one.
         args ([`MetaLRTrainingArguments`] or `TrainingArguments`, *optional*):
             The arguments.
         *trainer_args:
@@ -86,8 +89,12 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         args = _with_tuning_arguments(args)
         args.refuse_deepspeed()
         refuse_fsdp1((args.fsdp_plugin_args or {}).get("fsdp_version", 2))
-        if model is not None and hasattr(model, "pretrained_cfg"):
-            model, layer_groups = _wrap_bare_timm_model(model, layer_groups)
+        if model is not None:
+            # The user's own loss knows what to feed the module and what it returns.
+            changed = type(self).compute_loss is not MetaLRTrainer.compute_loss
+            own_loss = changed or kwargs.get("compute_loss_func") is not None
+            dataset = kwargs.get("train_dataset", trainer_args[1] if len(trainer_args) > 1 else None)
+            model, layer_groups = wrap_bare_module(model, layer_groups, dataset, own_loss=own_loss)
         optimizer, scheduler = kwargs.get("optimizers") or (None, None)
         if scheduler is not None:
             raise ValueError(
@@ -198,6 +205,13 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             self._step_loss = 0.0
         return loss
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; a module that is not one of transformers may also return its loss alone."""
+        bare = not isinstance(self.model, PreTrainedModel) and self.label_smoother is None
+        if bare and self.compute_loss_func is None:
+            return super().compute_loss(LossAlone(model), inputs, *args, **kwargs)  # type: ignore[arg-type]
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def compute_meta_loss(self, inputs: dict[str, Any]) -> Tensor:
         """The loss of a validation batch, computed as the training loss is.
 
@@ -247,10 +261,13 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             guard.stop()
             return
 
-        def logits() -> Tensor:
+        def logits() -> Any:
             with torch.no_grad(), untouched(self.model, "eval"):
-                return self.model(**self._prepare_inputs(inputs))["logits"]
+                return logits_of(self.model(**self._prepare_inputs(inputs)))
 
+        if guard.start_spread is None and not isinstance(self.model, PreTrainedModel) and logits() is None:
+            guard.stop()
+            return
         guard.note(torch.as_tensor(self._step_loss), labels)
         if guard.collapsed(logits, self._mean_over_processes):
             guard.go_back(self.model)
@@ -349,16 +366,3 @@ def _with_tuning_arguments(args: TrainingArguments | None) -> MetaLRTrainingArgu
     if args is None:
         return MetaLRTrainingArguments()
     return MetaLRTrainingArguments(**{f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init})
-
-
-def _wrap_bare_timm_model(
-    model: nn.Module, groups: Mapping[str, Sequence[str]] | None
-) -> tuple[nn.Module, Mapping[str, Sequence[str]] | None]:
-    from .timm_models import is_timm_model, wrap_timm_model
-
-    if not is_timm_model(model):
-        return model, groups
-    if groups is not None:
-        check_layer_groups(model, groups)
-        groups = {layer: [f"timm_model.{name}" for name in names] for layer, names in groups.items()}
-    return wrap_timm_model(model), groups

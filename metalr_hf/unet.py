@@ -123,7 +123,7 @@ class TimmUNetForSemanticSegmentation(PreTrainedModel):
             TimmUNetBlock(below, skip, width)
             for below, skip, width in zip([skips[0], *widths], [*skips[1:], 0], widths, strict=False)
         )
-        self.head: Any = nn.Conv2d(widths[-1], config.num_labels or 0, 1)
+        self.head = nn.Conv2d(widths[-1], config.num_labels or 0, 1)
         self.post_init()
 
     @classmethod
@@ -181,14 +181,15 @@ class TimmUNetForSemanticSegmentation(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
         # timm has initialised the encoder.
+        head: Any = self.head
         if isinstance(module, TimmUNetBlock):
             for conv in (module.conv1, module.conv2):
                 init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             for norm in (module.norm1, module.norm2):
                 super()._init_weights(norm)
-        elif module is self.head:
-            init.xavier_uniform_(self.head.weight)
-            init.zeros_(self.head.bias)
+        elif module is head:
+            init.xavier_uniform_(head.weight)
+            init.zeros_(head.bias)
         elif hasattr(module, "init_non_persistent_buffers"):
             # No checkpoint holds them, and transformers loads into modules without memory.
             module.init_non_persistent_buffers()

@@ -128,7 +128,7 @@ class UNet3DForSemanticSegmentation(PreTrainedModel):
         self.decoder = nn.ModuleList(
             UNet3DBlock(sizes[level + 1] + sizes[level], sizes[level]) for level in reversed(range(len(sizes) - 1))
         )
-        self.head: Any = nn.Conv3d(sizes[0], config.num_labels or 0, 1)
+        self.head = nn.Conv3d(sizes[0], config.num_labels or 0, 1)
         self.post_init()
 
     def forward(
@@ -160,10 +160,11 @@ class UNet3DForSemanticSegmentation(PreTrainedModel):
         return SemanticSegmenterOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if module is self.head:
-            init.xavier_uniform_(self.head.weight)
-            init.zeros_(self.head.bias)
+    def _init_weights(self, module: Any) -> None:
+        head: Any = self.head
+        if module is head:
+            init.xavier_uniform_(head.weight)
+            init.zeros_(head.bias)
         elif isinstance(module, nn.Conv3d):
             init.kaiming_normal_(module.weight, a=0.01, nonlinearity="leaky_relu")
         elif isinstance(module, nn.InstanceNorm3d):

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from metalr_hf import layer_groups
-from metalr_hf.compare import Classifier
+from metalr_hf.bare_modules import Classifier
 from metalr_hf.strategies import STRATEGIES, AutoLR, AutoRGN, Job, get_strategy, sorting_score
 from metalr_hf.transforms import collate_images
 

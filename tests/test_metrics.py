@@ -74,3 +74,27 @@ def test_any_other_name_goes_to_evaluate(tmp_path):
     )
     metric = load_metric(str(script))
     assert metric.compute(predictions=[0], references=[1]) == {"one": 1.0}
+
+
+def test_dice_of_masks_added_one_by_one_is_that_of_all_and_agrees_with_scikit_learn():
+    truth, guess = generator.integers(0, 3, (2, 4, 5, 6))
+    truth[0, 0], truth[1, 1] = 255, -100
+    kept = (truth != 255) & (truth >= 0)
+    expected = f1_score(truth[kept], guess[kept], average=None)
+    metric = load_metric("dice")
+    whole = metric.compute(predictions=guess, references=truth, num_classes=3)
+    assert [whole[f"dice_{i}"] for i in range(3)] == pytest.approx(expected.tolist())
+    metric.add_batch(predictions=guess[:2], references=truth[:2])
+    for i in (2, 3):
+        metric.add(prediction=guess[i], reference=truth[i])
+    assert metric.compute(num_classes=3) == whole
+    nothing = metric.compute(predictions=guess[:1], references=np.full_like(truth[:1], 255), num_classes=3)
+    assert all(np.isnan(value) for value in nothing.values())
+
+
+def test_dice_refuses_masks_of_another_shape_and_ids_that_are_none():
+    metric = load_metric("dice")
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), the true one \(3, 2\)"):
+        metric.compute(predictions=np.zeros((1, 2, 3)), references=np.zeros((1, 3, 2)), num_classes=2)
+    with pytest.raises(ValueError, match="from 0 to 255, not 256"):
+        metric.compute(predictions=np.full((1, 2, 2), 256), references=np.zeros((1, 2, 2)), num_classes=2)

@@ -209,7 +209,7 @@ def test_encoders_of_one_size_are_built_for_that_of_the_images(tmp_path):
     processor = load_mask_processor(model, name, 64)
     inputs = processor(cells()["test"][0]["image"].convert("RGB"), return_tensors="pt")
     assert model(**inputs).logits.shape == (1, 2, 64, 64)
-    assert processor.image_mean == list(model.encoder.pretrained_cfg["mean"])
+    assert list(processor.image_mean) == list(model.encoder.pretrained_cfg["mean"])
 
 
 def test_a_bad_mask_ends_the_command_before_training_with_the_file_and_the_value(tmp_path, capsys):

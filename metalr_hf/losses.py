@@ -61,6 +61,9 @@ def segmentation_loss(
 def dice_loss(probabilities: Tensor, truth: Tensor, kept: Tensor) -> Tensor:
     """One minus the soft Dice coefficient, mean over the classes that occur in the batch (Milletari et al. 2016).
 
+    Pixels of the whole batch are counted together, as in nnU-Net: small structures are not in every image. The batch is
+    that of one process and one forward.
+
     Args:
         probabilities (`torch.Tensor` of shape `(batch, classes, ...)`): Probabilities of the classes.
         truth (`torch.Tensor` of shape `(batch, ...)`, int64): Class ids.

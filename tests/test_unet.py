@@ -59,11 +59,21 @@ def test_logits_have_the_size_of_the_image_and_reload_equal(tmp_path, encoder, s
     assert again.config.id2label == NAMES
 
 
-def test_features_last_in_memory_are_turned():
-    model = TimmUNetForSemanticSegmentation(
-        TimmUNetConfig("swin_tiny_patch4_window7_224", {"img_size": 64, "embed_dim": 12, "depths": (1, 1, 1, 1)})
-    )
-    assert model(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 2, 64, 64)
+@pytest.mark.parametrize(
+    ("encoder", "encoder_args"),
+    [
+        # Features with the channels last.
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": [2, 1, 1, 1]}),
+        # Positions in buffers that are not saved.
+        ("vit_small_patch16_dinov3", {"embed_dim": 24, "depth": 2, "num_heads": 2, "out_indices": [0, 1]}),
+    ],
+)
+def test_encoders_with_other_features_and_unsaved_buffers_reload_equal(tmp_path, encoder, encoder_args):
+    model = TimmUNetForSemanticSegmentation(TimmUNetConfig(encoder, {"img_size": 64, **encoder_args})).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert model(pixels).logits.shape == (1, 2, 64, 64)
+        torch.testing.assert_close(reload(model, tmp_path)(pixels).logits, model(pixels).logits)
 
 
 def test_the_encoder_is_timms_and_keeps_its_pretrained_weights(tmp_path):

@@ -132,7 +132,7 @@ def test_strides_for_each_level():
 def test_layers_from_the_stem_to_the_head():
     assert list(layer_groups(unet())) == [
         "stem",
-        *(f"encoder.layer{i}" for i in (1, 2, 3, 4)),
+        *(f"layer{i}" for i in (1, 2, 3, 4)),
         *(f"decoder.{i}" for i in range(5)),
         "head",
     ]

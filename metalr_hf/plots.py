@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
+from .drawing import bare, color_key, figure_of, label_lines, new_axes, ordered_colors
 from .settings import check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from .history import LRHistory
 
 KINDS = ("curves", "heatmap")
-# Perceptually uniform, and told apart by the colour-blind; its lightest end would vanish on white.
-COLORS = colormaps["viridis"]
-LIGHTEST = 0.88
-MOST_LABELS = 7
+MOST_LABELS, MOST_ROW_LABELS = 9, 24
+# Where a schedule ends at zero, the last steps would take most of a logarithmic axis. What is below a tenth of the
+# run's level and within its last 15 % runs out of the picture; anything earlier or higher is part of the story.
+FAINT, END = 0.1, 0.15
 
 
 def plot_learning_rates(
@@ -32,10 +33,11 @@ def plot_learning_rates(
         history ([`LRHistory`]):
             The history of a run.
         kind (`str`, *optional*, defaults to `"curves"`):
-            `"curves"`: a line a layer on a logarithmic axis, coloured from the input (dark) to the head (light), some
-            of them named at their ends. `"heatmap"`: layers by steps.
+            `"curves"`: a line a layer on a logarithmic axis, coloured from the input (blue) to the head (yellow),
+            some of them named. `"heatmap"`: layers by steps. The end of a schedule that goes to zero runs out at the
+            bottom of either scale.
         ax (`matplotlib.axes.Axes`, *optional*):
-            Axes to draw on; a new figure by default.
+            Axes to draw on; a new figure by default. Text, grid and background follow matplotlib's style.
         title (`str`, *optional*):
             A title.
 
@@ -61,92 +63,73 @@ def plot_learning_rates(
     if not len(history):
         raise ValueError("The history is empty: there is no learning rate to draw. Train first.")
     if ax is None:
-        height = 4.2 if kind == "curves" else max(2.4, 0.6 + 0.16 * len(history.layers))
-        ax = Figure(figsize=(8, height), layout="constrained").add_subplot()
-    (_curves if kind == "curves" else _heatmap)(history, ax)
+        ax = new_axes(8, 4.2 if kind == "curves" else min(6.0, max(2.4, 0.9 + 0.17 * len(history.layers))))
     ax.set_xlabel("optimizer step")
     if title is not None:
         ax.set_title(title)
-    figure = ax.get_figure()
-    assert isinstance(figure, Figure)
-    return figure
+    (_curves if kind == "curves" else _heatmap)(history, ax)
+    return figure_of(ax)
 
 
 def _curves(history: LRHistory, ax: Axes) -> None:
-    # A rate of zero (warm-up, the end of a schedule) has no place on a logarithmic axis.
-    rates = np.where(history.learning_rates > 0, history.learning_rates, np.nan)
-    steps, count = history.steps, len(history.layers)
-    for i in range(count):
+    steps, rates, count = history.steps, _drawn(history), len(history.layers)
+    colors = ordered_colors(count, ax)
+    thickness = 1.5 if count <= 40 else 0.8
+    for i, color in enumerate(colors):
         is_head = i == count - 1
-        color = _color(i, count)
-        ax.plot(steps, rates[:, i], color=color, linewidth=2.4 if is_head else 1.5, solid_capstyle="round")
-        if len(steps) == 1:
-            ax.plot(steps, rates[:, i], "o", color=color)
+        marker = "o" if len(steps) == 1 else None
+        ax.plot(
+            steps, rates[:, i], color=color, linewidth=2.6 if is_head else thickness, marker=marker, zorder=2 + is_head
+        )
     ax.set_yscale("log")
     ax.set_ylabel("learning rate")
-    ax.grid(axis="y", color="0.85", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.margins(x=0.01)
-    _label_ends(history.layers, rates, ax)
-
-
-def _label_ends(layers: list[str], rates: np.ndarray, ax: Axes) -> None:
-    """Names some layers at the right: the first and the last, the extremes, and others with room between them."""
-    last = [column[np.isfinite(column)][-1] if np.isfinite(column).any() else np.nan for column in rates.T]
-    heights = np.log10(np.array(last))
-    shown = [i for i in range(len(layers)) if np.isfinite(heights[i])]
-    if not shown:
-        return
-    bottom, top = (np.log10(limit) for limit in ax.get_ylim())
-    needed = (top - bottom) / 16
-    extremes = [shown[0], shown[-1], max(shown, key=heights.__getitem__), min(shown, key=heights.__getitem__)]
-    places: dict[int, float] = {}
-    for i in [*extremes, *shown[:: max(1, len(shown) // MOST_LABELS)]]:
-        if i not in places and len(places) < MOST_LABELS:
-            place = _free_place(heights[i], list(places.values()), needed, must=i in extremes[:2])
-            if place is not None:
-                places[i] = place
-    for i, place in places.items():
-        ax.annotate(
-            layers[i],
-            xy=(1.0, 10 ** heights[i]),
-            xytext=(1.02, 10**place),
-            xycoords=("axes fraction", "data"),
-            textcoords=("axes fraction", "data"),
-            color=_color(i, len(layers)),
-            va="center",
-            fontsize="small",
-            fontweight="bold" if i == len(layers) - 1 else "normal",
-            annotation_clip=False,
-            parse_math=False,
-        )
-
-
-def _free_place(height: float, taken: list[float], needed: float, must: bool) -> float | None:
-    """The nearest height with room for a label; none if there is none close by and the label may be left out."""
-    for offset in range(16 if must else 1):
-        for place in (height + offset * needed / 2, height - offset * needed / 2):
-            if all(abs(place - other) >= needed for other in taken):
-                return place
-    return None
+    ax.margins(x=0)
+    bare(ax, grid="y")
+    seen = _seen(rates)
+    if np.isfinite(rates).any():
+        low, high = np.nanmin(rates[:seen]), np.nanmax(rates)
+        margin = max((high / low) ** 0.04, 1.1)
+        ax.set_ylim(low / margin, high * margin)
+    points = [_last_point(steps[:seen], rates[:seen, i]) for i in range(count)]
+    heights = [y for _, y in points]
+    first = [0, count - 1]
+    if np.isfinite(heights).any():
+        first += [int(np.nanargmax(heights)), int(np.nanargmin(heights))]
+    label_lines(ax, history.layers, points, colors, MOST_LABELS, first=first, bold=[count - 1])
+    if count > 2:
+        color_key(ax, colors, "input", "head")
 
 
 def _heatmap(history: LRHistory, ax: Axes) -> None:
-    rates = np.where(history.learning_rates > 0, history.learning_rates, np.nan)
+    rates, steps, count = _drawn(history), history.steps, len(history.layers)
     if not np.isfinite(rates).any():
         raise ValueError("Every learning rate in the history is zero: there is nothing to draw.")
-    low, high = np.nanmin(rates), np.nanmax(rates)
-    steps = history.steps
+    low, high = np.nanmin(rates[: _seen(rates)]), np.nanmax(rates)
     edges = np.append(steps, steps[-1] + 1)
-    rows = np.arange(len(history.layers) + 1) - 0.5
     norm = LogNorm(low, high if high > low else low * 1.01)
-    mesh = ax.pcolormesh(edges, rows, rates.T, norm=norm, cmap="cividis", rasterized=True)
-    ax.set_yticks(range(len(history.layers)), history.layers, fontsize="small", parse_math=False)
+    # Other colours than those of the curves, which stand for layers.
+    mesh = ax.pcolormesh(edges, np.arange(count + 1) - 0.5, rates.T, norm=norm, cmap="cividis", rasterized=True)
+    # The head is always named, and as many before it as there is room for.
+    every = -(-count // MOST_ROW_LABELS)
+    rows = range((count - 1) % every, count, every)
+    ax.set_yticks(rows, [history.layers[i] for i in rows], fontsize="small")
     ax.invert_yaxis()
-    figure = ax.get_figure()
-    assert figure is not None
-    figure.colorbar(mesh, ax=ax, label="learning rate", pad=0.02)
+    faint = np.nanmin(rates) < low
+    figure_of(ax).colorbar(mesh, ax=ax, label="learning rate", pad=0.02, extend="min" if faint else "neither")
 
 
-def _color(layer: int, count: int) -> tuple[float, float, float, float]:
-    return COLORS(LIGHTEST * layer / max(1, count - 1))
+def _drawn(history: LRHistory) -> np.ndarray:
+    """The rates; zero, at the start of a warm-up or the end of a schedule, has no place on a logarithmic scale."""
+    return np.where(history.learning_rates > 0, history.learning_rates, np.nan)
+
+
+def _seen(rates: np.ndarray) -> int:
+    """How many steps the scale has to hold: all but the end of a schedule that goes to zero."""
+    levels = np.array([np.exp(np.log(row[row > 0]).mean()) if (row > 0).any() else 0.0 for row in rates])
+    clear = np.flatnonzero(levels >= FAINT * levels.max())
+    return max(math.ceil((1 - END) * len(rates)), int(clear[-1]) + 1)
+
+
+def _last_point(steps: np.ndarray, rates: np.ndarray) -> tuple[float, float]:
+    finite = np.flatnonzero(np.isfinite(rates))
+    return (float(steps[finite[-1]]), float(rates[finite[-1]])) if len(finite) else (math.nan, math.nan)

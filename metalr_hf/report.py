@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .compare import SETTINGS, TIMINGS, read_lines, read_results
+from .drawing import ShownFigure, bare, figure_of, is_dark, label_lines
 
-PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.4
+PANEL_WIDTH, PANEL_HEIGHT = 5.0, 3.6
+# Vermilion, orange and purple of the palette of Okabe and Ito, made for the colour-blind; seen on white and on black.
+STRONG = ("#D55E00", "#E69F00", "#CC79A7")
 MOST_COLUMNS = 2
 
 
@@ -88,64 +92,108 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def plot_comparison(results: pd.DataFrame) -> Figure:
+def plot_comparison(results: pd.DataFrame, ax: Axes | None = None) -> Figure:
     """Draws test accuracy over the start learning rate, a panel a cell and a line a strategy.
 
     Args:
-        results (`pandas.DataFrame`): What [`~metalr_hf.compare.read_results`] gave.
+        results (`pandas.DataFrame`):
+            What [`~metalr_hf.compare.read_results`] gave.
+        ax (`matplotlib.axes.Axes`, *optional*):
+            Axes to draw the results of one cell on; a new figure by default.
 
     Returns:
         `matplotlib.figure.Figure`: bands are a standard deviation over seeds and folds; a strategy without a learning
             rate is a level line.
+
+    Raises:
+        ValueError: if there are no results, or those of several cells and one `ax`.
+
+    Example:
+
+    ```python
+    >>> import pandas as pd
+    >>> from metalr_hf.report import plot_comparison
+    >>> same = {"cell": "ViT", "seed": 0, "status": "done"}
+    >>> rows = [{**same, "strategy": "cosine", "learning_rate": rate, "accuracy": 900 * rate} for rate in (1e-4, 1e-3)]
+    >>> figure = plot_comparison(pd.DataFrame(rows))
+    >>> figure.axes[0].get_xlabel()
+    'start learning rate'
+
+    ```
     """
+    if results.empty:
+        raise ValueError("There are no results to draw: run a comparison first.")
     cells, strategies = list(dict.fromkeys(results["cell"])), list(dict.fromkeys(results["strategy"]))
-    columns = min(MOST_COLUMNS, len(cells))
-    lines = -(-len(cells) // columns)
-    figure = Figure(figsize=(max(6.0, PANEL_WIDTH * columns), PANEL_HEIGHT * lines + 0.5), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
-    colors = _colors(strategies)
-    for panel, cell in zip(panels, cells, strict=False):
-        _draw_cell(panel, summarise(results[results["cell"] == cell]), colors)
+    if ax is not None:
+        if len(cells) > 1:
+            raise ValueError(
+                f"ax holds one cell, but the results are of {len(cells)}: {', '.join(map(str, cells))}. Choose one, as "
+                'in results[results["cell"] == name], or leave out ax.'
+            )
+        panels = [ax]
+    else:
+        columns = min(MOST_COLUMNS, len(cells))
+        lines = -(-len(cells) // columns)
+        figure = ShownFigure(figsize=(max(8.0, PANEL_WIDTH * columns), PANEL_HEIGHT * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+        for panel in grid[len(cells) :]:
+            panel.set_visible(False)
+        panels = list(grid[: len(cells)])
+    for panel, cell in zip(panels, cells, strict=True):
         panel.set_title(cell, fontsize="medium")
-    for panel in panels[len(cells) :]:
-        panel.set_visible(False)
+        _draw_cell(panel, summarise(results[results["cell"] == cell]), strategies)
     panels[0].set_ylabel("test accuracy")
-    handles = [mpl.lines.Line2D([], [], color=color, label=name, **_style(name)) for name, color in colors.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
-    return figure
+    # Shared axes have their limits only when all have been drawn.
+    for panel in panels:
+        _label_strategies(panel)
+    return figure_of(panels[0])
 
 
-def _draw_cell(ax: Axes, summary: pd.DataFrame, colors: dict[str, Any]) -> None:
+def _draw_cell(ax: Axes, summary: pd.DataFrame, strategies: Sequence[str]) -> None:
     rates = summary.index.get_level_values("learning_rate").astype(float)
     known = rates[np.isfinite(rates)]
     span = [known.min(), known.max()] if len(known) else [1e-4, 1e-2]
+    colors = _colors(strategies, ax)
     for name, points in summary.groupby(level="strategy", sort=False):
         x = points.index.get_level_values("learning_rate").to_numpy(float)
         mean, std = points["mean"].to_numpy(), points["std"].to_numpy()
         if np.isnan(x).all():
             x, mean, std = np.array(span), np.repeat(mean, 2), np.repeat(std, 2)
         order = np.argsort(x)
-        ax.plot(x[order], mean[order], color=colors[str(name)], **_style(str(name)))
-        ax.fill_between(x[order], (mean - std)[order], (mean + std)[order], color=colors[str(name)], alpha=0.15, lw=0)
+        color = colors[str(name)]
+        ax.plot(x[order], mean[order], color=color, label=str(name), **_style(str(name)))
+        faint = 0.15 if _is_tuned(str(name)) else 0.07
+        ax.fill_between(x[order], (mean - std)[order], (mean + std)[order], color=color, alpha=faint, lw=0)
     ax.set_xscale("log")
     ax.set_xlabel("start learning rate")
-    ax.grid(color="0.88", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    bare(ax, grid="both")
 
 
-def _colors(strategies: Sequence[str]) -> dict[str, Any]:
-    """Ours in one strong colour, the others in muted ones that the colour-blind tell apart."""
+def _label_strategies(ax: Axes) -> None:
+    lines = list(ax.lines)
+    names = [str(line.get_label()) for line in lines]
+    ends = [(float(line.get_xdata()[-1]), float(line.get_ydata()[-1])) for line in lines]  # type: ignore[index, arg-type]
+    tuned = [i for i, name in enumerate(names) if _is_tuned(name)]
+    label_lines(ax, names, ends, [line.get_color() for line in lines], len(names), bold=tuned)
+
+
+def _colors(strategies: Sequence[str], ax: Axes) -> dict[str, Any]:
+    """Ours in strong colours, the others in muted ones that the colour-blind tell apart."""
     others = [name for name in strategies if not _is_tuned(name)]
-    palette = mpl.colormaps["cividis"](np.linspace(0.0, 0.85, max(1, len(others))))
+    ends = (0.4, 1.0) if is_dark(ax) else (0.0, 0.75)
+    palette = mpl.colormaps["cividis"](np.linspace(*ends, max(1, len(others))))
     tuned = [name for name in strategies if _is_tuned(name)]
-    strong = mpl.colormaps["autumn"](np.linspace(0.0, 0.6, max(1, len(tuned))))
-    own = {**dict(zip(others, palette, strict=False)), **dict(zip(tuned, strong, strict=False))}
-    return {name: own[name] for name in strategies}
+    return {**dict(zip(others, palette, strict=False)), **dict(zip(tuned, cycle(STRONG), strict=False))}
 
 
 def _style(strategy: str) -> dict[str, Any]:
     tuned = _is_tuned(strategy)
-    return {"linewidth": 2.2 if tuned else 1.4, "marker": "o" if tuned else ".", "linestyle": "-" if tuned else "--"}
+    return {
+        "linewidth": 2.4 if tuned else 1.4,
+        "marker": "o" if tuned else ".",
+        "linestyle": "-" if tuned else "--",
+        "zorder": 3 if tuned else 2,
+    }
 
 
 def _is_tuned(strategy: str) -> bool:

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from metalr_hf.report import plot_comparison, summarise, write_report
 
@@ -61,6 +62,17 @@ def test_the_picture_has_a_panel_a_cell_a_line_a_strategy_and_level_lines():
         assert cosine.get_ydata() == pytest.approx([0.6, 0.8])
         assert metalr.get_linewidth() > cosine.get_linewidth()
         assert len(set(prodigy.get_ydata())) == 1
+        assert sorted(text.get_text() for text in ax.texts) == ["cosine", "metalr", "prodigy"]
+
+
+def test_given_axes_take_one_cell():
+    rows = pd.DataFrame(results())
+    figure = Figure()
+    assert plot_comparison(rows, figure.add_subplot()) is figure
+    with pytest.raises(ValueError, match="ax holds one cell, but the results are of 2: net → digits, other"):
+        plot_comparison(pd.concat([rows, rows.assign(cell="other")]), figure.add_subplot())
+    with pytest.raises(ValueError, match="no results to draw"):
+        plot_comparison(pd.DataFrame())
 
 
 def test_folds_bring_a_table_of_classes(tmp_path):

@@ -1,0 +1,172 @@
+"""What all pictures share: figures that notebooks show, colours for light and dark backgrounds, labels beside lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+# Perceptually uniform, ordered in grey too, and told apart by the colour-blind. The end nearest to the background
+# would vanish on it.
+COLORS = "plasma"
+ON_LIGHT, ON_DARK = (0.0, 0.82), (0.32, 1.0)
+
+
+class ShownFigure(Figure):
+    """A figure that a notebook shows as it is, without pyplot, which would keep every figure alive."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = BytesIO()
+        self.savefig(buffer, format="png", bbox_inches="tight")
+        return buffer.getvalue()
+
+
+def new_axes(width: float, height: float) -> Axes:
+    """Axes that fill a new figure.
+
+    Args:
+        width (`float`), height (`float`): Of the figure, in inches.
+
+    Returns:
+        `matplotlib.axes.Axes`
+    """
+    return ShownFigure(figsize=(width, height), layout="constrained").add_subplot()
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The whole figure that axes belong to, also where they sit in a subfigure of it.
+
+    Args:
+        ax (`matplotlib.axes.Axes`): The axes.
+
+    Returns:
+        `matplotlib.figure.Figure`
+    """
+    figure: Any = ax.figure
+    while not isinstance(figure, Figure):
+        figure = figure.figure
+    return figure
+
+
+def is_dark(ax: Axes) -> bool:
+    """Whether text on the axes' background should be light.
+
+    Args:
+        ax (`matplotlib.axes.Axes`): The axes. Where their own background is transparent the figure's counts, and where
+            that is too, the colour of the text.
+    """
+    for patch in (ax.patch, figure_of(ax).patch):
+        red, green, blue, alpha = mpl.colors.to_rgba(patch.get_facecolor())
+        if alpha > 0.5:
+            return _luminance((red, green, blue)) < 0.5
+    return _luminance(to_rgb(mpl.rcParams["text.color"])) > 0.5
+
+
+def ordered_colors(count: int, ax: Axes) -> list[tuple[float, float, float, float]]:
+    """Colours for things in an order, such as layers from the input to the head.
+
+    Args:
+        count (`int`): How many.
+        ax (`matplotlib.axes.Axes`): Where they are drawn: none of them is near its background.
+
+    Returns:
+        `list[tuple[float, float, float, float]]`: RGBA, the first farthest from yellow.
+    """
+    places = np.linspace(*(ON_DARK if is_dark(ax) else ON_LIGHT), max(2, count))[-count:]
+    return [tuple(color) for color in mpl.colormaps[COLORS](places)]
+
+
+def bare(ax: Axes, grid: str) -> None:
+    """Takes the frame off but for the two axes, and puts a faint grid behind.
+
+    Args:
+        ax (`matplotlib.axes.Axes`): The axes.
+        grid (`str`): `"x"`, `"y"` or `"both"`: across which axes to draw it.
+    """
+    ax.grid(axis=grid, color=mpl.rcParams["text.color"], alpha=0.15, linewidth=0.6)  # type: ignore[arg-type]
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def label_lines(
+    ax: Axes,
+    labels: Sequence[str],
+    points: Sequence[tuple[float, float]],
+    colors: Sequence[Any],
+    most: int,
+    first: Sequence[int] = (),
+    bold: Sequence[int] = (),
+) -> None:
+    """Names lines at the right of the axes, each beside a point of it, where there is room.
+
+    Args:
+        ax (`matplotlib.axes.Axes`): The axes, with their final limits.
+        labels (`Sequence[str]`): A name a line.
+        points (`Sequence[tuple[float, float]]`): A point of every line, NaN for lines without one.
+        colors (`Sequence`): A colour a line, for the leader from the point to its label. The text has the colour of
+            other text, which is legible on any background.
+        most (`int`): How many labels there may be.
+        first (`Sequence[int]`): Lines that are named before others.
+        bold (`Sequence[int]`): Lines named in bold.
+    """
+    # In units of the axes: logarithmic ones too are then even.
+    inverse = ax.transAxes.inverted()
+    spots = inverse.transform(ax.transData.transform(np.array(points, dtype=float).reshape(-1, 2)))
+    seen = [i for i in range(len(labels)) if np.isfinite(spots[i]).all()]
+    others = seen[:: max(1, len(seen) // most)]
+    chosen = list(dict.fromkeys([*(i for i in first if i in seen), *others]))[:most]
+    size = ax.get_window_extent().height / figure_of(ax).dpi
+    room = 0.17 / size  # Inches from one line of small text to the next.
+    heights = _spread({i: float(spots[i, 1]) for i in chosen}, room)
+    leaders = [[spots[i], (1.0, spots[i, 1]), (1.025, height)] for i, height in heights.items()]
+    shown = [colors[i] for i in heights]
+    ax.add_artist(LineCollection(leaders, colors=shown, linewidths=0.8, transform=ax.transAxes, clip_on=False))
+    for i, height in heights.items():
+        weight = "bold" if i in bold else "normal"
+        ax.text(1.03, height, labels[i], transform=ax.transAxes, va="center", fontsize="small", fontweight=weight)
+
+
+def color_key(ax: Axes, colors: Sequence[Any], first: str, last: str) -> None:
+    """Explains ordered colours by a strip of them above the axes, at the right.
+
+    Args:
+        ax (`matplotlib.axes.Axes`): The axes.
+        colors (`Sequence`): The colours in their order.
+        first (`str`), last (`str`): What its ends stand for.
+    """
+    strip = ax.inset_axes((0.8, 1.035, 0.12, 0.025))
+    strip.imshow(np.array([colors]), aspect="auto")
+    strip.set_axis_off()
+    for place, name, side in ((-0.05, first, "right"), (1.05, last, "left")):
+        strip.text(place, 0.5, name, transform=strip.transAxes, ha=side, va="center", fontsize="small")
+
+
+def _spread(wanted: Mapping[int, float], room: float) -> dict[int, float]:
+    """Moves heights apart until neighbours have room: the pool of those that touch keeps its middle."""
+    pools: list[list[int]] = []
+    middles: list[float] = []
+    for i in sorted(wanted, key=wanted.__getitem__):
+        pools.append([i])
+        middles.append(wanted[i])
+        while len(pools) > 1 and middles[-1] - middles[-2] < room * (len(pools[-1]) + len(pools[-2])) / 2:
+            last, middle = pools.pop(), middles.pop()
+            middles[-1] = (middles[-1] * len(pools[-1]) + middle * len(last)) / (len(pools[-1]) + len(last))
+            pools[-1] += last
+    return {
+        i: middle + room * (place - (len(pool) - 1) / 2)
+        for pool, middle in zip(pools, middles, strict=True)
+        for place, i in enumerate(pool)
+    }
+
+
+def _luminance(rgb: tuple[float, float, float]) -> float:
+    """Perceived lightness in [0, 1], near enough to tell dark from light."""
+    red, green, blue = rgb
+    return 0.299 * red + 0.587 * green + 0.114 * blue

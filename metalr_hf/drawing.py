@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Perceptually uniform, ordered in grey too, and told apart by the colour-blind. The end nearest to the background
 # would vanish on it.
@@ -23,9 +24,11 @@ class ShownFigure(Figure):
     """A figure that a notebook shows as it is, without pyplot, which would keep every figure alive."""
 
     def _repr_png_(self) -> bytes:
-        buffer = BytesIO()
-        self.savefig(buffer, format="png", bbox_inches="tight")
-        return buffer.getvalue()
+        drawn, reduced = BytesIO(), BytesIO()
+        self.savefig(drawn, format="png", bbox_inches="tight")
+        # A fifth of the size, for lines and text look the same in a palette, and notebooks are kept with their pictures.
+        Image.open(drawn).quantize(256, method=Image.Quantize.FASTOCTREE).save(reduced, "PNG", optimize=True)
+        return reduced.getvalue()
 
 
 def new_axes(width: float, height: float) -> Axes:
@@ -125,12 +128,32 @@ def label_lines(
     size = ax.get_window_extent().height / figure_of(ax).dpi
     room = 0.17 / size  # Inches from one line of small text to the next.
     heights = _spread({i: float(spots[i, 1]) for i in chosen}, room)
-    leaders = [[spots[i], (1.0, spots[i, 1]), (1.025, height)] for i, height in heights.items()]
-    shown = [colors[i] for i in heights]
-    ax.add_artist(LineCollection(leaders, colors=shown, linewidths=0.8, transform=ax.transAxes, clip_on=False))
-    for i, height in heights.items():
+    # Across in fractions of the axes, upwards in data: where axes share limits these may still change.
+    across = ax.get_yaxis_transform()
+    to_data = ax.transData.inverted()
+    places = {i: float(to_data.transform(ax.transAxes.transform((1.0, height)))[1]) for i, height in heights.items()}
+    leaders = [[(spots[i, 0], points[i][1]), (1.0, points[i][1]), (1.025, place)] for i, place in places.items()]
+    shown = [colors[i] for i in places]
+    ax.add_artist(LineCollection(leaders, colors=shown, linewidths=0.8, transform=across, clip_on=False))
+    for i, place in places.items():
         weight = "bold" if i in bold else "normal"
-        ax.text(1.03, height, labels[i], transform=ax.transAxes, va="center", fontsize="small", fontweight=weight)
+        text = ax.text(1.03, place, labels[i], transform=across, va="center", fontsize="small", fontweight=weight)
+        # A name is a name, dollar signs and all.
+        text.set_parse_math(False)
+
+
+def widen(ax: Axes, low: float, high: float) -> None:
+    """Sets the limits of the y axis, and keeps those of other axes that share it and hold something.
+
+    Args:
+        ax (`matplotlib.axes.Axes`): The axes.
+        low (`float`), high (`float`): What has to be seen.
+    """
+    sharing = [other for other in ax.get_shared_y_axes().get_siblings(ax) if other is not ax and other.lines]
+    if sharing:
+        before = sharing[0].get_ylim()
+        low, high = min(low, *before), max(high, *before)
+    ax.set_ylim(low, high)
 
 
 def color_key(ax: Axes, colors: Sequence[Any], first: str, last: str) -> None:

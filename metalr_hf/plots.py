@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.colors import LogNorm
 
-from .drawing import bare, color_key, figure_of, label_lines, new_axes, ordered_colors
+from .drawing import bare, color_key, figure_of, label_lines, new_axes, ordered_colors, widen
 from .settings import check_choice
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _curves(history: LRHistory, ax: Axes) -> None:
     if np.isfinite(rates).any():
         low, high = np.nanmin(rates[:seen]), np.nanmax(rates)
         margin = max((high / low) ** 0.04, 1.1)
-        ax.set_ylim(low / margin, high * margin)
+        widen(ax, low / margin, high * margin)
     points = [_last_point(steps[:seen], rates[:seen, i]) for i in range(count)]
     heights = [y for _, y in points]
     first = [0, count - 1]
@@ -112,7 +112,7 @@ def _heatmap(history: LRHistory, ax: Axes) -> None:
     # The head is always named, and as many before it as there is room for.
     every = -(-count // MOST_ROW_LABELS)
     rows = range((count - 1) % every, count, every)
-    ax.set_yticks(rows, [history.layers[i] for i in rows], fontsize="small")
+    ax.set_yticks(rows, [history.layers[i] for i in rows], fontsize="small", parse_math=False)
     ax.invert_yaxis()
     faint = np.nanmin(rates) < low
     figure_of(ax).colorbar(mesh, ax=ax, label="learning rate", pad=0.02, extend="min" if faint else "neither")

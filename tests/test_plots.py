@@ -31,8 +31,8 @@ def test_curves_draw_every_layer_with_its_values_on_a_log_axis():
 
 
 def labels(ax):
-    # The text is at the right of the axes, in fractions of them.
-    return {text.get_text(): text.get_position()[1] for text in ax.texts}
+    low, high = np.log10(ax.get_ylim())
+    return {text.get_text(): (np.log10(text.get_position()[1]) - low) / (high - low) for text in ax.texts}
 
 
 @pytest.mark.parametrize("layers", [1, 2, 18, 60, 160])
@@ -125,6 +125,18 @@ def test_given_axes_and_a_title_are_used():
     part = figure.subfigures()
     for kind in ("curves", "heatmap"):
         assert plot_learning_rates(history(), kind, ax=part.add_subplot()) is figure
+
+
+def test_axes_that_share_their_limits_show_all_curves():
+    figure = Figure()
+    axes = figure.subplots(1, 2, sharey=True)
+    high, low = fading(lambda t: 1), fading(lambda t: 1e-3)
+    for ax, recorded in zip(axes, (high, low), strict=True):
+        plot_learning_rates(recorded, ax=ax)
+    bottom, top = axes[0].get_ylim()
+    assert bottom < 1e-7
+    assert top > 1e-3
+    assert [text.get_position()[1] for text in axes[0].texts] == pytest.approx([1e-4, 1e-3], rel=0.2)
 
 
 def test_a_notebook_shows_the_figure_without_pyplot():

@@ -162,6 +162,27 @@ def calibrate(
 
     Raises:
         ValueError: without a `meta_loss`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.calibration import calibrate
+    >>> from metalr_hf.hypergradient import LookAhead
+    >>> weights = [torch.nn.Parameter(torch.tensor([value])) for value in (1.0, 3.0)]
+    >>> def loss():
+    ...     return sum((weight**2).sum() for weight in weights)
+    >>> optimizer = torch.optim.SGD(weights, lr=1e-3)
+    >>> look_ahead = LookAhead()
+    >>> loss().backward()
+    >>> look_ahead.before_step([[weight] for weight in weights])
+    >>> optimizer.step()
+    >>> look_ahead.after_step()
+    >>> found = calibrate(look_ahead, [1e-3, 1e-3], loss)
+    >>> round(found.backbone_lr, 3), round(found.head_lr, 3)
+    (0.316, 0.316)
+
+    ```
     """
     if meta_loss is None:
         raise ValueError(

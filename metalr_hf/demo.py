@@ -105,7 +105,18 @@ def _demo_network() -> Any:
 
 
 def demo_image_processor() -> BitImageProcessor:
-    """The image processor of [`demo_model`]: the whole image at 64 × 64 pixels."""
+    """The image processor of [`demo_model`]: the whole image at 64 × 64 pixels.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.demo import demo_dataset, demo_image_processor
+    >>> image = demo_dataset()["train"][0]["image"]
+    >>> demo_image_processor()(image, return_tensors="pt")["pixel_values"].shape
+    torch.Size([1, 3, 64, 64])
+
+    ```
+    """
     return BitImageProcessor(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         do_center_crop=False,

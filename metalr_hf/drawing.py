@@ -26,7 +26,7 @@ class ShownFigure(Figure):
     def _repr_png_(self) -> bytes:
         drawn, reduced = BytesIO(), BytesIO()
         self.savefig(drawn, format="png", bbox_inches="tight")
-        # A fifth of the size, for lines and text look the same in a palette, and notebooks are kept with their pictures.
+        # A fifth of the size, with lines and text that look the same: notebooks are kept with their pictures.
         Image.open(drawn).quantize(256, method=Image.Quantize.FASTOCTREE).save(reduced, "PNG", optimize=True)
         return reduced.getvalue()
 
@@ -39,6 +39,15 @@ def new_axes(width: float, height: float) -> Axes:
 
     Returns:
         `matplotlib.axes.Axes`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.drawing import new_axes
+    >>> new_axes(8, 4).figure.get_size_inches().tolist()
+    [8.0, 4.0]
+
+    ```
     """
     return ShownFigure(figsize=(width, height), layout="constrained").add_subplot()
 
@@ -51,6 +60,16 @@ def figure_of(ax: Axes) -> Figure:
 
     Returns:
         `matplotlib.figure.Figure`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.drawing import ShownFigure, figure_of
+    >>> figure = ShownFigure()
+    >>> figure_of(figure.subfigures().add_subplot()) is figure
+    True
+
+    ```
     """
     figure: Any = ax.figure
     while not isinstance(figure, Figure):
@@ -64,6 +83,17 @@ def is_dark(ax: Axes) -> bool:
     Args:
         ax (`matplotlib.axes.Axes`): The axes. Where their own background is transparent the figure's counts, and where
             that is too, the colour of the text.
+
+    Example:
+
+    ```python
+    >>> from matplotlib import pyplot as plt
+    >>> from metalr_hf.drawing import is_dark, new_axes
+    >>> with plt.style.context("dark_background"):
+    ...     is_dark(new_axes(4, 3))
+    True
+
+    ```
     """
     for patch in (ax.patch, figure_of(ax).patch):
         red, green, blue, alpha = mpl.colors.to_rgba(patch.get_facecolor())
@@ -81,6 +111,15 @@ def ordered_colors(count: int, ax: Axes) -> list[tuple[float, float, float, floa
 
     Returns:
         `list[tuple[float, float, float, float]]`: RGBA, the first farthest from yellow.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.drawing import new_axes, ordered_colors
+    >>> len(set(ordered_colors(12, new_axes(4, 3))))
+    12
+
+    ```
     """
     places = np.linspace(*(ON_DARK if is_dark(ax) else ON_LIGHT), max(2, count))[-count:]
     return [tuple(color) for color in mpl.colormaps[COLORS](places)]
@@ -92,6 +131,17 @@ def bare(ax: Axes, grid: str) -> None:
     Args:
         ax (`matplotlib.axes.Axes`): The axes.
         grid (`str`): `"x"`, `"y"` or `"both"`: across which axes to draw it.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.drawing import bare, new_axes
+    >>> ax = new_axes(4, 3)
+    >>> bare(ax, grid="y")
+    >>> ax.spines["top"].get_visible()
+    False
+
+    ```
     """
     ax.grid(axis=grid, color=mpl.rcParams["text.color"], alpha=0.15, linewidth=0.6)  # type: ignore[arg-type]
     ax.set_axisbelow(True)
@@ -118,6 +168,18 @@ def label_lines(
         most (`int`): How many labels there may be.
         first (`Sequence[int]`): Lines that are named before others.
         bold (`Sequence[int]`): Lines named in bold.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.drawing import label_lines, new_axes
+    >>> ax = new_axes(4, 3)
+    >>> lines = ax.plot([0, 1], [[0, 1], [0, 2]])
+    >>> label_lines(ax, ["slow", "fast"], [(1, 1), (1, 2)], ["C0", "C1"], most=2)
+    >>> [text.get_text() for text in ax.texts]
+    ['slow', 'fast']
+
+    ```
     """
     # In units of the axes: logarithmic ones too are then even.
     inverse = ax.transAxes.inverted()
@@ -148,6 +210,20 @@ def widen(ax: Axes, low: float, high: float) -> None:
     Args:
         ax (`matplotlib.axes.Axes`): The axes.
         low (`float`), high (`float`): What has to be seen.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.drawing import ShownFigure, widen
+    >>> left, right = ShownFigure().subplots(1, 2, sharey=True)
+    >>> _ = left.plot([0, 1])
+    >>> left.set_ylim(0, 1)
+    (0.0, 1.0)
+    >>> widen(right, 0.5, 3)
+    >>> bool(left.get_ylim()[1] == 3)
+    True
+
+    ```
     """
     sharing = [other for other in ax.get_shared_y_axes().get_siblings(ax) if other is not ax and other.lines]
     if sharing:
@@ -163,6 +239,17 @@ def color_key(ax: Axes, colors: Sequence[Any], first: str, last: str) -> None:
         ax (`matplotlib.axes.Axes`): The axes.
         colors (`Sequence`): The colours in their order.
         first (`str`), last (`str`): What its ends stand for.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.drawing import color_key, new_axes, ordered_colors
+    >>> ax = new_axes(4, 3)
+    >>> color_key(ax, ordered_colors(5, ax), "input", "head")
+    >>> [text.get_text() for text in ax.child_axes[0].texts]
+    ['input', 'head']
+
+    ```
     """
     strip = ax.inset_axes((0.8, 1.035, 0.12, 0.025))
     strip.imshow(np.array([colors]), aspect="auto")

@@ -22,6 +22,19 @@ def fold_rows(
 
     Returns:
         `list[tuple[numpy.ndarray, numpy.ndarray]]`: training and test rows of every fold.
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from metalr_hf.folds import fold_rows
+    >>> data = datasets.Dataset.from_dict({"label": [0, 1] * 4, "patient": ["a", "a", "b", "b", "c", "c", "d", "d"]})
+    >>> for train, test in fold_rows(data, folds=2, seed=0, group_column="patient"):
+    ...     print(len(train), len(test), {*data[train]["patient"]} & {*data[test]["patient"]})
+    4 4 set()
+    4 4 set()
+
+    ```
     """
     labels = np.array(data.with_format(None)[LABEL])
     if group_column is None:
@@ -37,6 +50,17 @@ def stratified_subset(data: datasets.Dataset, size: int, seed: int) -> datasets.
         data (`datasets.Dataset`): Rows with `label`.
         size (`int`): How many to take; all if there are not more.
         seed (`int`): Of the choice.
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from metalr_hf.folds import stratified_subset
+    >>> data = datasets.Dataset.from_dict({"label": [0] * 30 + [1] * 10})
+    >>> sorted(stratified_subset(data, 4, seed=0)["label"])
+    [0, 0, 0, 1]
+
+    ```
     """
     if size >= len(data):
         return data
@@ -52,6 +76,18 @@ def flip_labels(data: datasets.Dataset, share: float, seed: int) -> datasets.Dat
         data (`datasets.Dataset`): Rows with `label`, a `ClassLabel`.
         share (`float`): In [0, 1).
         seed (`int`): Of the choice of rows and classes.
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from metalr_hf.folds import flip_labels
+    >>> features = datasets.Features(label=datasets.ClassLabel(names=["benign", "malignant"]))
+    >>> data = datasets.Dataset.from_dict({"label": [0] * 10}, features=features).add_column("row", [*range(10)])
+    >>> sum(flip_labels(data, 0.3, seed=0)["label"])
+    3
+
+    ```
     """
     labels, feature = np.array(data.with_format(None)[LABEL]), data.features[LABEL]
     generator = np.random.default_rng(seed)

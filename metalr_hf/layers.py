@@ -139,6 +139,18 @@ def check_layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]]) ->
 
     Raises:
         ValueError: naming the parameter that is missing, doubled, frozen or not there.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.layers import check_layer_groups
+    >>> check_layer_groups(torch.nn.Linear(4, 2), {"head": ["weight"]})
+    Traceback (most recent call last):
+        ...
+    ValueError: layer_groups misses the trainable 'bias'. Put each trainable parameter into one layer, or freeze it.
+
+    ```
     """
     parameters = dict(model.named_parameters())
     if not any(p.requires_grad for p in parameters.values()):
@@ -190,6 +202,19 @@ def split_param_groups(
 
     Raises:
         ValueError: if a parameter of the optimizer belongs to no layer.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.layers import split_param_groups
+    >>> stem, head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+    >>> optimizer = torch.optim.AdamW([*stem.parameters(), *head.parameters()], lr=1e-4)
+    >>> layers = {"stem": list(stem.parameters()), "head": list(head.parameters())}
+    >>> [group["layer"] for group in split_param_groups(optimizer.param_groups, layers)]
+    ['stem', 'head']
+
+    ```
     """
     layer_of = {id(p): layer for layer, parameters in layers.items() for p in parameters}
     split: list[dict[str, Any]] = []

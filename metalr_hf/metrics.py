@@ -37,7 +37,17 @@ class _BuiltIn(evaluate.Metric):
 
 
 class Accuracy(_BuiltIn):
-    """Share of right predictions: `accuracy` (`sklearn.metrics.accuracy_score`)."""
+    """Share of right predictions: `accuracy` (`sklearn.metrics.accuracy_score`).
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.metrics import Accuracy
+    >>> Accuracy(keep_in_memory=True).compute(predictions=[0, 1, 1, 2], references=[0, 1, 2, 2])
+    {'accuracy': 0.75}
+
+    ```
+    """
 
     features, description = _ClassIds, "Share of right predictions."
 
@@ -46,7 +56,17 @@ class Accuracy(_BuiltIn):
 
 
 class MacroF1(_BuiltIn):
-    """Mean over the classes of the F1 score: `macro_f1` (`sklearn.metrics.f1_score`)."""
+    """Mean over the classes of the F1 score: `macro_f1` (`sklearn.metrics.f1_score`).
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.metrics import MacroF1
+    >>> MacroF1(keep_in_memory=True).compute(predictions=[0, 0, 0, 0], references=[0, 0, 0, 1])["macro_f1"]
+    0.42857142857142855
+
+    ```
+    """
 
     features, description = _ClassIds, "Mean over the classes of the F1 score."
 
@@ -58,6 +78,16 @@ class AUROC(_BuiltIn):
     """Area under the receiver operating characteristic: `auroc` (`sklearn.metrics.roc_auc_score`).
 
     Of several classes it is the mean over each against the rest. NaN if a class does not occur, where it is undefined.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.metrics import AUROC
+    >>> scores = [[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]
+    >>> AUROC(keep_in_memory=True).compute(prediction_scores=scores, references=[0, 0, 1])
+    {'auroc': 1.0}
+
+    ```
     """
 
     features, description = _Scores, "Area under the receiver operating characteristic, mean over the classes."
@@ -251,7 +281,18 @@ def _masks_of(prediction: EvalPrediction) -> tuple[Any, Any]:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of shape `(rows, classes)`, float64, from logits."""
+    """Probabilities of shape `(rows, classes)`, float64, from logits.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from metalr_hf.metrics import softmax
+    >>> softmax(np.array([[0.0, np.log(3.0)]])).round(2)
+    array([[0.25, 0.75]])
+
+    ```
+    """
     powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
@@ -267,6 +308,17 @@ def score_classes(predictions: Any, labels: Any, classes: Sequence[str]) -> dict
     Returns:
         `dict`: `accuracy`, `macro_f1`, `test_loss` (cross-entropy) and `class_accuracy` (share of each class's rows
             that are right); `None` where the logits are not finite.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from metalr_hf.metrics import score_classes
+    >>> logits = np.array([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    >>> score_classes(logits, np.array([0, 1, 1]), ["benign", "malignant"])["class_accuracy"]
+    {'benign': 1.0, 'malignant': 0.5}
+
+    ```
     """
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
     if not np.isfinite(logits).all():

@@ -73,6 +73,17 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         `pandas.DataFrame`: indexed by strategy and learning rate (NaN for a strategy without one), in the order of the
             runs; columns `mean`, `std`, `loss`, `cost` and `failed`. A failed run counts as an accuracy of zero.
+
+    Example:
+
+    ```python
+    >>> import pandas as pd
+    >>> from metalr_hf.report import summarise
+    >>> same = {"strategy": "cosine", "learning_rate": 1e-3, "status": "done"}
+    >>> summarise(pd.DataFrame([{**same, "accuracy": 0.8}, {**same, "accuracy": 0.9}]))["mean"].round(3).tolist()
+    [0.85]
+
+    ```
     """
     rows = rows.assign(
         accuracy=pd.to_numeric(rows["accuracy"]).where(rows["status"] == "done", 0.0) if "accuracy" in rows else 0.0,

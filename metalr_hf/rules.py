@@ -74,6 +74,19 @@ def register_rule(name: str) -> Callable[[RuleType], RuleType]:
 
     Returns:
         `Callable`: the decorator, which returns the class unchanged.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.rules import RULES, Rule, register_rule
+    >>> @register_rule("constant")
+    ... class Constant(Rule):
+    ...     def __call__(self, lr, hypergradient):
+    ...         return lr
+    >>> RULES["constant"] is Constant
+    True
+
+    ```
     """
 
     def register(rule: RuleType) -> RuleType:
@@ -95,6 +108,15 @@ def get_rule(name: str, hyper_lr: float) -> Rule:
 
     Raises:
         ValueError: if no rule has that name.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.rules import get_rule
+    >>> get_rule("proportional", hyper_lr=0.1).hyper_lr
+    0.1
+
+    ```
     """
     if name not in RULES:
         near = difflib.get_close_matches(str(name), RULES, n=2, cutoff=0.4)
@@ -112,6 +134,16 @@ class Additive(Rule):
 
     Plain gradient descent on the learning rates (step 2 of Chen et al. 2023, Algorithm 1). h has the scale of
     loss / α, so a useful η is of the order of α² / loss: about 1e-6 for α around 1e-3.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.rules import Additive
+    >>> Additive(hyper_lr=1e-6)(torch.tensor([1e-3]), torch.tensor([-100.0]))
+    tensor([0.0011])
+
+    ```
     """
 
     def __call__(self, lr: Tensor, hypergradient: Tensor) -> Tensor:
@@ -124,6 +156,16 @@ class Proportional(Rule):
 
     The proportional hyper-learning rate of Chen et al. 2023, section 2.2: the step size of every α is η α, so all
     layers may move by orders of magnitude whatever their rates are.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.rules import Proportional
+    >>> Proportional(hyper_lr=0.1)(torch.tensor([1e-3, 1e-5]), torch.tensor([-2.0, 5.0]))
+    tensor([1.2000e-03, 5.0000e-06])
+
+    ```
     """
 
     def __call__(self, lr: Tensor, hypergradient: Tensor) -> Tensor:
@@ -141,6 +183,16 @@ class AdamRule(Rule):
         hyper_lr (`float`): η.
         betas (`tuple[float, float]`): Decay rates of the two moments.
         eps (`float`): Added to the root of the second moment.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.rules import AdamRule
+    >>> AdamRule(hyper_lr=0.1)(torch.tensor([1e-3, 1e-3]), torch.tensor([-1.0, -100.0])) / 1e-3  # e^0.1 for both
+    tensor([1.1052, 1.1052])
+
+    ```
     """
 
     def __init__(self, hyper_lr: float = 0.1, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
@@ -190,6 +242,16 @@ def limit_change(
 
     Returns:
         `torch.Tensor` of shape `(layers,)`: the limited learning rates.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.rules import limit_change
+    >>> limit_change(torch.tensor([1e-3, 1e-3]), torch.tensor([9e-3, 1e-4]), max_lr_change=2.0, lr_max=1.5e-3)
+    tensor([0.0015, 0.0005])
+
+    ```
     """
     if max_lr_change is not None:
         new_lr = torch.minimum(torch.maximum(new_lr, lr / max_lr_change), lr * max_lr_change)

@@ -84,7 +84,19 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises `ValueError` if a setting is none of its choices."""
+    """Raises `ValueError` if a setting is none of its choices.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.settings import check_choice
+    >>> check_choice("kind", "bars", ("curves", "heatmap"))
+    Traceback (most recent call last):
+        ...
+    ValueError: kind='bars' must be one of 'curves', 'heatmap'.
+
+    ```
+    """
     if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
 

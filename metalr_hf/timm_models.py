@@ -23,6 +23,17 @@ def is_timm_model(model: nn.Module) -> bool:
 
     Args:
         model (`torch.nn.Module`): Any module.
+
+    Example:
+
+    ```python
+    >>> import timm
+    >>> from metalr_hf.timm_models import is_timm_model
+    >>> network = timm.create_model("test_resnet", num_classes=2)
+    >>> is_timm_model(network), is_timm_model(network.layer1)
+    (True, False)
+
+    ```
     """
     return isinstance(getattr(model, "pretrained_cfg", None), Mapping) and hasattr(model, "forward_head")
 
@@ -103,6 +114,21 @@ def make_portable(folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: if the folder does not hold a timm model, or holds it in several files.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> import timm
+    >>> from metalr_hf.timm_models import make_portable, wrap_timm_model
+    >>> network = timm.create_model("test_resnet", num_classes=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     wrap_timm_model(network).save_pretrained(folder)
+    ...     make_portable(folder)
+    ...     timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes
+    2
+
+    ```
     """
     file = Path(folder) / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

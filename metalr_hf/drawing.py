@@ -185,10 +185,11 @@ def label_lines(
     inverse = ax.transAxes.inverted()
     spots = inverse.transform(ax.transData.transform(np.array(points, dtype=float).reshape(-1, 2)))
     seen = [i for i in range(len(labels)) if np.isfinite(spots[i]).all()]
-    others = seen[:: max(1, len(seen) // most)]
-    chosen = list(dict.fromkeys([*(i for i in first if i in seen), *others]))[:most]
     size = ax.get_window_extent().height / figure_of(ax).dpi
     room = 0.17 / size  # Inches from one line of small text to the next.
+    most = max(1, min(most, int(1 / room)))
+    others = seen[:: max(1, len(seen) // most)]
+    chosen = list(dict.fromkeys([*(i for i in first if i in seen), *others]))[:most]
     heights = _spread({i: float(spots[i, 1]) for i in chosen}, room)
     # Across in fractions of the axes, upwards in data: where axes share limits these may still change.
     across = ax.get_yaxis_transform()
@@ -259,13 +260,17 @@ def color_key(ax: Axes, colors: Sequence[Any], first: str, last: str) -> None:
 
 
 def _spread(wanted: Mapping[int, float], room: float) -> dict[int, float]:
-    """Moves heights apart until neighbours have room: the pool of those that touch keeps its middle."""
+    """Moves heights in [0, 1] apart until neighbours have room: those that would touch keep their middle."""
     pools: list[list[int]] = []
     middles: list[float] = []
     for i in sorted(wanted, key=wanted.__getitem__):
         pools.append([i])
         middles.append(wanted[i])
-        while len(pools) > 1 and middles[-1] - middles[-2] < room * (len(pools[-1]) + len(pools[-2])) / 2:
+        while True:
+            half = room * (len(pools[-1]) - 1) / 2
+            middles[-1] = max(half, min(middles[-1], 1 - half))
+            if len(pools) == 1 or middles[-1] - middles[-2] >= room * (len(pools[-1]) + len(pools[-2])) / 2:
+                break
             last, middle = pools.pop(), middles.pop()
             middles[-1] = (middles[-1] * len(pools[-1]) + middle * len(last)) / (len(pools[-1]) + len(last))
             pools[-1] += last

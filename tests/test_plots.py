@@ -48,6 +48,20 @@ def test_first_layer_and_head_are_named_and_labels_keep_their_distance(layers):
     assert {text.get_fontweight() for text in ax.texts if text.get_text() == "head"} == {"bold"}
 
 
+def test_small_axes_have_as_many_labels_as_there_is_room_for_and_none_outside():
+    for height in (0.6, 1.2, 3):
+        ax = Figure(figsize=(4, height)).add_subplot()
+        recorded = LRHistory([f"blocks.{i}" for i in range(30)])
+        recorded.append(0, [1e-3 * 1.01**-i for i in range(29)] + [1e-6])
+        recorded.append(1, [1e-3 * 1.01**-i for i in range(29)] + [1e-6])
+        plot_learning_rates(recorded, ax=ax)
+        heights = sorted(labels(ax).values())
+        assert 2 <= len(heights) <= 9
+        assert -0.01 < heights[0]
+        assert heights[-1] < 1.01
+        assert np.diff(heights).min() * 0.77 * height > 0.15
+
+
 def test_labels_stand_in_the_order_of_the_curves_and_their_leaders_have_the_curves_colors():
     recorded = history(4)
     (ax,) = plot_learning_rates(recorded).axes

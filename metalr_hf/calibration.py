@@ -301,7 +301,20 @@ class Calibrator:
 
 
 def warn_of_doubts(calibration: Calibration) -> None:
-    """Warns if the ladder was flat or the batch odd, and says which rates are used instead."""
+    """Warns if the ladder was flat or the batch odd, and says which rates are used instead.
+
+    Args:
+        calibration ([`Calibration`]): What was found.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.calibration import Calibration, warn_of_doubts
+    >>> certain = Calibration(1e-4, 1e-3, 2.3, ladder=[], head_losses=[], backbone_losses=[], doubts=[])
+    >>> warn_of_doubts(certain)
+
+    ```
+    """
     if calibration.doubts:
         warnings.warn(
             f"The calibration of the start learning rates is in doubt: {'; '.join(calibration.doubts)}. It starts at "

@@ -67,11 +67,16 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
     Example:
 
     ```python
-    from metalr_hf import MetaLRTrainer
+    >>> import timm
+    >>> import torch
+    >>> from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+    >>> images = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 2} for i in range(16)]
+    >>> args = MetaLRTrainingArguments("runs/example", max_steps=2, save_strategy="no", report_to="none", use_cpu=True)
+    >>> trainer = MetaLRTrainer(timm.create_model("test_resnet", num_classes=2), args, train_dataset=images)
+    >>> trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...
+    >>> trainer.lr_history.save("lr_history.csv")
 
-    trainer = MetaLRTrainer(model=model, args=args, train_dataset=train, eval_dataset=test)
-    trainer.train()
-    trainer.lr_history.save("lr_history.csv")
     ```
     """
 

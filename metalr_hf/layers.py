@@ -54,7 +54,8 @@ class LayerGroups(dict[str, list[str]]):
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=100, color_system=None)
+        # In a notebook rich would show an empty output beside the string.
+        console = Console(width=100, color_system=None, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()

@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -26,8 +26,11 @@ class ShownFigure(Figure):
     def _repr_png_(self) -> bytes:
         drawn, reduced = BytesIO(), BytesIO()
         self.savefig(drawn, format="png", bbox_inches="tight")
-        # A fifth of the size, with lines and text that look the same: notebooks are kept with their pictures.
-        Image.open(drawn).quantize(256, method=Image.Quantize.FASTOCTREE).save(reduced, "PNG", optimize=True)
+        picture: Image.Image = Image.open(drawn)
+        if to_rgba(self.get_facecolor())[3] == 1:
+            # A quarter of the size, with lines and text that look the same: notebooks are kept with their pictures.
+            picture = picture.convert("RGB").quantize(256)
+        picture.save(reduced, "PNG", optimize=True)
         return reduced.getvalue()
 
 
@@ -96,7 +99,7 @@ def is_dark(ax: Axes) -> bool:
     ```
     """
     for patch in (ax.patch, figure_of(ax).patch):
-        red, green, blue, alpha = mpl.colors.to_rgba(patch.get_facecolor())
+        red, green, blue, alpha = to_rgba(patch.get_facecolor())
         if alpha > 0.5:
             return _luminance((red, green, blue)) < 0.5
     return _luminance(to_rgb(mpl.rcParams["text.color"])) > 0.5

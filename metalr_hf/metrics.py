@@ -271,6 +271,17 @@ def predicted_classes(logits: Any, labels: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of the shape of `labels`, uint8
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.metrics import predicted_classes
+    >>> logits = torch.tensor([[[[2.0, 0.0]], [[1.0, 1.0]]]])
+    >>> predicted_classes(logits, labels=torch.tensor([[[0, 1]]]))
+    tensor([[[0, 1]]], dtype=torch.uint8)
+
+    ```
     """
     return resize_logits(first_logits(logits), labels.shape[1:]).argmax(1).to(torch.uint8)
 

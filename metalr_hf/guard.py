@@ -11,6 +11,8 @@ NON_FINITE_WARNING_AFTER = 20
 HARM = 3.0
 PAUSE = 5
 FACTORS = (1 / 4, 1 / 16, 1 / 64)
+# What is left of a step that the next batch found harmful: no forward pass tells how much would have been good.
+SHRINK_BLINDLY = 1 / 16
 
 
 class TuningGuard:

@@ -1,4 +1,4 @@
-"""MetaLRScheduler: a torch learning-rate scheduler that owns one meta-tuned learning rate a layer."""
+"""MetaLRScheduler: a torch learning-rate scheduler that tunes one learning rate a layer."""
 
 from __future__ import annotations
 
@@ -10,35 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from .calibration import PROBE_LR, Calibration, Calibrator
-from .guard import TuningGuard
-from .history import LRHistory
+from .guard import SHRINK_BLINDLY, TuningGuard
 from .hypergradient import LookAhead
 from .layer_names import head_layers
+from .layer_rates import LayerRateScheduler
 from .linearity import check_linear
-from .optimizers import (
-    check_own_rates,
-    layer_of_groups,
-    listen_to_steps,
-    only_creates_state,
-    overflow_flags,
-    parameters_by_layer,
-    start_learning_rates,
-    unwrap,
-    write_learning_rates,
-)
+from .optimizers import check_own_rates, listen_to_steps, only_creates_state, overflow_flags, unwrap
 from .rules import Rule, get_rule, limit_change
-from .settings import check_layer_names, check_learning_rates, check_saved_layers, check_saved_optimizer, check_settings
+from .settings import check_layer_names, check_settings
 from .validation import clear_gradients, gather
 
-PLAIN_STATE = ("last_epoch", "_step_count", "restarted_at", "validations")
-# What is left of a step that the next batch found harmful: no forward pass tells how much would have been good.
-SHRINK_BLINDLY = 1 / 16
 
-
-class MetaLRScheduler(LRScheduler):
+class MetaLRScheduler(LayerRateScheduler):
     """Tunes one learning rate a layer while the model trains, in any PyTorch loop.
 
     After each optimizer step it asks a validation batch whether every layer would better have taken a longer or a
@@ -149,43 +134,32 @@ class MetaLRScheduler(LRScheduler):
         )
         self.rule = rule if isinstance(rule, Rule) else get_rule(rule, hyper_lr)
         self.meta_loss = meta_loss
-        self.meta_source = meta_source
-        self.meta_every = meta_every
+        self.meta_source, self.meta_every = meta_source, meta_every
         self.tuning_steps = math.inf if tuning_steps is None else tuning_steps
         self.lookahead = lookahead
-        self.shape = shape or (lambda step: 1.0)
-        self.lr_min, self.lr_max, self.max_lr_change = lr_min, lr_max, max_lr_change
-        self.meta_context = meta_context
-        self.reduce = reduce
+        self.max_lr_change = max_lr_change
+        self.meta_context, self.reduce = meta_context, reduce
         # Whatever has a state that belongs to the run's tuning, such as the stream of validation batches, is saved and
         # loaded with the scheduler when it is put here.
         self.stateful: dict[str, Any] = {}
 
-        self._group_layers = layer_of_groups(optimizer)
-        self.layers = list(dict.fromkeys(self._group_layers))
-        self.learning_rates = start_learning_rates(optimizer, self._group_layers, self.layers)
-        self.restarted_at = 0
-        self.validations = 0.0
-        self._calibrator = Calibrator(calibrate)
-        if calibrate:
-            self.learning_rates = torch.full_like(self.learning_rates, min(max(PROBE_LR, lr_min), lr_max))
-        check_learning_rates(dict(zip(self.layers, self.learning_rates.tolist(), strict=True)), lr_min, lr_max)
-        check_layer_names("hold_steps", hold_steps or {}, self.layers)
-        self.hold_steps = dict(hold_steps or {})
-        check_linear(unwrap(optimizer))
-
-        self.history = LRHistory(self.layers)
+        self.restarted_at, self.validations = 0, 0.0
         self.guard = TuningGuard(active=self.rule.hyper_lr > 0)
-        self.start_learning_rates = self.learning_rates
+        self._calibrator = Calibrator(calibrate)
         self._look_ahead = LookAhead(unwrap(optimizer))
         self._found_inf: list[Tensor] = []
         self._noted: Tensor | None = None
         self._noted_loss: Tensor | None = None
-        self._measured: tuple[float, list[float]] | None = None
+        self._measured: tuple[float, list[float]] | tuple[()] = ()
         self._meta_loss = math.nan
         self._unheard = False
+
+        check_linear(unwrap(optimizer))
+        start_lr = min(max(PROBE_LR, lr_min), lr_max) if calibrate else None
+        super().__init__(optimizer, shape, lr_min, lr_max, start_lr)
+        check_layer_names("hold_steps", hold_steps or {}, self.layers)
+        self.hold_steps = dict(hold_steps or {})
         self._hooks = listen_to_steps(optimizer, self)
-        super().__init__(optimizer)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -237,7 +211,8 @@ class MetaLRScheduler(LRScheduler):
                 if meta_loss is not None and self._look_ahead.taken and self.will_tune:
                     self._validate_tune_rescale(meta_loss)
                 self._look_ahead.discard()
-            self._record()
+            self.record(*self._measured)
+            self._measured = ()
         super().step()
 
     def note_gradients(self, scale: float = 1.0, loss: Tensor | None = None) -> None:
@@ -268,27 +243,18 @@ class MetaLRScheduler(LRScheduler):
         self.restarted_at = self.last_epoch
         self.guard = TuningGuard(self.guard.active)
         self.learning_rates = (self.start_learning_rates * factor).clamp(self.lr_min, self.lr_max)
-        self._write_learning_rates()
-
-    def get_lr(self) -> list[float | Tensor]:
-        """The learning rate of every param group at the present step: α times the schedule's shape."""
-        shape = self.shape(max(self.last_epoch, 0))
-        rates = dict(zip(self.layers, self.learning_rates.tolist(), strict=True))
-        return [rates[layer] * shape for layer in self._group_layers]
+        self.write_learning_rates()
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, in tensors and plain containers, so that `torch.load(weights_only=True)` reads it."""
         return {
-            **{name: getattr(self, name) for name in PLAIN_STATE},
-            "layers": list(self.layers),
-            "optimizer": type(unwrap(self.optimizer)).__name__,
-            "learning_rates": self.learning_rates.clone(),
-            "start_learning_rates": self.start_learning_rates.clone(),
+            **super().state_dict(),
+            "restarted_at": self.restarted_at,
+            "validations": self.validations,
             "rule": {"name": type(self.rule).__name__, "state": self.rule.state_dict()},
             "guard": self.guard.state_dict(),
             "calibrator": self._calibrator.state_dict(),
-            "history": self.history.state_dict(),
-            "look_ahead": self._look_ahead.state_dict(self._parameters_by_layer()),
+            "look_ahead": self._look_ahead.state_dict(self.parameters_by_layer()),
             "stateful": {name: part.state_dict() for name, part in self.stateful.items()},
         }
 
@@ -301,25 +267,16 @@ class MetaLRScheduler(LRScheduler):
         Raises:
             ValueError: if the state is not one of a `MetaLRScheduler`, or its layers or its optimizer are others.
         """
-        if "learning_rates" not in state_dict:
-            raise ValueError("This is not the state of a MetaLRScheduler: it has no 'learning_rates'.")
-        check_saved_layers(state_dict["layers"], self.layers)
-        check_saved_optimizer(state_dict["optimizer"], type(unwrap(self.optimizer)).__name__)
-        for name in PLAIN_STATE:
-            setattr(self, name, state_dict[name])
-        self.learning_rates = state_dict["learning_rates"].clone()
-        self.start_learning_rates = state_dict["start_learning_rates"].clone()
+        super().load_state_dict(state_dict)
+        self.restarted_at, self.validations = state_dict["restarted_at"], state_dict["validations"]
+        self.guard.load_state_dict(state_dict["guard"])
         self._calibrator.load_state_dict(state_dict["calibrator"])
-        for name in ("guard", "history"):
-            getattr(self, name).load_state_dict(state_dict[name])
         # Another rule, or another source of validation batches, than before starts anew.
         if state_dict["rule"]["name"] == type(self.rule).__name__:
             self.rule.load_state_dict(state_dict["rule"]["state"])
-        self._look_ahead.load_state_dict(state_dict["look_ahead"], self._parameters_by_layer())
+        self._look_ahead.load_state_dict(state_dict["look_ahead"], self.parameters_by_layer())
         for name in self.stateful.keys() & state_dict["stateful"].keys():
             self.stateful[name].load_state_dict(state_dict["stateful"][name])
-        self._write_learning_rates()
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def remove_hooks(self) -> None:
         """Takes the scheduler off its optimizer, so that another one can take over."""
@@ -344,12 +301,12 @@ class MetaLRScheduler(LRScheduler):
             if self.guard.harmful(self._meta_loss):
                 self._refuse(SHRINK_BLINDLY, before)
             elif tuned:
-                self._write_learning_rates()
+                self.write_learning_rates()
             self._noted = self._noted_loss = None
             self._look_ahead.discard()
         if self.will_tune:
             self._found_inf = []
-            self._look_ahead.before_step(self._parameters_by_layer())
+            self._look_ahead.before_step(self.parameters_by_layer())
         elif self.tuning_is_over:
             # Gives the copy of the parameters back.
             self._look_ahead = LookAhead(unwrap(optimizer))
@@ -414,52 +371,29 @@ class MetaLRScheduler(LRScheduler):
     def _refuse(self, factor: float, before: Tensor) -> None:
         self._look_ahead.rescale([factor] * len(before))
         self.learning_rates = (before * factor).clamp(min=self.lr_min)
-        self._write_learning_rates()
+        self.write_learning_rates()
         self.guard.refused += 1
 
     def _tune(self, products: Tensor, loss: Tensor | None = None) -> bool:
         """Turns inner products into new learning rates; says whether it did."""
-        distributed = self.reduce is not None
-        if distributed:
-            # One figure a layer over the wire.
-            products = self._look_ahead.sum_by_layer(products)
-        self._meta_loss, products, overflowed = gather(products, loss, self._found_inf, self.reduce)
+        self._meta_loss, by_layer, overflowed = gather(
+            products, loss, self._found_inf, self._look_ahead.sum_by_layer, self.reduce
+        )
         if overflowed:
-            self._meta_loss = math.nan
             return False
-        by_layer = products if distributed else self._look_ahead.sum_by_layer(products)
         if self.lookahead == "optimizer":
             by_layer = torch.where(self.learning_rates > 0, by_layer / self.learning_rates, 0.0)
-        finite = bool(by_layer.isfinite().all()) and (
-            self.meta_source == "next_batch" or math.isfinite(self._meta_loss)
-        )
+        loss_counts = self.meta_source == "stream"
+        finite = bool(by_layer.isfinite().all()) and (math.isfinite(self._meta_loss) or not loss_counts)
         self.guard.count(finite)
         self._measured = (self._meta_loss, by_layer.tolist())
         if not finite:
             return False
-        new = limit_change(
-            self.learning_rates,
-            self.rule(self.learning_rates, by_layer),
-            self.max_lr_change,
-            self.lr_min,
-            self.lr_max,
-        )
+        new = self.rule(self.learning_rates, by_layer)
+        new = limit_change(self.learning_rates, new, self.max_lr_change, self.lr_min, self.lr_max)
         held = torch.tensor([self.last_epoch < self.hold_steps.get(layer, 0) for layer in self.layers])
         self.learning_rates = torch.where(held, self.learning_rates, new)
         return True
-
-    def _record(self) -> None:
-        used = self.learning_rates * self.shape(self.last_epoch)
-        meta_loss, hypergradients = self._measured or (math.nan, None)
-        self.history.append(self.last_epoch, used.tolist(), meta_loss, hypergradients)
-        self._measured = None
-
-    def _write_learning_rates(self) -> None:
-        write_learning_rates(self.optimizer, self.get_lr())
-
-    def _parameters_by_layer(self) -> list[list[Tensor]]:
-        # Read anew each time: wrappers replace the group dicts and sharding replaces the parameters.
-        return parameters_by_layer(self.optimizer, self._group_layers, self.layers)
 
 
 def _ratio(new: Tensor, old: Tensor) -> Tensor:

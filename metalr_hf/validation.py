@@ -39,6 +39,7 @@ def gather(
     products: Tensor,
     loss: Tensor | None,
     overflow_flags: Sequence[Tensor],
+    sum_by_layer: Callable[[Tensor], Tensor],
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, Tensor, bool]:
     """Brings all figures of a tuned step to the CPU, in the only wait for the device that the step has.
@@ -47,12 +48,16 @@ def gather(
         products (`torch.Tensor` of shape `(parameters,)`): Inner products.
         loss (`torch.Tensor` of shape `()`, *optional*): The validation loss.
         overflow_flags (`Sequence[torch.Tensor]`): Above zero where gradients overflowed.
+        sum_by_layer (`Callable`): Sums figures of parameters up to figures of layers.
         reduce (`Callable`, *optional*): Averages a tensor over all processes.
 
     Returns:
-        `tuple[float, torch.Tensor, bool]`: the loss (NaN without one), the products (float64) and whether there was an
-        overflow.
+        `tuple[float, torch.Tensor, bool]`: the loss (NaN without one, or after an overflow), the products of every
+        layer (float64) and whether there was an overflow.
     """
+    if reduce is not None:
+        # One figure a layer over the wire.
+        products = sum_by_layer(products)
     loss = products.new_full((), math.nan) if loss is None else loss.detach().to(products)
     values = torch.cat([loss.reshape(1), products])
     if reduce is not None:
@@ -60,7 +65,9 @@ def gather(
     flags = [flag.to(values).reshape(1) for flag in overflow_flags]
     figures = torch.cat([values, *flags]).double().cpu()
     loss, products, flags_seen = figures.split([1, len(products), len(flags)])
-    return float(loss), products, bool(flags_seen.any())
+    overflowed = bool(flags_seen.any())
+    by_layer = sum_by_layer(products) if reduce is None else products
+    return math.nan if overflowed else float(loss), by_layer, overflowed
 
 
 def clear_gradients(parameters: Iterable[Tensor]) -> None:

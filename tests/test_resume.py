@@ -195,7 +195,8 @@ def test_a_checkpoint_loads_without_pickle(tmp_path, monkeypatch):
 
     def load_weights_only(file, *args, **kwargs):
         assert kwargs["weights_only"] is True
-        loaded.append(Path(file).name)
+        # The first weights, which the watch for a collapse keeps, are in a file without a name.
+        loaded.extend([Path(file).name] if isinstance(file, (str, Path)) else [])
         return load(file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "load", load_weights_only)

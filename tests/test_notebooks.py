@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MOST_BYTES = 300_000
 # Of the machine that ran a notebook, and of what is no use to a reader.
-JUNK = re.compile(r"/home/|/root/|/work/|/tmp/|/Users/|site-packages|Warning:|\d%\||it/s\]|<progress")
+JUNK = re.compile(r"/home/|/root/|/tmp/|/Users/|site-packages|Warning:|\d%\||it/s\]|<progress")
 
 assert NOTEBOOKS, f"no notebooks in {FOLDER}"
 

@@ -98,7 +98,7 @@ def wrap_bare_module(
             return wrap_timm_model(model), _prefixed(model, groups, PREFIX)
     if own_loss or not needs_loss(model):
         return model, groups
-    argument = next(iter(inspect.signature(model.forward).parameters))
+    argument = next(iter(inspect.signature(_forward(model)).parameters))
     if argument != "pixel_values" and argument in (getattr(dataset, "column_names", None) or ()):
         return model, groups
     return Classifier(model), _prefixed(model, groups, NETWORK)
@@ -121,11 +121,16 @@ def needs_loss(model: nn.Module) -> bool:
     """
     if isinstance(model, PreTrainedModel) or hasattr(model, "config"):
         return False
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    parameters = list(inspect.signature(_forward(model)).parameters.values())
     if any(p.kind is p.VAR_KEYWORD or "label" in p.name for p in parameters):
         return False
     required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
     return len(required) == 1 and not isinstance(model, nn.parallel.DistributedDataParallel)
+
+
+def _forward(model: nn.Module) -> Any:
+    # torch.compile's wrapper takes any arguments.
+    return getattr(model, "_orig_mod", model).forward
 
 
 class LossAlone:

@@ -101,6 +101,11 @@ class BenchmarkArguments:
             check_count(name, getattr(self, name))
         for k in self.meta_every:
             check_count("meta_every", k)
+            if k > self.steps:
+                raise ValueError(
+                    f"meta_every={k} needs as many steps, but steps={self.steps}: none of those measured would tune. "
+                    "Raise steps, or leave that meta_every out."
+                )
         if self.meta_batch_size is not None:
             check_count("meta_batch_size", self.meta_batch_size)
         known = [case.key for case in all_cases(self)]
@@ -358,7 +363,11 @@ def _make_trainer(
     if case.granularity != "block":
         given["layer_groups"] = layer_groups(model, case.granularity)
     kind = MetaLRTrainingArguments if case.kind is MetaLRTrainer else TrainingArguments
-    return case.kind(model=model, args=kind(**settings, **case.tuning), **given)
+    args = kind(**settings, **case.tuning)
+    if args.n_gpu > 1:
+        # One device is measured, where Trainer would put a batch on each. There is no public setting.
+        args._n_gpu = 1
+    return case.kind(model=model, args=args, **given)
 
 
 @contextmanager

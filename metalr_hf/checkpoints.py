@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
@@ -144,14 +144,20 @@ class CheckpointingTrainer(Trainer):
     def _layer_groups(self, model: nn.Module) -> dict[str, list[str]]:
         raise NotImplementedError
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs_trained, batches_trained = super()._init_training_state(max_steps, *args, **kwargs)
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        epochs_trained, batches_trained = super()._init_training_state(
+            max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial
+        )
         # Of a stream Trainer does not know the length, takes the whole run for one epoch and, in a later one, skips as
         # many batches as were ever trained on. How far the epoch has come is in the state. No public hook is there.
         if batches_trained and not has_length(self.train_dataset):
             epochs_trained = int(self.state.epoch)
-            batches = (self.state.epoch - epochs_trained) * max_steps * self.args.gradient_accumulation_steps
-            batches_trained = round(batches)
+            # The saved run's `max_steps`: its epochs were counted in those.
+            saved = TrainerState.load_from_json(os.path.join(resume_from_checkpoint or "", TRAINER_STATE_NAME))
+            steps = round((self.state.epoch - epochs_trained) * saved.max_steps)
+            batches_trained = steps * self.args.gradient_accumulation_steps
         return epochs_trained, batches_trained
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

@@ -70,7 +70,9 @@ class CollapseGuard:
             labels (`torch.Tensor` of shape `(batch,)`, int64): The class of every image.
         """
         self.losses.append(loss.detach())
-        self.labels.append(labels.detach().reshape(-1))
+        labels = labels.detach().reshape(-1)
+        # Those below zero are of no class.
+        self.labels.append(labels[labels >= 0])
 
     def collapsed(
         self, logits: Callable[[], Tensor], reduce: Callable[[Tensor], Tensor] = lambda values: values

@@ -245,6 +245,8 @@ def _train_and_test(cell: Cell, run: Run, comparison: Comparison, folder: Path) 
     scores = score_classes(prediction.predictions, prediction.label_ids, cell.classes)
     if not np.isfinite(output.training_loss):
         return {"status": "failed", "reason": f"training loss {output.training_loss}", **scores}
+    if scores["accuracy"] is None:
+        return {"status": "failed", "reason": "test outputs that are not finite", **scores}
     return {
         "status": "done",
         **scores,

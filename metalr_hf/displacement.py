@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,8 +139,7 @@ class StepFromState:
             if any(isinstance(step, Tensor) and step.device.type != "cpu" for step in steps):
                 # Not brought to the CPU, which would wait for the device.
                 count = torch.stack([step.reshape(()) for step in steps]).double()
-                beta1, beta2 = count.new_tensor(betas).unbind(1)
-                self._corrections = (1 / (1 - beta1**count)).unbind(), (1 - beta2**count).rsqrt().unbind()
+                self._corrections = bias_corrections(count, betas)
             else:
                 counts = [float(step) for step in steps]
                 self._corrections = (
@@ -150,7 +149,19 @@ class StepFromState:
         return self._corrections
 
 
-def step_options(optimizer: Optimizer | None, parameters: Iterable[Tensor]) -> list[dict[str, Any]] | None:
+def bias_corrections(count: Tensor, betas: Sequence[tuple[float, float]]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """1 / (1 - β₁ⁿ) and 1 / √(1 - β₂ⁿ) of every parameter, without waiting for the device.
+
+    Args:
+        count (`torch.Tensor` of shape `(parameters,)`, float64): The steps n that each has taken.
+        betas (`Sequence[tuple[float, float]]`): β₁ and β₂ of each.
+    """
+    # Filled on the device: a tensor made of numbers would be copied there, which waits.
+    beta1, beta2 = (torch.stack([count.new_full((), beta) for beta in side]) for side in zip(*betas, strict=True))
+    return (1 / (1 - beta1**count)).unbind(), (1 - beta2**count).rsqrt().unbind()
+
+
+def step_options(optimizer: Optimizer | None, parameters: Sequence[Tensor]) -> list[dict[str, Any]] | None:
     """The options of every parameter that its coming step depends on.
 
     Args:
@@ -169,7 +180,9 @@ def step_options(optimizer: Optimizer | None, parameters: Iterable[Tensor]) -> l
     found = [by_parameter.get(id(p)) for p in parameters]
     options = [own for own in found if own is not None]
     same_moments = len({own.get("amsgrad") for own in options}) <= 1
-    return options if len(options) == len(found) and same_moments else None
+    # Steps are counted on the device of their parameter, and their corrections are worked out together.
+    one_device = len({p.device for p in parameters}) <= 1
+    return options if len(options) == len(found) and same_moments and one_device else None
 
 
 def _group_options(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any] | None:

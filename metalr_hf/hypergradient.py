@@ -333,7 +333,9 @@ def untouched(model: nn.Module, mode: str = "train") -> Iterator[None]:
 
     Args:
         model (`torch.nn.Module`): The model.
-        mode (`str`, *optional*, defaults to `"train"`): `"train"` or `"eval"`: how batch-norm and dropout work inside.
+        mode (`str`, *optional*, defaults to `"train"`):
+            How batch-norm and dropout work inside: `"train"`, as in the training step (a module that is held in eval
+            mode stays so), or `"eval"`.
 
     Example:
 
@@ -353,7 +355,8 @@ def untouched(model: nn.Module, mode: str = "train") -> Iterator[None]:
         saved = [buffer.clone() for buffer in buffers]
     with preserve_random_state(next((p.device for p in model.parameters()), torch.device("cpu"))):
         try:
-            model.train(mode == "train")
+            if mode == "eval":
+                model.eval()
             yield
         finally:
             for module, flag in zip(model.modules(), training, strict=True):

@@ -65,7 +65,8 @@ def tensor_names(layer: str, members: Sequence[str], prefix: str) -> list[str]:
     """
     names = [clean(name.removeprefix(prefix)) for name in members]
     if layer != "head":
-        return names
+        # `head.` is kept for the tensors of the head, as `head` is among whole layers.
+        return [f"backbone.{name}" if name.split(".")[0] == "head" else name for name in names]
     modules = [name.split(".")[:-1] for name in names]
     shared = 0
     while all(len(parts) > shared and parts[shared] == modules[0][shared] for parts in modules):

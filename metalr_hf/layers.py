@@ -26,13 +26,18 @@ class LayerGroups(dict[str, list[str]]):
     Args:
         layers (`Mapping[str, list[str]]`):
             Layer name to parameter names.
-        parameters (`Mapping[str, int]`):
-            Layer name to how many numbers are trained in it.
+        sizes (`Mapping[str, int]`):
+            Parameter name to how many numbers are in it.
     """
 
-    def __init__(self, layers: Mapping[str, list[str]], parameters: Mapping[str, int]):
+    def __init__(self, layers: Mapping[str, list[str]], sizes: Mapping[str, int]):
         super().__init__(layers)
-        self.parameters = dict(parameters)
+        self.sizes = dict(sizes)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Layer name to how many numbers are trained in it."""
+        return {layer: sum(self.sizes[name] for name in members) for layer, members in self.items()}
 
     def __rich__(self) -> Table:
         """The table: layer, tensors, parameters and their share of all trainable ones."""
@@ -42,9 +47,10 @@ class LayerGroups(dict[str, list[str]]):
         table.add_column("layer", overflow="fold")
         for title in ("tensors", "parameters", "share"):
             table.add_column(title, justify="right")
-        total = sum(self.parameters.values())
+        parameters = self.parameters
+        total = sum(parameters.values())
         for layer, members in self.items():
-            count = self.parameters[layer]
+            count = parameters[layer]
             table.add_row(layer, f"{len(members)}", f"{count:,}", f"{count / max(1, total):.1%}")
         table.add_section()
         tensors = sum(map(len, self.values()))
@@ -126,9 +132,7 @@ def layer_groups(model: nn.Module, granularity: str = "block", head: str | Seque
             for tensor, name in zip(tensor_names(layer, members, prefix), members, strict=True)
         }
     layers = {layer: members for layer, members in layers.items() if members}
-    return LayerGroups(
-        layers, {layer: sum(trainable[name].numel() for name in members) for layer, members in layers.items()}
-    )
+    return LayerGroups(layers, {name: parameter.numel() for name, parameter in trainable.items()})
 
 
 def check_layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]]) -> None:

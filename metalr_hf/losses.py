@@ -55,7 +55,8 @@ def segmentation_loss(
     true_log_probabilities = log_probabilities.gather(1, truth[:, None])[:, 0]
     cross_entropy = -(true_log_probabilities * kept).sum() / kept.sum().clamp(min=1)
     loss = cross_entropy + dice_loss(log_probabilities.exp(), truth, kept)
-    return loss if num_items_in_batch is None else loss * labels.numel() / num_items_in_batch
+    # Trainer counts the labels of a step that are not -100.
+    return loss if num_items_in_batch is None else loss * labels.ne(-100).sum() / num_items_in_batch
 
 
 def dice_loss(probabilities: Tensor, truth: Tensor, kept: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "mean": groups["accuracy"].mean(),
-            "std": groups["accuracy"].std(ddof=1).fillna(0.0),
+            "std": groups["accuracy"].std(ddof=1),
             "loss": groups["test_loss"].mean(),
             "cost": groups["cost"].mean(),
             "failed": groups["failed"].sum(),
@@ -167,7 +167,7 @@ def _draw_cell(ax: Axes, summary: pd.DataFrame, strategies: Sequence[str]) -> No
     colors = _colors(strategies, ax)
     for name, points in summary.groupby(level="strategy", sort=False):
         x = points.index.get_level_values("learning_rate").to_numpy(float)
-        mean, std = points["mean"].to_numpy(), points["std"].to_numpy()
+        mean, std = points["mean"].to_numpy(), points["std"].fillna(0.0).to_numpy()
         if np.isnan(x).all():
             x, mean, std = np.array(span), np.repeat(mean, 2), np.repeat(std, 2)
         order = np.argsort(x)
@@ -241,14 +241,17 @@ def _accuracy_table(rows: pd.DataFrame) -> str:
 def _entry(point: Any, best: float) -> str:
     if point is None:
         return ""
-    text = f"{point['mean']:.3f} ± {point['std']:.3f}"
+    text = f"{point['mean']:.3f}" + ("" if np.isnan(point["std"]) else f" ± {point['std']:.3f}")
     if point["failed"]:
         text += f" ({int(point['failed'])} failed)"
     return f"**{text}**" if point["mean"] == best else text
 
 
 def _class_table(rows: pd.DataFrame) -> str:
-    classes = list(rows["class_accuracy"].dropna().iloc[0])
+    scored = [found for found in rows.get("class_accuracy", []) if isinstance(found, dict) and found]
+    if not scored:
+        return "No run was scored."
+    classes = list(scored[0])
     lines = [["strategy", "learning rate", *classes, "total", "macro F1"]]
     lines.append(["---", *["---:"] * (len(classes) + 3)])
     summary = summarise(rows)
@@ -287,8 +290,10 @@ def _notes(folder: Path, results: pd.DataFrame, timings: pd.DataFrame) -> str:
         notes.append("Failed runs, counted as an accuracy of zero:")
         notes.append("\n".join(f"- {count} × {reason}" for reason, count in reasons.items()))
     if not timings.empty:
-        median = timings.groupby("strategy", sort=False)["seconds"].median()
-        notes.append(
-            "Median seconds a run: " + ", ".join(f"{name} {value:.0f}" for name, value in median.items()) + "."
-        )
+        medians = timings.groupby(["cell", "strategy"], sort=False)["seconds"].median()
+        notes.append("Median seconds a run:")
+        notes += [
+            f"- {cell}: " + ", ".join(f"{name} {value:.0f}" for name, value in group.droplevel("cell").items()) + "."
+            for cell, group in medians.groupby(level="cell", sort=False)
+        ]
     return "\n\n".join(notes)

@@ -14,12 +14,12 @@ from .meta_stream import MetaStream
 
 
 class SecondOrderTrainer(Trainer):
-    """A `Trainer` whose every step tunes one learning rate a layer as in Chen et al. 2023, Algorithm 1, word by word.
+    """A `Trainer` whose every step tunes one learning rate a layer as in Chen et al. 2023, Algorithm 1.
 
     θ̂_j = θ_j - α_j g_j is written down with the graph of g_j = ∇_{θ_j} L_train(θ) in it, the network is called with θ̂
     in place of its parameters, and autograd takes ∂L_val(θ̂)/∂α_j through all of it. The step for real is the
-    optimizer's, with the gradient g_j that is there already. It is what [`MetaLRTrainer`] is measured against; train
-    with that.
+    optimizer's, with the gradient g_j that is there already, and a rate changes by a factor of two at most. It is what
+    [`MetaLRTrainer`] is measured against; train with that.
 
     Args:
         *args, **kwargs: As for `Trainer`.

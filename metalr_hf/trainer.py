@@ -94,12 +94,12 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         args = _with_tuning_arguments(args)
         args.refuse_deepspeed()
         refuse_fsdp1((args.fsdp_plugin_args or {}).get("fsdp_version", 2))
+        # The user's own loss knows what to feed the module and what it returns.
+        changed = type(self).compute_loss is not MetaLRTrainer.compute_loss
+        self._own_loss = changed or kwargs.get("compute_loss_func") is not None
         if model is not None:
-            # The user's own loss knows what to feed the module and what it returns.
-            changed = type(self).compute_loss is not MetaLRTrainer.compute_loss
-            own_loss = changed or kwargs.get("compute_loss_func") is not None
             dataset = kwargs.get("train_dataset", trainer_args[1] if len(trainer_args) > 1 else None)
-            model, layer_groups = wrap_bare_module(model, layer_groups, dataset, own_loss=own_loss)
+            model, layer_groups = wrap_bare_module(model, layer_groups, dataset, own_loss=self._own_loss)
         optimizer, scheduler = kwargs.get("optimizers") or (None, None)
         if scheduler is not None:
             raise ValueError(
@@ -145,8 +145,6 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             parameters = dict(model.named_parameters())
             layers = {layer: [parameters[name] for name in members] for layer, members in names.items()}
             groups = split_param_groups(optimizer.param_groups, layers)
-            order = {layer: i for i, layer in enumerate(layers)}
-            groups.sort(key=lambda group: order[group["layer"]])
             heads = head_layers(list(layers))
             optimizer.param_groups.clear()
             for group in groups:
@@ -180,7 +178,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             if self.meta_source == "stream":
                 self._meta_stream = self._create_meta_stream()
                 scheduler.stateful["meta_stream"] = self._meta_stream
-            if args.hyper_lr > 0 and args.tuning_steps and not self.is_fsdp_enabled and self.compute_loss_func is None:
+            if args.hyper_lr > 0 and args.tuning_steps and not self.is_fsdp_enabled and not self._own_loss:
                 self._collapse_guard = scheduler.stateful["collapse_guard"] = CollapseGuard(self.model)
             held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
             parameters = self.model.named_parameters()

@@ -172,6 +172,8 @@ def test_which_modules_need_a_loss():
     assert not needs_loss(WithLabels("dict"))
     assert not needs_loss(Classifier(Network()))
     assert not needs_loss(nn.Bilinear(2, 2, 2))
+    assert needs_loss(torch.compile(Network()))
+    assert not needs_loss(torch.compile(WithLabels("dict")))
 
 
 class Features(Network):

@@ -172,6 +172,7 @@ def test_ratios_are_within_a_repeat():
         (["--dtype", "float8"], "dtype='float8' must be one of 'float32'"),
         (["--repeats", "0"], "repeats=0 must be 1 or more"),
         (["--meta_every", "0"], "meta_every=0 must be 1 or more"),
+        (["--steps", "5"], "meta_every=10 needs as many steps, but steps=5"),
         (["--only", "fast"], "only='fast' must be one of 'plain', 'next_batch'"),
         (["--model", "/no/such/model"], "model_name_or_path='/no/such/model'"),
     ],

@@ -36,6 +36,13 @@ def test_a_class_that_is_rare_is_no_collapse():
     assert not guard.collapsed(lambda: torch.zeros(100, 2))
 
 
+def test_labels_of_no_class_are_not_counted():
+    guard = CollapseGuard(nn.Linear(4, 2), every=1)
+    guard.start_spread = 1.0
+    guard.note(torch.tensor(0.7), torch.tensor([0, 1, -100, -100]))
+    assert guard.collapsed(lambda: torch.zeros(4, 2))
+
+
 def test_going_back_restores_weights_and_buffers():
     model = resnet()
     before = {name: value.clone() for name, value in model.state_dict().items()}

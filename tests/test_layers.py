@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import pytest
 import timm
 import torch
@@ -152,6 +154,20 @@ def test_coarser_and_finer():
     assert list(layer_groups(resnet(), "stage")) == ["stem", "encoder.stages.0", "encoder.stages.1", "head"]
     with pytest.raises(ValueError, match="granularity='fine' must be one of 'block', 'stage', 'tensor'"):
         layer_groups(model, "fine")
+
+
+def test_a_head_named_by_hand_does_not_take_the_names_of_another():
+    model = nn.Sequential(OrderedDict(stem=nn.Linear(2, 2), head=nn.Linear(2, 2), out=nn.Linear(2, 2)))
+    groups = layer_groups(model, "tensor", head="out")
+    assert list(groups)[-2:] == ["head.weight", "head.bias"]
+    assert sorted(name for names in groups.values() for name in names) == sorted(dict(model.named_parameters()))
+
+
+def test_layers_edited_by_hand_print():
+    groups = layer_groups(nn.Sequential(OrderedDict(stem=nn.Linear(2, 2), head=nn.Linear(2, 2))))
+    groups["mine"] = groups.pop("stem")
+    assert "mine" in str(groups)
+    assert groups.parameters == {"head": 6, "mine": 6}
 
 
 def test_param_groups_are_split_by_layer_and_keep_their_options():

@@ -52,6 +52,14 @@ def test_the_parts_of_an_accumulated_batch_weigh_as_their_pixels():
     assert sum(parts).item() == pytest.approx(sum(means).item() / 3)
 
 
+def test_the_pixels_that_trainer_does_not_count_weigh_nothing():
+    logits, labels = torch.randn(2, 2, 4, 4), torch.randint(0, 2, (2, 4, 4))
+    labels[0, 1:] = -100
+    parts = [segmentation_loss(logits[i : i + 1], labels[i : i + 1], num_items_in_batch=20) for i in range(2)]
+    means = [segmentation_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(2)]
+    assert sum(parts).item() == pytest.approx((4 * means[0].item() + 16 * means[1].item()) / 20)
+
+
 def test_logits_are_brought_to_the_size_of_the_masks():
     logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 16, 16))
     upsampled = functional.interpolate(logits, size=(16, 16), mode="bilinear", align_corners=False)

@@ -81,6 +81,18 @@ def test_folds_bring_a_table_of_classes(tmp_path):
     assert "| cosine | 0.001 | 0.600 | 0.600 | 0.600 | 0.600 |" in text
 
 
+def test_folds_that_failed_leave_a_report(tmp_path):
+    failed = {"status": "failed", "reason": "training loss nan", "accuracy": None, "class_accuracy": {}}
+    rows = [{**result("cosine", 1e-3, 0, 0.5, fold=0), **failed}, result("cosine", 1e-3, 0, 0.6, fold=1)]
+    assert "| a | b | total |" in write_report(folder(tmp_path, rows)).read_text()
+    assert "No run was scored." in write_report(folder(tmp_path, rows[:1])).read_text()
+
+
+def test_a_single_run_has_no_deviation(tmp_path):
+    text = write_report(folder(tmp_path, [result("cosine", 1e-3, 0, 0.5)])).read_text()
+    assert "| cosine | **0.500** | 0.500 |" in text
+
+
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no results to report"):
         write_report(tmp_path)

@@ -86,6 +86,32 @@ def train(folder, file_size=None):
     os.replace(folder / "done.partial", folder / "done.pt")
 
 
+class Rows(torch.utils.data.IterableDataset):
+    """Rows that say which were read; of no known length."""
+
+    def __init__(self, read):
+        self.read = read
+
+    def __iter__(self):
+        pixels = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+        for number in range(10_000):
+            self.read.append(number)
+            yield {"pixel_values": pixels, "labels": number % 3}
+
+
+def test_a_longer_run_goes_on_in_a_stream_where_the_saved_one_stood(tmp_path):
+    setting = {**SAVING, "save_steps": 6, "calibrate": False, "meta_source": "next_batch"}
+    setting["per_device_train_batch_size"] = 4
+    trainer(tmp_path, resnet(), train_dataset=Rows([]), **setting).train()
+    batches = []
+    run = trainer(tmp_path, resnet(), train_dataset=Rows(read := []), **{**setting, "max_steps": 2 * STEPS})
+    step = run.training_step
+    run.training_step = lambda *args, **kwargs: (batches.append(len(read)), step(*args, **kwargs))[1]
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    # The loader reads one batch ahead.
+    assert batches[0] <= 4 * (6 + 2)
+
+
 class DiskFull(TrainerCallback):
     """From step 4 on no file may grow beyond a size, which fails a write as a full disk does."""
 

@@ -232,6 +232,22 @@ def test_clipping_decay_groups_smoothing_and_own_losses_count_in_the_validation_
         assert measured == pytest.approx(sum(expected[name] for name in layer_groups(start)[layer]), rel=1e-3, abs=1e-6)
 
 
+class OwnFeed(MetaLRTrainer):
+    """Feeds the module itself, as users do whose batches hold more than the module takes."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(inputs["pixel_values"])
+        return nn.functional.cross_entropy(logits, inputs["labels"])
+
+
+def test_a_module_that_only_the_users_own_loss_can_feed_is_trained(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.ReLU(), nn.Linear(8, 3))
+    args = arguments(tmp_path, max_steps=12, meta_source=None, remove_unused_columns=False)
+    run = OwnFeed(model=network, args=args, train_dataset=images())
+    run.train()
+    assert len(run.lr_history) == 12
+
+
 def test_clipping_does_not_shrink_the_hypergradient_of_the_next_batch(tmp_path):
     start = vit(dropout=0.0)
     run = Recording(

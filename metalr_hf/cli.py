@@ -88,7 +88,7 @@ def train(argv: list[str]) -> int:
         if last is None:
             _say("Interrupted before the first checkpoint; --save_strategy and --save_steps say when there is one.")
         else:
-            command = shlex.join(["metalr-hf", "train", *argv, "--resume_from_checkpoint", "true"])
+            command = shlex.join(["metalr-hf", "train", *_to_resume(argv), "--resume_from_checkpoint", "true"])
             _say(f"Interrupted. The last checkpoint is {last}. Resume with:\n{command}")
         return INTERRUPTED
     return 0
@@ -198,6 +198,19 @@ def publish(argv: list[str]) -> int:
     options = {"private": given.private, "revision": given.revision, "commit_message": given.commit_message}
     print(publish(given.run, given.repo_id, **options).repo_url)
     return 0
+
+
+def _to_resume(argv: Sequence[str]) -> list[str]:
+    """A run's arguments without tokens, which a screen must not show, and without how the run itself began."""
+    kept: list[str] = []
+    dropping = False
+    for part in argv:
+        if part.startswith("--"):
+            name = part.split("=")[0].replace("-", "_")
+            dropping = name.endswith("_token") or name in ("__resume_from_checkpoint", "__overwrite_output_dir")
+        if not dropping:
+            kept.append(part)
+    return kept
 
 
 def _say(message: str) -> None:

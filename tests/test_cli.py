@@ -256,8 +256,11 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, images, vit):
     output = tmp_path / "run with space"
     arguments = ["--output_dir", str(output), "--dataset_name", images, "--model_name_or_path", vit, *QUICK]
     arguments += ["--save_steps", "2", "--save_total_limit", "2", "--max_steps", "5000"]
+    # What the command that resumes must not tell, or would do again.
+    not_to_resume = ["--hub_token", "hf_SECRET", "--hub-token=hf_SECRET", "--overwrite_output_dir"]
+    not_to_resume += ["--resume_from_checkpoint", "false"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "metalr_hf.cli", "train", *arguments],
+        [sys.executable, "-m", "metalr_hf.cli", "train", *arguments[:2], *not_to_resume, *arguments[2:]],
         env={**os.environ, **ENVIRONMENT, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -278,6 +281,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, images, vit):
     last = usable_checkpoint(output)
     assert f"Interrupted. The last checkpoint is {last}. Resume with:" in error
     assert error.splitlines()[-1].startswith(f"metalr-hf train --output_dir '{output}' --dataset_name")
+    assert "hf_SECRET" not in error
     assert error.splitlines()[-1].endswith("--max_steps 5000 --resume_from_checkpoint true")
     done = int(last.rsplit("-", 1)[1])
     assert main(["train", *arguments, "--max_steps", str(done + 2), "--resume_from_checkpoint", "true"]) == 0

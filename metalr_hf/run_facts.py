@@ -17,8 +17,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from sklearn.metrics import precision_recall_fscore_support
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType
+from yaml import YAMLError
 
 from .model_card import Evaluation, LayerFacts, RunFacts
+from .publish import CARD
 
 if TYPE_CHECKING:
     from .hub_trainer import HubTrainer
@@ -213,14 +215,17 @@ def _hub_id(name: str | None) -> str | None:
 
 def _license(base_model: str | None, loaded_from: str | None, config: Any) -> str | None:
     """The licence of the pretrained model, if it can be known."""
-    card = Path(loaded_from or "") / "README.md"
+    if loaded_from and (card := Path(loaded_from) / CARD).is_file() and (stated := _stated_license(card)):
+        return stated
+    if not (base_model or loaded_from):
+        return None
+    known = (getattr(config, "pretrained_cfg", None) or {}).get("license")
+    return known or (_stated_license(base_model) if base_model else None)
+
+
+def _stated_license(card: str | Path) -> str | None:
     try:
-        if card.is_file():
-            return ModelCard.load(card).data.license
-        if base_model is None:
-            return None
-        known = (getattr(config, "pretrained_cfg", None) or {}).get("license")
-        return known or ModelCard.load(base_model).data.license
+        return ModelCard.load(card).data.license
     # No network, no such model, no card, or one that cannot be read: the licence is not known.
-    except (HTTPError, OSError, ValueError):
+    except (HTTPError, OSError, ValueError, YAMLError):
         return None

@@ -150,6 +150,26 @@ def test_the_card_names_the_base_and_inherits_its_licence(hub, user, start, tmp_
     assert card.data.datasets is None
 
 
+def test_the_licence_is_that_of_the_model_and_not_of_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("---\nlicense: gpl-3.0\n---\n")
+    run = trainer(tmp_path / "run", model=vit(), max_steps=1)
+    run.train()
+
+    def licence():
+        run.create_model_card()
+        return ModelCard.load(tmp_path / "run" / "README.md").data.license
+
+    assert licence() is None
+    run.model.config._name_or_path = str(tmp_path)
+    assert licence() == "gpl-3.0"
+    run.model.config.pretrained_cfg = {"license": "apache-2.0"}
+    for text in ("No front matter.", "---\nlicense: [\n---\n", "---\n- a list\n---\n"):
+        readme.write_text(text)
+        assert licence() == "apache-2.0"
+
+
 TIMM = """
 import sys, timm, torch
 sys.path.insert(0, argv[0])

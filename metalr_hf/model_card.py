@@ -25,8 +25,16 @@ USAGE = {
     "transformers": """
 from transformers import pipeline
 
-model = pipeline("{task}", model="{model_id}")
+model = pipeline("{task}", model="{model_id}"{code})
 print(model("image.png"))
+""",
+    "volumes": """
+import torch
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{model_id}"{code}).eval()
+volume = torch.zeros(1, {channels}, 16, 64, 64)  # batch, channels, depth, height, width
+print(model(volume).logits.argmax(1))
 """,
     "timm": """
 import timm
@@ -108,6 +116,8 @@ class RunFacts:
         step (`int`): The optimizer step of the weights.
         tuned (`bool`): Whether the rates were tuned.
         auto_class (`str`): The class of transformers that loads such a model.
+        has_own_code (`bool`): Whether the code of the model's class is published with it.
+        volume_channels (`int`, *optional*): Of the volumes that a 3-D network takes, for which there is no pipeline.
         base_model (`str`, *optional*): Hub id of the pretrained model.
         license (`str`, *optional*): Its licence.
         dataset (`str`, *optional*): Hub id of the data set, or its name.
@@ -128,6 +138,8 @@ class RunFacts:
     step: int = 0
     tuned: bool = True
     auto_class: str = "AutoModelForImageClassification"
+    has_own_code: bool = False
+    volume_channels: int | None = None
     base_model: str | None = None
     license: str | None = None
     dataset: str | None = None
@@ -258,12 +270,14 @@ def _usage(facts: RunFacts) -> str:
     if not facts.task or (facts.library == "peft" and not facts.base_model):
         return ""
     return (
-        USAGE[facts.library]
+        USAGE["volumes" if facts.volume_channels else facts.library]
         .strip()
         .format(
             task=facts.task,
             model_id=UNPUBLISHED,
             auto_class=facts.auto_class,
+            code=", trust_remote_code=True" if facts.has_own_code else "",
+            channels=facts.volume_channels,
             base_model=facts.base_model,
             classes=len(facts.classes),
         )

@@ -17,6 +17,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 # HTTPError is that of the HTTP library that the installed huggingface_hub uses, which has changed over time.
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_token, validate_repo_id
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from . import __version__
 from .model_card import UNPUBLISHED
@@ -230,8 +231,23 @@ def _check_run(folder: Path) -> None:
 
 
 def _model_files(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from (path for path in sorted(folder.iterdir()) if MODEL_FILES.fullmatch(path.name))
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    files = [folder / name for name in names if MODEL_FILES.fullmatch(name)]
+    yield from files
+    yield from sorted({file for path in files if path.suffix == ".json" for file in _code_files(path)})
+
+
+def _code_files(configuration: Path) -> Iterator[Path]:
+    """The files beside a configuration with the code of its classes; no others that happen to lie there."""
+    content = _read_json(configuration)
+    classes = content.get("auto_map") if isinstance(content, dict) else None
+    for names in (classes or {}).values():
+        for name in names if isinstance(names, list) else [names]:
+            # Code in another repository, `user/name--module.Class`, has no file here.
+            file = configuration.parent / f"{str(name).rsplit('.', 1)[0]}.py"
+            if file.is_file():
+                yield file
+                yield from map(Path, get_relative_import_files(file))
 
 
 def _run_files(folder: Path, repo_id: str) -> Iterator[CommitOperationAdd]:
@@ -248,14 +264,18 @@ def _run_files(folder: Path, repo_id: str) -> Iterator[CommitOperationAdd]:
 def _addition(path: Path, path_in_repo: str) -> CommitOperationAdd:
     if path.suffix != ".json":
         return CommitOperationAdd(path_in_repo, str(path))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole: {error}") from error
+    content = _read_json(path)
     if path.name == "trainer_state.json" and content.get("best_model_checkpoint"):
         content["best_model_checkpoint"] = Path(content["best_model_checkpoint"]).name
     text = json.dumps(_without_local_paths(content), indent=2, ensure_ascii=False)
     return CommitOperationAdd(path_in_repo, _checked(text, path).encode())
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole: {error}") from error
 
 
 def _without_local_paths(content: Any) -> Any:

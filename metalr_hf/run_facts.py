@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from .model_card import Evaluation, LayerFacts, RunFacts
 from .publish import CARD
+from .unet3d import UNet3DConfig
 
 if TYPE_CHECKING:
     from .hub_trainer import HubTrainer
@@ -49,7 +50,8 @@ def run_facts(
         [`~metalr_hf.model_card.RunFacts`]
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    config, is_adapter = getattr(model, "config", None), hasattr(model, "peft_config")
+    config: Any = getattr(model, "config", None)
+    is_adapter = hasattr(model, "peft_config")
     network = model.get_base_model() if is_adapter else model
     loaded_from = getattr(config, "_name_or_path", None)
     base_model = base_model or _hub_id(loaded_from)
@@ -65,6 +67,9 @@ def run_facts(
         step=trainer.step_of_weights,
         tuned=trainer.args.hyper_lr > 0,
         auto_class=f"AutoModel{next((e for e in TASKS if type(network).__name__.endswith(e)), '')}",
+        # By this `save_pretrained` decides whether to save the code.
+        has_own_code=getattr(network, "_auto_class", None) is not None,
+        volume_channels=config.num_channels if getattr(config, "model_type", None) == UNet3DConfig.model_type else None,
         base_model=base_model,
         license=_license(base_model, loaded_from, config),
         dataset=dataset,

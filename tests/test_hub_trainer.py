@@ -277,6 +277,59 @@ def test_a_segmentation_model_reloads(hub, user, tmp_path):
     assert "| loss |" in card.text
 
 
+UNETS = """
+import sys, torch
+sys.path.insert(0, argv[0])
+from metalr_hf import MetaLRTrainer
+from metalr_hf.segmentation import segmentation_trainer_arguments
+from test_trainer import arguments
+from test_unet import unet, unet3d
+from transformers import SegformerImageProcessor
+for name, model, shape in (("unet", unet(), (3, 32, 32)), ("unet3d", unet3d(), (1, 4, 16, 16))):
+    rows = [{"pixel_values": torch.randn(shape), "labels": torch.randint(0, 3, shape[1:])} for _ in range(16)]
+    run = MetaLRTrainer(model, arguments(f"{argv[1]}/{name}", max_steps=1, hub_model_id=f"me/{name}"),
+        train_dataset=rows, **segmentation_trainer_arguments(["a", "b", "c"]),
+        processing_class=SegformerImageProcessor(size={"height": 32, "width": 32}) if name == "unet" else None)
+    run.train()
+    open(f"{argv[1]}/{name}/mine.py", "w").write("# Not the model's.")
+    run.push_to_hub()
+    x = torch.randn(2, *shape)
+    torch.save((x, run.model.eval()(x).logits.detach()), f"{argv[1]}/{name}.pt")
+print("pushed")
+"""
+ANYONE = """
+import sys, torch
+from PIL import Image
+from transformers import AutoModelForSemanticSegmentation
+Image.new("RGB", (48, 40), "red").save("image.png")
+for name in ("unet", "unet3d"):
+    x, logits = torch.load(f"{name}.pt")
+    model = AutoModelForSemanticSegmentation.from_pretrained(f"me/{name}", trust_remote_code=True).eval()
+    for parameter in model.parameters():
+        # Kernels round otherwise where tensors are not aligned in memory.
+        parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, logits), name
+    exec(open(sys.argv[1] + f"/{name}.md").read().split("```python")[1].split("```")[0])
+assert "metalr_hf" not in sys.modules
+print("reloaded")
+"""
+
+
+def test_unets_bring_their_code_and_reload_where_this_package_is_not(hub, user, tmp_path):
+    done = user.python(UNETS, Path(__file__).parent, tmp_path)
+    assert "pushed" in done.stdout, done.stderr[-3000:]
+    for name, code in (("unet", "unet.py"), ("unet3d", "unet3d.py")):
+        assert {file for file in hub.files(f"me/{name}") if file.endswith(".py")} == {code, "losses.py"}
+        shutil.copy(hub.folder(f"me/{name}") / "README.md", tmp_path / f"{name}.md")
+    environment = hub.environment(tmp_path / "home") | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", ANYONE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "reloaded" in done.stdout, done.stderr[-3000:]
+    assert "'mask': " in done.stdout
+    assert "tensor(" in done.stdout
+
+
 def test_only_the_first_of_two_processes_pushes_and_the_figures_are_of_both(hub, start, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "metalr_hf.cli"]
     command = [*launcher, *train(start, tmp_path / "run", **PUSH)]

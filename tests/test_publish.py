@@ -168,6 +168,7 @@ def test_folders_of_this_machine_are_not_told(hub, user, runs, tmp_path):
     config = json.loads((run / "config.json").read_text())
     config |= {"_name_or_path": str(runs / "a"), "pretrained_cfg": {"file": str(run / "README.md"), "tag": "v1"}}
     config["id2label"]["0"] = "/"
+    config["auto_map"] = {"AutoConfig": "someone/code--module.Config"}
     (run / "config.json").write_text(json.dumps(config))
     adapter = {"base_model_name_or_path": str(tmp_path / "gone"), "r": 4}
     (run / "adapter_config.json").write_text(json.dumps(adapter))

@@ -107,7 +107,7 @@ class RunFacts:
     """What a run knows of itself. What it does not know is left at its default, and out of the card.
 
     Args:
-        library (`str`): `"transformers"`, `"timm"` or `"peft"`.
+        library (`str` or `None`): What loads the model: `"transformers"`, `"timm"` or `"peft"`.
         task (`str` or `None`): The pipeline tag.
         architecture (`str`): Name of the network.
         layers (`Sequence[LayerFacts]`): Input side first, the head last.
@@ -129,7 +129,7 @@ class RunFacts:
         language (`str`, *optional*): Of the card.
     """
 
-    library: str
+    library: str | None
     task: str | None
     architecture: str
     layers: Sequence[LayerFacts]
@@ -267,7 +267,7 @@ def _introduction(facts: RunFacts) -> str:
 
 def _usage(facts: RunFacts) -> str:
     # What the snippet would have to name is not known.
-    if not facts.task or (facts.library == "peft" and not facts.base_model):
+    if not facts.task or not facts.library or (facts.library == "peft" and not facts.base_model):
         return ""
     return (
         USAGE["volumes" if facts.volume_channels else facts.library]

@@ -30,6 +30,7 @@ MODEL_FILES = re.compile(
 )
 RUN_FILES = (CARD, PICTURE, HISTORY, "all_results.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+CONFIGURATIONS = ("config.json", "adapter_config.json")
 # Of a checkpoint; the card is one that PEFT writes, and names the base model's folder.
 LEFT_OUT = ("training_args.bin", CARD)
 
@@ -217,11 +218,12 @@ def _told(name: str, again: str, error: BaseException) -> OSError:
 
 
 def _check_run(folder: Path) -> None:
-    weights, configuration = any((folder / name).is_file() for name in WEIGHTS), list(_model_files(folder))
-    if not weights or not any(path.name in ("config.json", "adapter_config.json") for path in configuration):
+    weights, configuration = (any((folder / name).is_file() for name in names) for names in (WEIGHTS, CONFIGURATIONS))
+    # The run of a module that has no configuration is known by its learning rates.
+    if not weights or not (configuration or (folder / HISTORY).is_file()):
         raise FileNotFoundError(
             f"{str(folder)!r} is not the output folder of a finished run: it needs weights ({', '.join(WEIGHTS)}) "
-            "and a config.json. Give the --output_dir of the run."
+            f"and a config.json or {HISTORY}. Give the --output_dir of the run."
         )
     if not (folder / CARD).is_file():
         raise FileNotFoundError(

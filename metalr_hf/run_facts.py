@@ -16,9 +16,11 @@ from huggingface_hub import ModelCard
 # The errors of the HTTP library that the installed huggingface_hub uses, which has changed over time.
 from huggingface_hub.errors import HTTPError
 from sklearn.metrics import precision_recall_fscore_support
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 from yaml import YAMLError
 
+from .bare_modules import Classifier
 from .model_card import Evaluation, LayerFacts, RunFacts
 from .publish import CARD
 from .unet3d import UNet3DConfig
@@ -52,13 +54,14 @@ def run_facts(
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     config: Any = getattr(model, "config", None)
     is_adapter = hasattr(model, "peft_config")
-    network = model.get_base_model() if is_adapter else model
+    network = model.get_base_model() if is_adapter else model.network if isinstance(model, Classifier) else model
+    is_known = isinstance(network, PreTrainedModel)
     loaded_from = getattr(config, "_name_or_path", None)
     base_model = base_model or _hub_id(loaded_from)
     dataset = dataset or trainer.dataset_name or _builder_name(trainer.train_dataset)
     is_timm = hasattr(network, "timm_model")
     return RunFacts(
-        library="peft" if is_adapter else "timm" if is_timm else "transformers",
+        library="peft" if is_adapter else "timm" if is_timm else "transformers" if is_known else None,
         task=task or _task(network),
         architecture=getattr(config, "architecture", None) or type(network).__name__,
         layers=_layers(trainer.lr_scheduler),

@@ -195,6 +195,37 @@ def test_a_timm_model_that_its_trainer_pushed_reloads_in_both_libraries(hub, use
     assert "reloaded" in done.stdout, done.stderr[-2000:]
 
 
+MODULE = """
+import sys, torch
+sys.path.insert(0, argv[0])
+from safetensors.torch import load_file
+from test_bare_modules import Network
+from test_trainer import trainer
+run = trainer(argv[1], model=Network(), max_steps=2, hub_model_id="me/module")
+run.train()
+run.push_to_hub()
+network = Network()
+network.load_state_dict(load_file(argv[2]))
+x = torch.randn(2, 3, 16, 16)
+assert torch.equal(network.eval()(x), run.model.network.eval()(x))
+print("reloaded")
+"""
+
+
+def test_a_module_of_ones_own_is_pushed_with_its_weights_and_a_card(hub, user, tmp_path):
+    folder = hub.folder("me/module")
+    done = user.python(MODULE, Path(__file__).parent, tmp_path, folder / "model.safetensors")
+    assert "reloaded" in done.stdout, done.stderr[-3000:]
+    assert hub.files("me/module") == {"README.md", "learning_rates.png", "lr_history.csv", "model.safetensors"}
+    card = ModelCard((folder / "README.md").read_text())
+    assert "A model: Network, with 48 training images." in card.text
+    assert card.data.library_name is None
+    assert "## Use it" not in card.text
+    # What a push that failed says to do works for it too.
+    assert user.metalr_hf("publish", tmp_path, "--repo_id", "me/again").returncode == 0
+    assert hub.files("me/again") == hub.files("me/module")
+
+
 ADAPTER = """
 import sys, torch
 sys.path.insert(0, argv[0])

@@ -95,6 +95,9 @@ def publish_checkpoint(
 
     Returns:
         `huggingface_hub.CommitInfo`
+
+    Raises:
+        FileNotFoundError: if the checkpoint has been deleted.
     """
     with telling_errors(repo_id):
         operations = [_addition(path, path.name) for path in _model_files(folder)]
@@ -102,6 +105,11 @@ def publish_checkpoint(
             name = path.relative_to(folder).as_posix()
             if path.is_file() and name not in LEFT_OUT:
                 operations.append(_addition(path, f"{path_in_repo}/{name}"))
+        if not operations:
+            raise FileNotFoundError(
+                f"{str(folder)!r} was deleted before its push began. With hub_always_push pushes wait for each other; "
+                "a larger save_total_limit keeps checkpoints longer."
+            )
         return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
 
 

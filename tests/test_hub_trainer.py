@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from metalr_hf import MetaLRTrainer
 from metalr_hf.metrics import build_compute_metrics
+from metalr_hf.publish import hub_api, publish_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,13 @@ def test_pushes_that_fail_leave_the_run_whole(hub, user, start, tmp_path):
     hub.answers.clear()
     assert user.metalr_hf("publish", tmp_path / "run", "--repo_id", "me/pushed").returncode == 0
     assert hub.files("me/pushed") == FILES
+
+
+def test_a_push_of_a_checkpoint_that_is_gone_does_not_count_as_done(tmp_path):
+    options = {"revision": None, "commit_message": "Training in progress"}
+    for path_in_repo in (None, "last-checkpoint"):
+        with pytest.raises(FileNotFoundError, match="checkpoint-1' was deleted before its push began"):
+            publish_checkpoint(hub_api(), tmp_path / "checkpoint-1", "me/model", path_in_repo, **options)
 
 
 def test_the_card_names_the_base_and_inherits_its_licence(hub, user, start, tmp_path):

@@ -165,12 +165,12 @@ def plot(argv: list[str]) -> int:
         raise ValueError(f"--output={given.output} needs an ending that says the format, such as .png, .pdf or .svg.")
     from .history import LRHistory
     from .plots import plot_learning_rates
-    from .publish import history_file
+    from .publish import PICTURE, history_file
 
     file = history_file(given.run)
     # Of a run on the Hub the file lies in the cache.
     beside = file if os.path.exists(given.run) else Path.cwd() / file.name
-    output = given.output or beside.with_name("learning_rates.png")
+    output = given.output or beside.with_name(PICTURE)
 
     plot_learning_rates(LRHistory.load(file), kind=given.kind).savefig(output, dpi=150, bbox_inches="tight")
     print(output)
@@ -221,6 +221,11 @@ def _say(message: str) -> None:
 
 def _is_message_to_user(error: Exception) -> bool:
     """Whether this package raised the error itself; one of a library below it keeps its traceback."""
+    if isinstance(error, RuntimeError):
+        from .meta_batches import UnusableRowError
+
+        # torch's own, such as an exhausted memory, come without a frame of torch where its compiled code raised them.
+        return isinstance(error, UnusableRowError)
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

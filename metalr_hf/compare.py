@@ -166,7 +166,7 @@ def compare(
 
     Raises:
         ValueError: if the folder holds a comparison with other settings, or a cell has fewer rows than folds.
-        RuntimeError: if another process is at work in the folder.
+        BlockingIOError: if another process is at work in the folder.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -355,7 +355,7 @@ def _only_process(folder: Path) -> Iterator[None]:
             # Released by the system however the process ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RuntimeError(f"Another process is at work in output_dir={str(folder)!r}: wait for it.") from error
+            raise BlockingIOError(f"Another process is at work in output_dir={str(folder)!r}: wait for it.") from error
         yield
 
 

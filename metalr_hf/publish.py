@@ -22,13 +22,13 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from . import __version__
 from .model_card import UNPUBLISHED
 
-CARD, PICTURE, HISTORY = "README.md", "learning_rates.png", "lr_history.csv"
+CARD, PICTURE, HISTORY, RESULTS = "README.md", "learning_rates.png", "lr_history.csv", "all_results.json"
 # Neither checkpoints, nor the optimizer's state, nor training_args.bin, which holds the token and paths, nor logs.
 MODEL_FILES = re.compile(
     r"config\.json|preprocessor_config\.json|processor_config\.json|adapter_config\.json"
     r"|(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 )
-RUN_FILES = (CARD, PICTURE, HISTORY, "all_results.json")
+BESIDE_THE_MODEL = (CARD, PICTURE, HISTORY, RESULTS)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 # Of a checkpoint; the card is one that PEFT writes, and names the base model's folder.
@@ -212,9 +212,10 @@ def _told(name: str, again: str, error: BaseException) -> OSError:
     while error.__cause__ is not None and not isinstance(error, (HfHubHTTPError, HTTPError)):
         error = error.__cause__
     if not isinstance(error, HfHubHTTPError):
-        return ConnectionError(f"{name}: the connection to the Hub broke off ({type(error).__name__}).{again}")
+        told = f"{type(error).__name__}: {_without_secrets(str(error))}".removesuffix(": ")
+        return ConnectionError(f"{name}: the connection to the Hub broke off ({told}).{again}")
     status = error.response.status_code
-    reason = " ".join((error.server_message or str(error).splitlines()[0]).split())
+    reason = _without_secrets(error.server_message or str(error).splitlines()[0])
     if status == 401:
         return PermissionError(f"{name}: the Hub does not know the token ({reason}). Run `hf auth login` again.{again}")
     if status in (402, 403, 404):
@@ -223,6 +224,11 @@ def _told(name: str, again: str, error: BaseException) -> OSError:
             f"repository of your own, or a token with write access.{again}"
         )
     return ConnectionError(f"{name}: the Hub answered {status} ({reason}).{again}")
+
+
+def _without_secrets(text: str) -> str:
+    # What follows in the address of an upload lets anyone who has it write there.
+    return re.sub(r"hf_\w+|(?<=\S)\?\S+", "…", " ".join(text.split()))
 
 
 def _check_run(folder: Path) -> None:
@@ -263,7 +269,7 @@ def _code_files(configuration: Path) -> Iterator[Path]:
 def _run_files(folder: Path, repo_id: str) -> Iterator[CommitOperationAdd]:
     for path in _model_files(folder):
         yield _addition(path, path.name)
-    for path in (folder / name for name in RUN_FILES):
+    for path in (folder / name for name in BESIDE_THE_MODEL):
         if path.name == CARD:
             card = path.read_text(encoding="utf-8").replace(UNPUBLISHED, repo_id)
             yield CommitOperationAdd(CARD, _checked(card, path).encode())

@@ -16,7 +16,9 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
 from .arguments import ModelArguments, TrainArguments
 from .broken_images import name_broken_image
@@ -26,20 +28,12 @@ from .mask_transforms import prepare_masks
 from .masks import MaskSplits, load_masks
 from .meta_batches import UnusableRowError
 from .metrics import build_compute_metrics
+from .publish import BESIDE_THE_MODEL
 from .segmentation import load_mask_processor, load_segmentation_model, segmentation_trainer_arguments
 from .trainer import MetaLRTrainer
 from .transforms import collate_images, load_image_processor, prepare_images
 
-RUN_FILES = (
-    "model.safetensors",
-    "config.json",
-    "preprocessor_config.json",
-    "README.md",
-    "learning_rates.png",
-    "lr_history.csv",
-    "all_results.json",
-    "trainer_state.json",
-)
+RUN_FILES = (SAFE_WEIGHTS_NAME, CONFIG_NAME, IMAGE_PROCESSOR_NAME, *BESIDE_THE_MODEL, TRAINER_STATE_NAME)
 
 
 def prepare_output_dir(arguments: TrainArguments) -> str | None:
@@ -83,7 +77,7 @@ def prepare_output_dir(arguments: TrainArguments) -> str | None:
 
 
 def _left_by_a_run(folder: Path) -> list[Path]:
-    files = [folder / name for name in (*RUN_FILES, "training_args.bin")]
+    files = [folder / name for name in (*RUN_FILES, TRAINING_ARGS_NAME)]
     return [path for path in files if path.exists()] + checkpoints(folder)
 
 

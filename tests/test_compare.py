@@ -137,7 +137,7 @@ def test_a_second_process_is_refused(tmp_path):
     refusals = []
 
     def start_another(*_):
-        with pytest.raises(RuntimeError, match="Another process is at work in output_dir") as caught:
+        with pytest.raises(BlockingIOError, match="Another process is at work in output_dir") as caught:
             compare([cell()], comparison(), tmp_path)
         refusals.append(caught)
 

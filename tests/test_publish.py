@@ -8,7 +8,7 @@ from stand_in_hub import TOKEN
 
 from metalr_hf import LRHistory
 from metalr_hf.cli import main
-from metalr_hf.publish import publish
+from metalr_hf.publish import publish, telling_errors
 
 FILES = {
     "README.md",
@@ -132,6 +132,12 @@ def test_a_push_that_fails_is_finished_by_the_same_command(hub, user, runs, answ
     hub.answers.clear()
     assert user.metalr_hf(*command).returncode == 0
     assert hub.files("me/digits") == FILES
+
+
+def test_a_broken_connection_is_told_with_its_reason_and_without_secrets():
+    told = r"broke off \(OSError: no route to https://host/file… as hf's …\)"
+    with pytest.raises(ConnectionError, match=told), telling_errors("me/model"):
+        raise RuntimeError("upload") from OSError(f"no route to https://host/file?signature=1&key=2 as hf's {TOKEN}")
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,13 @@ class HubTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Trainer's; its figures, those of every class among them, are kept for the card."""
+        """Trainer's; its figures, those of every class among them, are kept for the card.
+
+        Not those of `predict()`, which calls whatever it is given `"test"`.
+        """
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         measured = read_evaluation(self.model, output, metric_key_prefix, self.step_of_weights)
-        if measured is not None and self.is_world_process_zero():
+        if measured is not None and description != "Prediction" and self.is_world_process_zero():
             wanted = (self.state.best_global_step, measured.step)
             self._evaluations = {key: value for key, value in self._evaluations.items() if key[1] in wanted}
             self._evaluations[metric_key_prefix, measured.step] = measured

@@ -425,6 +425,10 @@ def test_the_card_shows_what_its_weights_were_measured_to_do(tmp_path):
     assert card.data.eval_results is None
     late.evaluate(metric_key_prefix="test")
     late.evaluate(images(seed=2))
+    tested = late.evaluation
+    # Of the training set, for example; predict calls it test too.
+    late.predict(images())
+    assert late.evaluation == tested
     late.create_model_card(dataset="clinic A")
     card = ModelCard.load(tmp_path / "late" / "README.md")
     assert "On the test split:" in card.text

@@ -221,3 +221,22 @@ def test_hostile_names_do_nothing(hostile_run, dataset):
     start = cells.index(shown(HOSTILE[0]))
     assert cells[start : start + 5 * len(HOSTILE) : 5] == [shown(name) for name in HOSTILE]
     assert sum(map(int, cells[start + 4 : start + 5 * len(HOSTILE) : 5])) == 48
+
+
+@pytest.mark.parametrize(
+    ("options", "tuned", "drawn"),
+    [
+        ({"tuning_steps": 0}, "at every step", "At each tuned step a shuffled"),
+        ({"tuning_steps": 3}, "at the first 3 steps", "At each tuned step a shuffled"),
+        ({"tuning_steps": 0, "meta_every": 2}, "at one step in 2", "At one step in 2 a shuffled"),
+        ({"meta_every": 2, "tuning_steps": 3}, "at one step in 2 of the first 3", "At one step in 2 a shuffled"),
+    ],
+)
+def test_how_often_rates_were_tuned(tmp_path, options, tuned, drawn):
+    args = arguments(tmp_path, max_steps=1, meta_source="stream", **options)
+    run = MetaLRTrainer(vit(), args, train_dataset=images())
+    run.train()
+    run.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert f"| rates tuned | {tuned} |" in text
+    assert f"{drawn} validation batch" in text

@@ -37,7 +37,9 @@ class DataArguments:
             `annotation` or similar.
         class_names (`list[str]`, *optional*):
             Names of the classes of the masks, from id 0 on. By default numbers, as many as the training masks hold.
-        ignore_index (`int`, *optional*, defaults to 255): Id in the masks of pixels that do not count.
+        ignore_index (`int`, *optional*):
+            Id in the masks of pixels that do not count. By default 255, unless the masks are black and white (0 and 255
+            only), which makes it a class.
         train_split (`str`, *optional*, defaults to `"train"`): Split to train on.
         test_split (`str`, *optional*):
             Split that the result is measured on, once, after training. By default `test`, else `validation`, else a
@@ -94,7 +96,13 @@ class DataArguments:
             "masks hold."
         },
     )
-    ignore_index: int = field(default=255, metadata={"help": "Id in the masks of pixels that do not count."})
+    ignore_index: int | None = field(
+        default=None,
+        metadata={
+            "help": "Id in the masks of pixels that do not count. By default 255, unless the masks are black and white "
+            "(0 and 255 only), which makes it a class."
+        },
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str | None = field(
         default=None,

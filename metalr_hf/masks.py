@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 from PIL import ExifTags, Image
 
-from .data import IMAGE, LABEL, DataArguments, ImageSplits, load_splits
+from .data import IMAGE, LABEL, SHUFFLE_BUFFER_SIZE, DataArguments, ImageSplits, load_splits
 from .losses import IGNORE_INDEX
 
 MASK_NAME = re.compile(
@@ -23,6 +23,9 @@ MASK_NAME = re.compile(
 MASK_MODES = ("1", "L", "P", "I", "I;16")
 # As an 8-bit image of 0 and 1 shows nothing, masks of two classes are often written so.
 BLACK_AND_WHITE = (0, 255)
+WHITE = BLACK_AND_WHITE[-1]
+# Masks of a stream that are looked at before it is trained on, at the least.
+FIRST_MASKS = 16
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class MaskClasses:
     Args:
         names (`tuple[str, ...]`): Name of class 0, 1, ...
         values (`tuple[int, ...]`): The value that class 0, 1, ... has in the masks.
-        ignore_index (`int`): The value of pixels that do not count.
+        ignore_index (`int`): The value of pixels that do not count; -1 if all do.
     """
 
     names: tuple[str, ...]
@@ -57,9 +60,10 @@ class MaskClasses:
         last = len(table) - 1
         ids = table[np.where(mask < 0, last, np.minimum(mask.astype(np.int64), last))]
         if (ids < 0).any():
+            span = " and " if len(self.values) == 2 else " to "
             raise ValueError(
                 f"the mask holds the class id {int(mask[ids < 0][0])}, which is none of the {len(self.names)} classes "
-                f"({self.values[0]} to {self.values[-1]}; ignore_index={self.ignore_index})"
+                f"({self.values[0]}{span}{self.values[-1]}; ignore_index={self.ignore_index})"
             )
         return ids.astype(np.uint8)
 
@@ -78,8 +82,9 @@ class MaskSplits(ImageSplits):
 def load_masks(args: DataArguments, *, seed: int = 42) -> MaskSplits:
     """Loads a data set of images with masks, brings it into one form, and looks at every mask.
 
-    Masks hold a class id a pixel, from 0 on. Masks of 0 and 255 only, black and white, are two classes. Of a stream the
-    masks are looked at as they come.
+    Masks hold a class id a pixel, from 0 on. Masks of 0 and 255 only, black and white, are two classes, unless
+    `ignore_index=255` is given. Of a stream the first masks tell whether they are black and white, and the rest is
+    looked at as it comes.
 
     Args:
         args ([`DataArguments`]): Which data set, columns and splits.
@@ -91,7 +96,8 @@ def load_masks(args: DataArguments, *, seed: int = 42) -> MaskSplits:
     Raises:
         FileNotFoundError: if there is no such data set, or no network to fetch it.
         ValueError: if a column or a split is missing, or a mask is of another size than its image or holds a value that
-            is no class, naming the row, the file and the value.
+            is no class, naming the row, the file and the value; or if the first masks of a stream leave open what 255
+            is.
 
     Example:
 
@@ -116,7 +122,7 @@ def load_masks(args: DataArguments, *, seed: int = 42) -> MaskSplits:
                 "The classes of a stream of masks are not known before its end. Name them with class_names, or leave "
                 "out streaming."
             )
-        classes = _named_classes(args, set())
+        classes = _named_classes(args, _first_values(chosen[train_name], train_name, args))
     else:
         classes = _check_masks(chosen, train_name, args)
     train = chosen[train_name]
@@ -225,6 +231,28 @@ def _check_masks(splits: Mapping[str, Any], train_name: str, args: DataArguments
     return classes
 
 
+def _first_values(stream: Any, name: str, args: DataArguments) -> set[int]:
+    """The values of a stream's first masks, of as many as it takes to tell whether they are black and white."""
+    values: set[int] = set()
+    if len(args.class_names or ()) != 2 or args.ignore_index == WHITE:
+        return values
+    # Not more than are read before the first step anyway.
+    for row, entry in enumerate(stream.select_columns([LABEL]).take(SHUFFLE_BUFFER_SIZE)):
+        if row >= FIRST_MASKS and len(values) > 1:
+            break
+        where = place(f"Split {name!r}, row {row}", entry[LABEL])
+        if entry[LABEL] is None:
+            raise ValueError(f"{where}: there is no mask.")
+        values.update(_values(_named(where, read_mask, entry[LABEL])))
+    if args.ignore_index is None and len(values) == 1 and values < set(BLACK_AND_WHITE):
+        raise ValueError(
+            f"The first masks of the stream hold the value {values.pop()} only, which leaves open whether {WHITE} is a "
+            "class (black-and-white masks) or pixels that do not count. If these do not count, say so with "
+            f"ignore_index={WHITE}; else leave out streaming, or put masks with both classes first."
+        )
+    return values
+
+
 def _values(mask: np.ndarray) -> list[int]:
     # Much quicker than sorting, which would take longer than decoding.
     values = np.flatnonzero(np.bincount(mask.ravel())) if mask.dtype == np.uint8 else np.unique(mask)
@@ -233,8 +261,9 @@ def _values(mask: np.ndarray) -> list[int]:
 
 def _named_classes(args: DataArguments, values: Iterable[int], first: Mapping[int, str] | None = None) -> MaskClasses:
     found, names, ignored = sorted(values), args.class_names, args.ignore_index
-    if tuple(found) == BLACK_AND_WHITE and (names is None or len(names) == 2):
-        return MaskClasses(tuple(names or ("0", "255")), BLACK_AND_WHITE, ignored)
+    if tuple(found) == BLACK_AND_WHITE and ignored != WHITE and (names is None or len(names) == 2):
+        return MaskClasses(tuple(names or ("0", "255")), BLACK_AND_WHITE, -1 if ignored is None else ignored)
+    ignored = IGNORE_INDEX if ignored is None else ignored
     if names is None:
         ids = [value for value in found if value != ignored]
         gap = next((value for i, value in enumerate(ids) if value != i), None)

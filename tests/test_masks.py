@@ -5,7 +5,7 @@ from cells import SIZE, cells, save_cells
 from PIL import Image
 
 from metalr_hf.data import DataArguments
-from metalr_hf.masks import load_masks, read_mask
+from metalr_hf.masks import FIRST_MASKS, load_masks, read_mask
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,6 +87,50 @@ def test_black_and_white_masks_are_two_classes(tmp_path):
     assert splits.class_names == ("inside", "membrane")
     mask = masks(splits.train)[0]
     assert (splits.classes.ids(mask) == (mask == 255)).all()
+
+
+def test_black_and_white_masks_of_a_stream_are_two_classes(tmp_path):
+    def blacken_the_first(mask, split, i):
+        return mask * 255 if i >= (FIRST_MASKS + 2 if split == "train" else 0) else mask * 0
+
+    # Empty masks often come first.
+    name = folder(tmp_path, blacken_the_first, train=FIRST_MASKS + 4)
+    splits = load_masks(arguments(name, streaming=True, class_names=["inside", "membrane"]))
+    for stream in (splits.train, splits.test):
+        for row in stream:
+            mask = read_mask(row["label"])
+            assert (splits.classes.ids(mask) == (mask == 255)).all()
+    given = load_masks(arguments(name, streaming=True, class_names=["inside", "membrane"], ignore_index=255))
+    assert given.classes.values == (0, 1)
+    assert given.classes.ids(np.array([[255, 1]])).tolist() == [[255, 1]]
+
+
+def test_255_in_a_stream_of_other_ids_does_not_count(tmp_path):
+    def ignore(mask, *_):
+        mask[0] = 255
+        return mask
+
+    splits = load_masks(arguments(folder(tmp_path, ignore), streaming=True, class_names=["inside", "membrane"]))
+    ids = splits.classes.ids(read_mask(next(iter(splits.train))["label"]))
+    assert (ids[0] == 255).all()
+    assert set(np.unique(ids[1:])) == {0, 1}
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_stream_that_leaves_open_what_255_is_is_refused_with_what_to_do(tmp_path, value):
+    name = folder(tmp_path, lambda mask, *_: np.full_like(mask, value))
+    given = {"streaming": True, "class_names": ["inside", "membrane"]}
+    with pytest.raises(ValueError, match=f"hold the value {value} only.*with ignore_index=255; else leave out stream"):
+        load_masks(arguments(name, **given))
+    assert load_masks(arguments(name, ignore_index=255, **given)).classes.values == (0, 1)
+
+
+def test_a_bad_mask_among_the_first_of_a_stream_is_named(tmp_path):
+    save_cells(tmp_path / "images")
+    broken = tmp_path / "images" / "train" / "3_mask.png"
+    Image.open(broken).convert("RGB").save(broken)
+    with pytest.raises(ValueError, match=r"Split 'train', row 3.*has colours"):
+        load_masks(arguments(tmp_path / "images", streaming=True, class_names=["inside", "membrane"]))
 
 
 def test_ignored_pixels_are_of_no_class(tmp_path):

@@ -151,6 +151,10 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
 
     Returns:
         `dict[str, float]`: what `all_results.json` holds: `test_accuracy` and so on.
+
+    Raises:
+        ValueError: if an image cannot be read. It names the split, the row and the file. Of a test image, the run's
+            files are written before, without test results.
     """
     training, data = arguments.training, arguments.data
     load = load_masks if data.task == "segmentation" else load_images
@@ -181,15 +185,19 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     trainer.dataset_name = demo if data.is_demo else data.hub_id
     try:
         results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        # It is pushed when it has been tested.
+        trainer.save_model(_internal_call=True)
+        try:
+            results |= trainer.evaluate(prepared.test, metric_key_prefix="test")
+        finally:
+            # What a run has learnt is not lost with a test that fails.
+            if trainer.is_world_process_zero():
+                _write_files(trainer, results)
     except (OSError, UnusableRowError) as error:
         meta = {} if splits.meta is None else {"meta": splits.meta}
-        name_broken_image(error, {"training": splits.train, **meta})
+        name_broken_image(error, {"training": splits.train, "test": splits.test, **meta})
         raise
-    # It is pushed when it has been tested.
-    trainer.save_model(_internal_call=True)
-    results |= trainer.evaluate(prepared.test, metric_key_prefix="test")
     if trainer.is_world_process_zero():
-        _write_files(trainer, results)
         _show(trainer, results)
     if training.push_to_hub:
         trainer.push_to_hub()

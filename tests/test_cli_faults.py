@@ -1,5 +1,6 @@
 """What a user of the command line sees when an image is broken, or a run goes on with other settings."""
 
+import json
 import shutil
 
 import datasets
@@ -8,6 +9,7 @@ from digits import save_image_folder, save_timm, save_vit
 
 from metalr_hf import LRHistory
 from metalr_hf.cli import main
+from metalr_hf.run import RUN_FILES
 
 COMMON = [
     *("--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none", "--image_size", "16", "--seed", "1"),
@@ -49,6 +51,24 @@ def test_a_broken_image_is_named(root, tmp_path, capsys, more):
     said = capsys.readouterr().err.splitlines()[-1]
     file = "" if "streaming" in more else f" ({broken})"
     assert f"Row {row} of the training images{file} cannot be read: image file is truncated" in said
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("more", ["", "--streaming true --dataloader_num_workers 1"])
+def test_a_broken_test_image_is_named_and_costs_no_more_than_the_test(root, tmp_path, capsys, more):
+    shutil.copytree(root / "images", tmp_path / "images")
+    broken = sorted((tmp_path / "images" / "test" / "nil").iterdir())[2]
+    broken.write_bytes(broken.read_bytes()[:60])
+    run = tmp_path / "run"
+    assert train(tmp_path, run, "--max_steps", "4", *more.split(), model=root / "vit") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    file = "" if "streaming" in more else f" ({broken})"
+    assert f"Row 2 of the test images{file} cannot be read: image file is truncated" in said
+    assert {path.name for path in run.iterdir()} >= set(RUN_FILES)
+    assert LRHistory.load(run / "lr_history.csv").steps.tolist() == list(range(4))
+    results = json.loads((run / "all_results.json").read_text())
+    assert results["train_loss"] > 0
+    assert not [name for name in results if name.startswith("test_")]
 
 
 def test_a_run_goes_on_with_what_it_can_and_says_what_it_cannot(root, tmp_path, capsys):

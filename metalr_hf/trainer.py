@@ -202,7 +202,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
                 scheduler.note_gradients(1.0 if scaler is None else scaler.get_scale(), self._step_loss)
             # A batch of a step that overflowed and was not taken is let go: no checkpoint would know of it.
             if scheduler.will_calibrate or (self._meta_stream and scheduler.will_tune):
-                stream = self._meta_stream or self._create_meta_stream(self.state.global_step)
+                stream = self._meta_stream or self._create_meta_stream(self.state.global_step, batches_to_shuffle=4)
                 scheduler.meta_loss = partial(self.compute_meta_loss, next(stream))
             self._undo_collapse(inputs)
             self._step_loss = 0.0
@@ -329,8 +329,12 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         candidates = [*(self.args.label_names or []), "labels", "label"]
         return next((name for name in candidates if name in columns), candidates[0] if columns else "labels")
 
-    def _create_meta_stream(self, seed: int = 0) -> MetaStream:
+    def _create_meta_stream(self, seed: int = 0, batches_to_shuffle: int | None = None) -> MetaStream:
         args = self.args
+        own = args.meta_batch_size
+        batch_size = args.train_batch_size if own is None else own * max(1, args.n_gpu)
+        # A single batch is not worth the wait for a large buffer.
+        buffer = {} if batches_to_shuffle is None else {"shuffle_buffer_size": batches_to_shuffle * batch_size}
         dataset = self.train_dataset if self.meta_dataset is None else self.meta_dataset
         # The same two preparations that Trainer gives to its own loaders; no public method does them.
         if isinstance(dataset, datasets.Dataset):
@@ -339,12 +343,13 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             collator = self._get_collator_with_removed_columns(self.data_collator, description="meta")
         return MetaStream(
             dataset,
-            args.train_batch_size if args.meta_batch_size is None else args.meta_batch_size * max(1, args.n_gpu),
+            batch_size,
             collator,
             seed=seed + (args.seed if args.data_seed is None else args.data_seed),
             num_workers=args.dataloader_num_workers,
             process_index=args.process_index,
             num_processes=args.world_size,
+            **buffer,
         )
 
     def _head_hold_steps(self) -> int:

@@ -188,6 +188,21 @@ def test_a_rate_written_by_a_callback_is_noticed(tmp_path):
         trained(tmp_path, callbacks=[Lower()], calibrate=False)
 
 
+def test_the_batch_of_the_calibration_does_not_wait_for_a_stream_to_fill_a_large_buffer(tmp_path):
+    read = []
+
+    def transform(row):
+        read.append(row)
+        return row
+
+    rows = datasets.concatenate_datasets([images().with_format(None)] * 10).to_iterable_dataset().map(transform)
+    run = trainer(tmp_path, vit(), rows, calibrate=True, max_steps=1)
+    run.train()
+    assert run.lr_scheduler.calibration is not None
+    # 4 times the batch for the calibration; the training stream reads a few ahead.
+    assert len(read) < 100
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_streamed_training_set(tmp_path, source):
     rows = images().to_iterable_dataset(num_shards=4).shuffle(seed=0, buffer_size=8)

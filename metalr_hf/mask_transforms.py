@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
-from .data import AUGMENTATIONS, IMAGE, LABEL, SHUFFLE_BUFFER_SIZE
+from .data import AUGMENTATIONS, IMAGE, LABEL
 from .masks import MaskClasses, MaskSplits, check_size, place, read_mask
 from .settings import check_choice
-from .transforms import random_crop
+from .transforms import prepare_splits, random_crop
 
 
 def prepare_masks(
@@ -39,15 +37,7 @@ def prepare_masks(
     """
     training = MaskTransform(processor, splits.classes, augment)
     evaluation = MaskTransform(processor, splits.classes)
-    train, meta = splits.train, splits.meta
-    if isinstance(train, datasets.IterableDataset):
-        train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_SIZE)
-    return replace(
-        splits,
-        train=_with_transform(train, training),
-        test=_with_transform(splits.test, evaluation),
-        meta=None if meta is None else _with_transform(meta, training),
-    )
+    return prepare_splits(splits, training, evaluation, seed)
 
 
 class MaskTransform:
@@ -141,9 +131,3 @@ def collate_masks(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         "pixel_values": torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows]),
         "labels": torch.stack([torch.as_tensor(row["labels"]).long() for row in rows]),
     }
-
-
-def _with_transform(dataset: Any, transform: MaskTransform) -> Any:
-    if isinstance(dataset, datasets.IterableDataset):
-        return dataset.map(transform, batched=True, batch_size=32, remove_columns=[IMAGE, LABEL])
-    return dataset.with_transform(transform)

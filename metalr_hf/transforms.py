@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -15,6 +15,9 @@ from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcess
 
 from .data import AUGMENTATIONS, IMAGE, LABEL, SHUFFLE_BUFFER_SIZE, ImageSplits
 from .settings import check_choice
+
+Splits = TypeVar("Splits", bound=ImageSplits)
+Transform = Callable[[Mapping[str, Sequence[Any]]], dict[str, list[Any]]]
 
 
 def load_image_processor(
@@ -112,15 +115,35 @@ def prepare_images(
     Returns:
         [`ImageSplits`]: rows of `pixel_values` (float32, `(channels, height, width)`) and `labels`.
     """
-    training, evaluation = ImageTransform(processor, augment), ImageTransform(processor, "none")
+    return prepare_splits(splits, ImageTransform(processor, augment), ImageTransform(processor), seed)
+
+
+def prepare_splits(splits: Splits, training: Transform, evaluation: Transform, seed: int) -> Splits:
+    """Applies transforms at the moment rows are read, and shuffles a training set that is a stream.
+
+    Args:
+        splits ([`ImageSplits`]): As they were loaded.
+        training (`Callable`): Columns to columns, of the training and meta images.
+        evaluation (`Callable`): The same, of the test images.
+        seed (`int`): Of the shuffling.
+
+    Returns:
+        [`ImageSplits`], of the class that was given
+    """
+
+    def prepared(dataset: Any, transform: Transform) -> Any:
+        if isinstance(dataset, datasets.IterableDataset):
+            return dataset.map(transform, batched=True, batch_size=32, remove_columns=[IMAGE, LABEL])
+        return dataset.with_transform(transform)
+
     train, meta = splits.train, splits.meta
     if isinstance(train, datasets.IterableDataset):
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_SIZE)
     return replace(
         splits,
-        train=_with_transform(train, training),
-        test=_with_transform(splits.test, evaluation),
-        meta=None if meta is None else _with_transform(meta, training),
+        train=prepared(train, training),
+        test=prepared(splits.test, evaluation),
+        meta=None if meta is None else prepared(meta, training),
     )
 
 
@@ -218,12 +241,6 @@ def random_crop(processor: BaseImageProcessor) -> list[Callable[..., Any]]:
         v2.Normalize(mean=(-offset / scale).tolist(), std=(1 / scale).tolist()),
         v2.ToPureTensor(),
     ]
-
-
-def _with_transform(dataset: Any, transform: ImageTransform) -> Any:
-    if isinstance(dataset, datasets.IterableDataset):
-        return dataset.map(transform, batched=True, batch_size=32, remove_columns=[IMAGE, LABEL])
-    return dataset.with_transform(transform)
 
 
 def _resize_output(processor: Any, image_size: int) -> None:

@@ -184,7 +184,7 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
     ```
     """
     if name in METRICS:
-        # In memory: nothing is written to the cache folder.
+        # In memory: no file is written to the cache folder.
         return METRICS[name](keep_in_memory=True)
     return evaluate.load(name)
 
@@ -209,7 +209,7 @@ def build_compute_metrics(
     metrics = [load_metric(name) for name in names]
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        logits: Any = first_logits(prediction.predictions)
         labels = prediction.label_ids
         results: dict[str, float] = {}
         for metric in metrics:
@@ -250,8 +250,9 @@ def build_dice_metrics(class_names: Sequence[str]) -> Callable[..., dict[str, fl
     metric = load_metric("dice")
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        masks = [value.cpu() if isinstance(value, torch.Tensor) else value for value in _masks_of(prediction)]
-        metric.add_batch(predictions=masks[0], references=masks[1])
+        masks = (first_logits(prediction.predictions), prediction.label_ids)
+        guess, truth = (mask.cpu() if isinstance(mask, torch.Tensor) else mask for mask in masks)
+        metric.add_batch(predictions=guess, references=truth)
         if not compute_result:
             return {}
         values = metric.compute(num_classes=len(class_names)) or {}
@@ -284,11 +285,6 @@ def predicted_classes(logits: Any, labels: torch.Tensor) -> torch.Tensor:
     ```
     """
     return resize_logits(first_logits(logits), labels.shape[1:]).argmax(1).to(torch.uint8)
-
-
-def _masks_of(prediction: EvalPrediction) -> tuple[Any, Any]:
-    predictions: Any = prediction.predictions
-    return (predictions[0] if isinstance(predictions, tuple) else predictions), prediction.label_ids
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -331,7 +327,7 @@ def score_classes(predictions: Any, labels: Any, classes: Sequence[str]) -> dict
 
     ```
     """
-    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    logits: Any = first_logits(predictions)
     if not np.isfinite(logits).all():
         return {"accuracy": None, "macro_f1": None, "test_loss": None, "class_accuracy": {}}
     guess, ids = logits.argmax(-1), list(range(len(classes)))

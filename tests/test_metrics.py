@@ -51,11 +51,17 @@ def test_logits_in_a_tuple_are_the_first_of_it():
 
 
 @pytest.mark.parametrize("name", list(METRICS))
-def test_built_in_metrics_are_evaluate_metrics_that_write_nothing(tmp_path, monkeypatch, name):
-    monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
+def test_built_in_metrics_are_evaluate_metrics_that_write_no_file(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
     metric = load_metric(name)
     assert isinstance(metric, evaluate.Metric)
-    assert metric.keep_in_memory
+    labels = np.array([0, 1, 1])
+    guess = {"prediction_scores": np.eye(2)[labels]} if metric.takes_scores else {"predictions": labels}
+    metric.add_batch(references=labels, **guess)
+    # evaluate itself makes a folder, and deletes its files when they have been computed from.
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert metric.compute(**({"num_classes": 2} if name == "dice" else {}))[name] == 1.0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_any_other_name_goes_to_evaluate(tmp_path):

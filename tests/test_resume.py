@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_trainer import images, resnet, same_weights, trainer, vit
+from tqdm.std import TqdmDefaultWriteLock
 from transformers import TrainerCallback
 
 from metalr_hf.checkpoints import checkpoints, is_complete, usable_checkpoint
@@ -78,6 +79,8 @@ def test_a_run_of_60_steps_resumes_before_at_and_after_the_end_of_tuning(tmp_pat
 
 def train(folder, file_size=None):
     """A run that saves at each step and goes on where it was cut off; meant for a process of its own."""
+    # All processes that were forked share one lock of progress bars, and one that is killed would keep it for ever.
+    TqdmDefaultWriteLock.acquire = TqdmDefaultWriteLock.release = lambda *args, **kwargs: None
     run = trainer(folder, resnet(), **{**SAVING, "save_steps": 1})
     if file_size is not None:
         run.add_callback(DiskFull(file_size))

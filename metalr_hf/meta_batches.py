@@ -23,6 +23,7 @@ INTERRUPTIONS = {
     "builtins.TimeoutError",
     "asyncio.exceptions.TimeoutError",
     "httpx.RequestError",
+    "httpx2.RequestError",
     "aiohttp.client_exceptions.ClientError",
     "requests.exceptions.ConnectionError",
     "requests.exceptions.Timeout",

@@ -1,16 +1,21 @@
 """Broken images and connections in the middle of a run."""
 
 import http.client
+import importlib
 import multiprocessing
 
-import httpx
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from test_trainer import LABELS, images, trainer, vit
 from torch.utils.data import Dataset, IterableDataset
 
 from metalr_hf import meta_stream
 from metalr_hf.meta_stream import MetaStream
+
+
+# The HTTP library that the installed huggingface_hub uses, which has changed over time.
+HTTP = importlib.import_module(HTTPError.__module__.split(".")[0])
 
 
 class Rows(Dataset):
@@ -94,7 +99,7 @@ def test_a_broken_connection_is_tried_again(no_waiting, num_workers):
         labels(Flaky(4), num_workers)
 
 
-@pytest.mark.parametrize("error", [TimeoutError(), httpx.ReadError("reset"), http.client.IncompleteRead(b"")])
+@pytest.mark.parametrize("error", [TimeoutError(), HTTP.ReadError("reset"), http.client.IncompleteRead(b"")])
 def test_interruptions_have_many_names(no_waiting, error):
     assert labels(Flaky(1, error)) == labels(Flaky(0))
 

@@ -13,7 +13,6 @@ from torch.utils.data import Dataset, IterableDataset
 from metalr_hf import meta_stream
 from metalr_hf.meta_stream import MetaStream
 
-
 # The HTTP library that the installed huggingface_hub uses, which has changed over time.
 HTTP = importlib.import_module(HTTPError.__module__.split(".")[0])
 

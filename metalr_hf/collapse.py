@@ -144,10 +144,12 @@ class _Kept:
             return
         # A copy in memory would be there at the peak of every step, and on a CPU beside the weights themselves.
         try:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+            # No buffer of its own: one that is left in a forked process, too, would move the place in the file as it
+            # is closed.
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
             weakref.finalize(self, self._file.close)
-            torch.save(tensors, self._file)
-            self._file.flush()
+            with open(self._file.fileno(), "wb", closefd=False) as file:
+                torch.save(tensors, file)
             self.in_memory = None
         except (OSError, RuntimeError):
             self.in_memory = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
@@ -156,8 +158,9 @@ class _Kept:
         """The tensors, on the CPU."""
         if self.in_memory is not None:
             return self.in_memory
-        self._file.seek(0)
-        return torch.load(self._file, map_location="cpu", weights_only=True)
+        with open(self._file.fileno(), "rb", closefd=False) as file:
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _spread(logits: Tensor) -> Tensor:

@@ -1,3 +1,7 @@
+import gc
+import os
+import sys
+
 import pytest
 import torch
 import transformers
@@ -54,6 +58,21 @@ def test_going_back_restores_weights_and_buffers():
     guard.go_back(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_forked_process_killed_while_it_reads_leaves_the_first_weights_alone(monkeypatch):
+    model, errors = resnet(), []
+    guard = CollapseGuard(model)
+    guard.go_back(model)
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(torch, "load", lambda *args, **kwargs: os._exit(0))
+        guard.go_back(model)
+    os.waitpid(child, 0)
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    guard.stop()
+    gc.collect()
+    assert not errors
 
 
 class Kill(transformers.TrainerCallback):
@@ -116,7 +135,7 @@ def test_the_first_weights_are_kept_outside_of_memory_or_in_it_if_the_disk_is_fu
     start = model.weight.detach().clone()
     on_disk = CollapseGuard(model)
 
-    def full():
+    def full(**kwargs):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("metalr_hf.collapse.tempfile.TemporaryFile", full)

@@ -1,14 +1,9 @@
-"""What a tuned step costs against a plain one: time and peak memory, every case in a process of its own."""
+"""What a tuned step costs against the plain one beside it: time and peak memory, each in a process of its own."""
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +12,13 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from .arguments import ModelArguments
 from .data import DataArguments, load_images
@@ -29,6 +30,7 @@ from .timm_models import wrap_timm_model
 from .trainer import MetaLRTrainer
 from .training_args import MetaLRTrainingArguments
 from .transforms import ImageTransform, collate_images, load_image_processor
+from .turns import StopWatch, peak_memory, run_in_turn
 
 DEMO = "demo"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -57,7 +59,7 @@ class BenchmarkArguments:
         optim (`str`, *optional*, defaults to `"adamw_torch_fused"`): As in `TrainingArguments`.
         meta_every (`list[int]`, *optional*, defaults to `[1, 2, 5, 10]`): The streams tune at every k-th step.
         steps (`int`, *optional*, defaults to 10): Measured steps of a case at a time.
-        repeats (`int`, *optional*, defaults to 3): How often all cases are gone through, in turn.
+        repeats (`int`, *optional*, defaults to 3): How often all cases are gone through.
         run_steps (`int`, *optional*, defaults to 500): Length of the run whose cost is put together from the steps.
         only (`list[str]`, *optional*): Leave out all other cases but the plain step.
     """
@@ -86,7 +88,7 @@ class BenchmarkArguments:
         default_factory=lambda: [1, 2, 5, 10], metadata={"help": "The streams tune at every k-th step."}
     )
     steps: int = field(default=10, metadata={"help": "Measured steps of a case at a time."})
-    repeats: int = field(default=3, metadata={"help": "How often all cases are gone through, in turn."})
+    repeats: int = field(default=3, metadata={"help": "How often all cases are gone through."})
     run_steps: int = field(
         default=500, metadata={"help": "Length of the run whose cost is put together from the steps."}
     )
@@ -178,7 +180,10 @@ def chosen_cases(arguments: BenchmarkArguments) -> list[Case]:
 def benchmark(
     arguments: BenchmarkArguments, progress: Callable[[int, int, str], None] = lambda done, total, case: None
 ) -> list[dict[str, Any]]:
-    """Measures all cases in turn, as often as `repeats` says; every second time in reverse order.
+    """Measures every case beside a plain one, a step of the one after a step of the other, as often as `repeats` says.
+
+    What a machine does besides, or its clock, so changes both alike. Plain steps have plain ones beside them, too: how
+    far their ratio is from 1 tells how exact the others are. Every second time the cases come in reverse order.
 
     Args:
         arguments ([`BenchmarkArguments`]): What to measure.
@@ -186,7 +191,8 @@ def benchmark(
             done, how many there are, and the case.
 
     Returns:
-        `list[dict]`: what [`measure`] gave, with the number of the repeat, in the order of the measurements.
+        `list[dict]`: what [`measure`] gave, with the number of the repeat and what it gave of the steps `beside`, in
+            the order of the measurements.
 
     Raises:
         FileNotFoundError: if there is no such model.
@@ -199,9 +205,10 @@ def benchmark(
         for repeat in range(arguments.repeats):
             for case in cases if repeat % 2 == 0 else reversed(cases):
                 progress(len(rows), arguments.repeats * len(cases), case.title)
-                with _fresh_process() as process:
-                    row = process.submit(measure, arguments, case.key, str(images)).result()
-                rows.append({"case": case.key, "repeat": repeat, **row})
+                steps = 1 + max(1, round(case.steps * arguments.steps))
+                calls = [(arguments, key, str(images), steps) for key in (case.key, PLAIN)]
+                row, beside = run_in_turn(measure, calls)
+                rows.append({"case": case.key, "repeat": repeat, **row, "beside": beside})
     return rows
 
 
@@ -261,51 +268,18 @@ class _Images(Dataset[dict[str, Any]]):
         return {"pixel_values": self.pixel_values[row], "labels": self.labels[row]}
 
 
-class _StopWatch(TrainerCallback):
-    """Wall and processor time at the end of every step, and what the learning-rate scheduler took of it."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.started = self._now()
-        self.steps: list[dict[str, Any]] = []
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.stepped = self._now()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        now = self._now()
-        passes = getattr(kwargs["lr_scheduler"], "extra_passes", 0.0)
-        self.steps.append({"end": now, "tuning": _difference(now, self.stepped), "passes": passes})
-
-    def durations(self) -> list[dict[str, Any]]:
-        """A row a step: `wall` and `cpu` seconds, those of the `tuning` in it, and the `passes` that it had more."""
-        ends = [self.started, *(step["end"] for step in self.steps)]
-        passes = [0.0, *(step["passes"] for step in self.steps)]
-        return [
-            {**_difference(ends[i + 1], ends[i]), "tuning": step["tuning"], "passes": passes[i + 1] - passes[i]}
-            for i, step in enumerate(self.steps)
-        ]
-
-    def _now(self) -> dict[str, float]:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return {"wall": time.perf_counter(), "cpu": time.process_time()}
-
-
-def _difference(later: dict[str, float], earlier: dict[str, float]) -> dict[str, float]:
-    return {name: later[name] - earlier[name] for name in later}
-
-
-def measure(arguments: BenchmarkArguments, key: str, images: str) -> dict[str, Any]:
-    """Trains a case for some steps in this process.
+def measure(arguments: BenchmarkArguments, key: str, images: str, steps: int) -> dict[str, Any]:
+    """Trains a case for some steps in this process, one of those of [`~metalr_hf.turns.run_in_turn`].
 
     Args:
         arguments ([`BenchmarkArguments`]): The settings.
         key (`str`): The case.
         images (`str`): File of prepared images.
+        steps (`int`): How many.
 
     Returns:
-        `dict`: `steps`, a row a step, the first of them with all that comes before it; `peak`, bytes of memory that
+        `dict`: `steps`, a row a step, the first of them with all that comes before it: `wall` and `cpu` seconds, those
+            of the `tuning` in it, and the `passes` that it had more; `peak`, bytes of memory that
             were in use at most, of the accelerator or of the process; `layers`; `device`; and `calibration`, if there
             was one.
     """
@@ -314,19 +288,19 @@ def measure(arguments: BenchmarkArguments, key: str, images: str) -> dict[str, A
     set_seed(0)
     model = make_model(arguments, dict(enumerate(map(str, range(int(data["labels"].max()) + 1)))))
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = _make_trainer(case, model, data, arguments, scratch)
+        trainer = _make_trainer(case, model, data, arguments, scratch, steps)
         trainer.remove_callback(PrinterCallback)
         device = trainer.args.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        watch = _StopWatch(device)
+        watch = StopWatch(device)
         trainer.add_callback(watch)
         trainer.train()
     calibration = getattr(trainer.lr_scheduler, "calibration", None)
     groups = trainer.optimizer.param_groups if trainer.optimizer else []
     return {
-        "steps": watch.durations(),
-        "peak": _peak_memory(device),
+        "steps": watch.steps,
+        "peak": peak_memory(device),
         "layers": len({group["layer"] for group in groups if "layer" in group}),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
@@ -335,12 +309,11 @@ def measure(arguments: BenchmarkArguments, key: str, images: str) -> dict[str, A
 
 
 def _make_trainer(
-    case: Case, model: nn.Module, images: dict[str, Tensor], arguments: BenchmarkArguments, scratch: str
+    case: Case, model: nn.Module, images: dict[str, Tensor], arguments: BenchmarkArguments, scratch: str, steps: int
 ) -> Trainer:
     settings: dict[str, Any] = {
         "output_dir": scratch,
-        # The first step is not measured.
-        "max_steps": 1 + max(1, round(case.steps * arguments.steps)),
+        "max_steps": steps,
         "per_device_train_batch_size": arguments.batch_size,
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
@@ -368,28 +341,3 @@ def _make_trainer(
         # One device is measured, where Trainer would put a batch on each. There is no public setting.
         args._n_gpu = 1
     return case.kind(model=model, args=args, **given)
-
-
-@contextmanager
-def _fresh_process() -> Iterator[ProcessPoolExecutor]:
-    """A process that has imported everything, but has not yet used any memory of its own."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
-        yield executor
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        # What getrusage tells may be of the process that this one was forked from.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -34,8 +34,8 @@ def summarise(rows: Sequence[dict[str, Any]], arguments: BenchmarkArguments) -> 
 
     Returns:
         `list[dict]`: a row a case: `case`, `title`, `layers`; of each repeat, in `wall` and in `cpu`, the
-            `milliseconds` a step, their `ratio` to those of a plain step, and the ratio of a whole `run` (see
-            [`run_ratio`]); the `peak` in bytes and its `peak_ratio`. All ratios are within a repeat.
+            `milliseconds` a step, their `ratio` to those of the plain steps beside them, and the ratio of a whole `run`
+            (see [`run_ratio`]); the `peak` in bytes and its `peak_ratio`.
     """
     repeats: dict[int, dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -46,17 +46,14 @@ def summarise(rows: Sequence[dict[str, Any]], arguments: BenchmarkArguments) -> 
         entry: dict[str, Any] = {"case": case.key, "title": case.title, "layers": own[0]["layers"]}
         for clock in CLOCKS:
             seconds = [seconds_a_step(row, case, clock) for row in own]
-            plain = [seconds_a_step(measured[PLAIN], None, clock) for measured in repeats.values()]
             runs = [run_ratio(measured, case, clock, arguments.run_steps) for measured in repeats.values()]
             entry[clock] = {
                 "milliseconds": [1000 * s for s in seconds],
-                "ratio": [s / p for s, p in zip(seconds, plain, strict=True)],
+                "ratio": [step_ratio(row, case, clock) for row in own],
                 "run": [ratio for ratio in runs if ratio is not None],
             }
         entry["peak"] = [row["peak"] for row in own]
-        entry["peak_ratio"] = [
-            row["peak"] / measured[PLAIN]["peak"] for row, measured in zip(own, repeats.values(), strict=True)
-        ]
+        entry["peak_ratio"] = [row["peak"] / row["beside"]["peak"] for row in own]
         table.append(entry)
     return table
 
@@ -73,6 +70,17 @@ def seconds_a_step(row: dict[str, Any], case: Case | None, clock: str) -> float:
     passed = [step[clock] for step in row["steps"][1:] if step["passes"]]
     others = [step[clock] for step in row["steps"][1:] if not step["passes"]]
     return (share * median(passed) if share else 0.0) + ((1 - share) * median(others) if share < 1 else 0.0)
+
+
+def step_ratio(row: dict[str, Any], case: Case | None, clock: str) -> float:
+    """What a step takes over what the plain steps beside it took.
+
+    Args:
+        row (`dict`): A measurement.
+        case ([`~metalr_hf.benchmark.Case`], *optional*): Its case, as in [`seconds_a_step`].
+        clock (`str`): `"wall"` or `"cpu"`.
+    """
+    return seconds_a_step(row, case, clock) / seconds_a_step(row["beside"], None, clock)
 
 
 def run_ratio(measured: dict[str, dict[str, Any]], case: Case, clock: str, run_steps: int) -> float | None:
@@ -92,13 +100,16 @@ def run_ratio(measured: dict[str, dict[str, Any]], case: Case, clock: str, run_s
     """
     if case.kind is not MetaLRTrainer or case.key == SETTLED or not {DEFAULT, SETTLED} <= set(measured):
         return None
-    default, plain = measured[DEFAULT], seconds_a_step(measured[PLAIN], None, clock)
-    usual, settled = seconds_a_step(default, None, clock), seconds_a_step(measured[SETTLED], None, clock)
+    default = measured[DEFAULT]
+    beside, usual = default["beside"], seconds_a_step(default, None, clock)
     made_up_for = sum(step[clock] - usual for step in default["steps"][1:] if step["passes"])
-    start = default["steps"][0][clock] - measured[PLAIN]["steps"][0][clock] + made_up_for
+    start = default["steps"][0][clock] - beside["steps"][0][clock] + made_up_for
     tuned_steps = min(run_steps, MetaLRTrainingArguments.tuning_steps) - 1
-    more = start + tuned_steps * (seconds_a_step(measured[case.key], case, clock) - plain)
-    return 1 + (more + (run_steps - 1 - tuned_steps) * (settled - plain)) / (run_steps * plain)
+    # In plain steps.
+    more = start / seconds_a_step(beside, None, clock)
+    more += tuned_steps * (step_ratio(measured[case.key], case, clock) - 1)
+    more += (run_steps - 1 - tuned_steps) * (step_ratio(measured[SETTLED], None, clock) - 1)
+    return 1 + more / run_steps
 
 
 def make_tables(summary: Sequence[dict[str, Any]], arguments: BenchmarkArguments) -> list[Table]:
@@ -164,8 +175,9 @@ def notes(summary: Sequence[dict[str, Any]], arguments: BenchmarkArguments) -> l
         arguments ([`~metalr_hf.benchmark.BenchmarkArguments`]): The settings.
     """
     lines = [
-        f"Medians of {arguments.repeats} repeats, all cases in turn, each in a process of its own; in brackets the "
-        "lowest and the highest. Ratios are within a repeat. The images are prepared beforehand.",
+        f"Medians of {arguments.repeats} repeats; in brackets the lowest and the highest. Every case takes its steps "
+        "in turn with a plain one beside it, each in a process of its own. How far the plain ratio is from 1 tells how "
+        "exact the others are. The images are prepared beforehand.",
         f"A run of {arguments.run_steps} steps is put together: the calibration and all that comes before the first "
         f"step, {MetaLRTrainingArguments.tuning_steps} steps that tune, and the others after tuning.",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +27,11 @@ class _Turn:
         self.mine, self.next, self.over = mine, next, over
 
     def take(self) -> None:
+        caller = multiprocessing.parent_process()
         while not self.mine.acquire(timeout=1) and not self.over.is_set():
-            pass
+            if caller is None or not caller.is_alive():
+                # The executor would catch an exception, and wait for ever for the next call.
+                os._exit(1)
 
     def hand_over(self) -> None:
         self.next.release()

@@ -1,5 +1,10 @@
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +52,28 @@ def test_one_that_fails_does_not_leave_the_other_waiting(tmp_path, name):
     calls = [(tmp_path / "log", key, 3, 2 if key == name else None) for key in ("a", "b")]
     with pytest.raises(ArithmeticError, match=f"{name} fails"):
         run_in_turn(take_steps, calls)
+
+
+def never_their_turn(file):
+    """Kills who asked while the first waits for the second, which never comes to its first step."""
+    os.mkdir(file / str(os.getpid()))
+    if len(os.listdir(file)) == 1:
+        StopWatch(torch.device("cpu"))
+    else:
+        os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+        time.sleep(20)
+
+
+def test_those_whose_caller_was_killed_end_too(tmp_path):
+    code = "from pathlib import Path; from test_turns import *; calls = [(Path(sys.argv[1]),)] * 2"
+    command = [sys.executable, "-c", f"import sys; {code}; run_in_turn(never_their_turn, calls)", str(tmp_path)]
+    ended = subprocess.run(command, cwd=Path(__file__).parent, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    first = min(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime).name
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{first}") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not os.path.exists(f"/proc/{first}")
 
 
 def peak_with(megabytes):

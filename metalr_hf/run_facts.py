@@ -174,9 +174,9 @@ def _tuning(trainer: HubTrainer) -> dict[str, object]:
         most = f"at most a factor of {args.resolve_max_lr_change():g} a step"
         settings["learning-rate rule"] = f"{args.lr_rule}, η = {args.hyper_lr:g}, {most}"
         settings["rates tuned"] = f"at the first {args.tuning_steps} steps" if args.tuning_steps else "at every step"
-        if args.meta_every > 1:
+        if scheduler.meta_every > 1:
             first = f" of the first {args.tuning_steps}" if args.tuning_steps else ""
-            settings["rates tuned"] = f"at one step in {args.meta_every}{first}"
+            settings["rates tuned"] = f"at one step in {scheduler.meta_every}{first}"
     if scheduler.restarted_at:
         settings["collapsed"] = f"and went back to the first weights at step {scheduler.restarted_at}, with lower rates"
     if scheduler.guard.refused:
@@ -200,7 +200,8 @@ def _validation(trainer: HubTrainer) -> str:
         source = f"{args.meta_split:.0%} of the training images, held out and stratified by class"
     elif trainer.meta_dataset is not None:
         source = "a set of labelled images given for it"
-    each = "each tuned step" if args.meta_every == 1 else f"one step in {args.meta_every}"
+    every = trainer.lr_scheduler.meta_every
+    each = "each tuned step" if every == 1 else f"one step in {every}"
     size = (args.meta_batch_size or args.train_batch_size) * args.world_size
     return f"At {each} a shuffled validation batch of {size} images came from {source}."
 

@@ -163,7 +163,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
                 rule=args.lr_rule,
                 hyper_lr=args.hyper_lr,
                 meta_source=self.meta_source,
-                meta_every=args.meta_every,
+                meta_every=args.resolve_meta_every(self.meta_source),
                 tuning_steps=args.tuning_steps or None,
                 calibrate=args.resolve_calibrate(),
                 lookahead=args.lookahead,

@@ -64,6 +64,7 @@ def arguments(folder, **kwargs):
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
         "calibrate": False,
+        "meta_every": 1,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

@@ -48,6 +48,15 @@ def test_the_trust_region_follows_from_the_calibration(tmp_path):
     assert max_lr_change(preset="paper") == math.inf
 
 
+def test_how_often_to_tune_follows_from_the_source(tmp_path):
+    def meta_every(source, **kwargs):
+        return MetaLRTrainingArguments(str(tmp_path), **kwargs).resolve_meta_every(source)
+
+    assert (meta_every("next_batch"), meta_every("stream")) == (1, 2)
+    assert meta_every("stream", preset="paper") == meta_every("stream", meta_every=1) == 1
+    assert meta_every("next_batch", meta_every=5) == 5
+
+
 def test_the_source_follows_from_what_is_there(tmp_path):
     def source(has_meta_dataset=False, **kwargs):
         return MetaLRTrainingArguments(str(tmp_path), **kwargs).resolve_meta_source(has_meta_dataset)

@@ -107,7 +107,14 @@ def run(
 ):
     folder = Path(folder)
     set_seed(0)
-    defaults = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "max_steps": 12}
+    defaults = {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "max_steps": 12,
+        "meta_every": 1,
+    }
     args = MetaLRTrainingArguments(str(folder), **{**defaults, **arguments})
     rates = Rates()
     trainer = TrainerOfTheTest(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from dataclasses import dataclass, field, fields
@@ -14,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .data import DataArguments
+from .messages import did_you_mean
 from .training_args import PRESETS, MetaLRTrainingArguments
 
 # For the run without a model or a data set of the user's; each only where the user did not say otherwise.
@@ -173,6 +173,5 @@ def _read_file(file: str, known: list[str]) -> dict[str, Any]:
 
 
 def _refuse_unknown(name: str, known: list[str], what: str) -> NoReturn:
-    near = [other for other in known if other.startswith(name)][:3] or difflib.get_close_matches(name, known, n=3)
-    hint = f" Did you mean {' or '.join(near)}?" if near else " `metalr-hf train --help` lists them all."
+    hint = did_you_mean(name, known, "`metalr-hf train --help` lists them all.")
     raise ValueError(f"{name!r} is no {what}.{hint}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from .messages import first_line
 from .settings import check_choice
 
 TASKS = ("classification", "segmentation")
@@ -145,6 +146,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
         check_choice("augment", self.augment, AUGMENTATIONS)
+        if isinstance(self.metrics, str):
+            self.metrics = [self.metrics]
         self.metrics = self.metrics or (["dice"] if self.task == "segmentation" else ["accuracy", "macro_f1"])
         if self.task == "segmentation" and self.metrics != ["dice"]:
             raise ValueError(f"metrics={self.metrics}: segmentation is measured by dice. Leave the argument out.")
@@ -156,8 +159,6 @@ class DataArguments:
                 raise ValueError(f"{name}={value!r} must be 1 or more.")
         if self.dataset_name == "imagefolder" and self.data_dir is None:
             raise ValueError("dataset_name='imagefolder' needs data_dir: the folder with a folder of images a class.")
-        if isinstance(self.metrics, str):
-            self.metrics = [self.metrics]
 
     @property
     def hub_id(self) -> str | None:
@@ -284,7 +285,7 @@ def _read_splits(args: DataArguments) -> Mapping[str, Any]:
         raise FileNotFoundError(
             f"dataset_name={name!r}{where} could not be loaded: it is neither a folder with images, parquet or arrow "
             "files nor a data set that can be reached on the Hub. Check the name and the network; private ones need "
-            f"`hf auth login`. ({_first_line(error)})"
+            f"`hf auth login`. ({first_line(error)})"
         ) from error
     except ValueError as error:
         raise ValueError(f"dataset_name={name!r} could not be loaded: {error}") from error
@@ -380,10 +381,6 @@ def _stratified_split(dataset: Any, argument: str, size: int, seed: int) -> tupl
     except ValueError as error:
         raise ValueError(
             f"{argument}: {size} of {len(dataset)} training images cannot be taken with every class in both parts "
-            f"({_first_line(error)})."
+            f"({first_line(error)})."
         ) from error
     return parts["train"], parts["test"]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

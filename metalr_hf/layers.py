@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from .layer_names import clean, tensor_names
 from .layer_sources import Layers, find_layers
 from .layer_structure import look_through
+from .messages import did_you_mean
 from .settings import LAYER_GRANULARITIES, check_choice
 
 if TYPE_CHECKING:
@@ -169,8 +169,7 @@ def check_layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]]) ->
             )
         for name in members:
             if name not in parameters:
-                near = difflib.get_close_matches(name, parameters, n=2)
-                hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+                hint = did_you_mean(name, parameters)
                 raise ValueError(
                     f"layer_groups names {name!r} in layer {layer!r}, which the model does not have.{hint}"
                 )
@@ -284,9 +283,8 @@ def _with_head(layers: Layers, model: nn.Module, modules: list[str]) -> Layers:
     for module in modules:
         found = [n for n, _ in model.named_parameters() if f"{clean(n)}.".startswith(f"{clean(module)}.")]
         if not found:
-            near = difflib.get_close_matches(module, known, n=2)
-            hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "model.named_modules() lists them."
-            raise ValueError(f"head={module!r} is no module of the model that holds parameters. {hint}")
+            hint = did_you_mean(module, known, "model.named_modules() lists them.")
+            raise ValueError(f"head={module!r} is no module of the model that holds parameters.{hint}")
         head += found
     layers = {"backbone.head" if layer == "head" else layer: members for layer, members in layers.items()}
     layers = {layer: [name for name in members if name not in head] for layer, members in layers.items()}

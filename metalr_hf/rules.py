@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from .messages import did_you_mean
 
 
 class Rule:
@@ -119,10 +120,9 @@ def get_rule(name: str, hyper_lr: float) -> Rule:
     ```
     """
     if name not in RULES:
-        near = difflib.get_close_matches(str(name), RULES, n=2, cutoff=0.4)
-        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+        hint = did_you_mean(str(name), RULES, cutoff=0.4)
         raise ValueError(
-            f"lr_rule={name!r} is not a learning-rate rule. {hint}Registered: {', '.join(sorted(RULES))}; add your own "
+            f"lr_rule={name!r} is not a learning-rate rule.{hint} Registered: {', '.join(sorted(RULES))}; add your own "
             "with metalr_hf.rules.register_rule."
         )
     return RULES[name](hyper_lr=hyper_lr)

@@ -26,6 +26,7 @@ from .checkpoints import checkpoints, is_complete, usable_checkpoint
 from .data import ImageSplits, load_images
 from .mask_transforms import prepare_masks
 from .masks import MaskSplits, load_masks
+from .messages import first_line
 from .meta_batches import UnusableRowError
 from .metrics import build_compute_metrics
 from .publish import BESIDE_THE_MODEL
@@ -133,12 +134,11 @@ def _load_processor(arguments: TrainArguments, model: PreTrainedModel) -> BaseIm
 
 
 def _not_loaded(name: str, what: str, error: Exception) -> ValueError | FileNotFoundError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, ValueError):
-        return ValueError(f"model_name_or_path={name!r}: its {what} could not be loaded: {first}")
+        return ValueError(f"model_name_or_path={name!r}: its {what} could not be loaded: {first_line(error)}")
     return FileNotFoundError(
         f"model_name_or_path={name!r}: no {what} there. It must be a local folder or a model that can be reached on "
-        f"the Hub: check the name and the network; private ones need `hf auth login`. ({first})"
+        f"the Hub: check the name and the network; private ones need `hf auth login`. ({first_line(error)})"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from .layers import layer_groups
+from .messages import did_you_mean, first_line
 from .settings import LAYER_GRANULARITIES
 
 TASKS: tuple[tuple[Any, Any], ...] = (
@@ -92,10 +92,9 @@ def empty_model(name: str | None, *, trust_remote_code: bool = False) -> nn.Modu
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(
             f"--model={name!r}: no configuration there. It must be a local folder, a model that can be reached on the "
-            f"Hub, or timm/ and the name of one of timm's architectures. ({first})"
+            f"Hub, or timm/ and the name of one of timm's architectures. ({first_line(error)})"
         ) from error
     auto_class = _auto_class(config, name)
     with torch.device("meta"):
@@ -107,9 +106,8 @@ def _timm_model(name: str) -> nn.Module:
 
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"Did you mean {' or '.join(f'timm/{n}' for n in near)}?" if near else "timm.list_models() names them."
-        raise ValueError(f"--model='timm/{name}': timm has no such architecture. {hint}")
+        hint = did_you_mean(architecture, timm.list_models(), "timm.list_models() names them.")
+        raise ValueError(f"--model='timm/{name}': timm has no such architecture.{hint}")
     with torch.device("meta"):
         return timm.create_model(architecture)
 

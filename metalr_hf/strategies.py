@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_pt_utils import get_parameter_names
 
 from .layers import layer_groups, split_param_groups
+from .messages import did_you_mean
 from .trainer import MetaLRTrainer
 from .training_args import MetaLRTrainingArguments
 
@@ -133,9 +133,8 @@ def get_strategy(name: str) -> Strategy:
         ValueError: if there is none; names the near ones.
     """
     if name not in STRATEGIES:
-        near = difflib.get_close_matches(name, STRATEGIES, n=2, cutoff=0.4)
-        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(f"strategies={name!r} is not one. {hint}There are: {', '.join(STRATEGIES)}.")
+        hint = did_you_mean(name, STRATEGIES, cutoff=0.4)
+        raise ValueError(f"strategies={name!r} is not one.{hint} There are: {', '.join(STRATEGIES)}.")
     return STRATEGIES[name]
 
 

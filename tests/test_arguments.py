@@ -85,8 +85,8 @@ def test_columns_are_kept_whatever_is_asked(tmp_path):
     ("given", "message"),
     [
         (["--seed", "1"], "output_dir is missing"),
-        (["--output_dir", "x", "--lerning_rate", "1"], "'lerning_rate' is no argument. Did you mean learning_rate"),
-        (["--output_dir", "x", "--dataset", "1"], "'dataset' is no argument. Did you mean dataset_name"),
+        (["--output_dir", "x", "--lerning_rate", "1"], "'lerning_rate' is no argument. Did you mean 'learning_rate'"),
+        (["--output_dir", "x", "--dataset", "1"], "'dataset' is no argument. Did you mean 'dataset_name'"),
         (["--output_dir", "x", "--seed", "one"], "--seed: invalid int value: 'one'.*lists the arguments"),
         (["--output_dir", "x", "--hyper_lr", "-1"], "hyper_lr=-1.0 must be finite and 0 or more"),
         (["--output_dir", "x", "--augment", "mixup"], "augment='mixup' must be one of"),
@@ -103,7 +103,7 @@ def test_bad_arguments(given, message):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("run.yaml", "output_dir: x\nmeta_spilt: 0.2\n", "'meta_spilt' is no argument in .*Did you mean meta_split"),
+        ("run.yaml", "output_dir: x\nmeta_spilt: 0.2\n", "'meta_spilt' is no argument in .*Did you mean 'meta_split'"),
         ("run.yaml", "- output_dir\n", "must hold arguments and their values, not a list"),
         ("run.yaml", "output_dir: [\n", "is not valid JSON or YAML"),
         ("run.json", "{", "is not valid JSON or YAML"),

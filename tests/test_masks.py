@@ -220,6 +220,8 @@ def test_a_share_of_the_training_split_is_held_out(tmp_path):
 
 def test_segmentation_is_measured_by_dice():
     assert arguments().metrics == ["dice"]
+    # As a YAML file gives a single one.
+    assert arguments(metrics="dice").metrics == ["dice"]
     assert DataArguments().metrics == ["accuracy", "macro_f1"]
     with pytest.raises(ValueError, match=r"metrics=\['accuracy'\]: segmentation is measured by dice"):
         arguments(metrics=["accuracy"])

@@ -43,7 +43,7 @@ def test_a_saved_model_is_listed_as_what_it_is(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("timm/resnet1", "timm has no such architecture. Did you mean timm/resnet18"),
+        ("timm/resnet1", "timm has no such architecture. Did you mean 'resnet10t'"),
         ("./nowhere", "no configuration there. It must be a local folder"),
     ],
 )

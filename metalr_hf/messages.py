@@ -34,7 +34,7 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, cutoff
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or else its kind.
+    r"""The first line of what an error says, or else its kind.
 
     Args:
         error (`BaseException`): The error.
@@ -43,7 +43,7 @@ def first_line(error: BaseException) -> str:
 
     ```python
     >>> from metalr_hf.messages import first_line
-    >>> first_line(OSError("no such model\\nlook at the list of all models")), first_line(OSError())
+    >>> first_line(OSError("no such model\nlook at the list of all models")), first_line(OSError())
     ('no such model', 'OSError')
 
     ```

@@ -1,3 +1,4 @@
+import copy
 import io
 
 import pytest
@@ -62,6 +63,59 @@ def test_the_state_tells_the_step_that_was_taken(name):
         look_ahead.rescale([0.0, 0.0])
         for p, q in zip(weights, start, strict=True):
             torch.testing.assert_close(p.data, q, rtol=0, atol=1e-13)
+
+
+def step_to(kind, groups, state, weights, gradients, rates):
+    """Where the optimizer itself ends from a state with other rates."""
+    twins = [nn.Parameter(p.clone()) for p in weights]
+    optimizer = kind([{**group, "params": [twin]} for group, twin in zip(groups, twins, strict=True)])
+    optimizer.load_state_dict(state)
+    for twin, gradient, group, rate in zip(twins, gradients, optimizer.param_groups, rates, strict=True):
+        twin.grad, group["lr"] = gradient, rate
+    optimizer.step()
+    return [twin.detach() for twin in twins]
+
+
+# Which of the two parameters has a gradient, step by step: the first is left out for two, the second comes late.
+GRADIENTS = [(True, False), (True, True), (False, True), (False, True), (True, True), (True, False), (True, True)]
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_parameters_that_have_no_gradient_for_some_steps(name):
+    kind, options = TOLD[name]
+    weights = parameters()
+    groups = [{"params": [p], "lr": rate, **options} for p, rate in zip(weights, (0.1, 0.02), strict=True)]
+    optimizer = kind(groups)
+    look_ahead = LookAhead(optimizer)
+    counts = set()
+    for seed, present in enumerate(GRADIENTS):
+        generator = torch.Generator().manual_seed(seed)
+        gradients = [
+            torch.randn(p.shape, generator=generator, dtype=p.dtype) if there else None
+            for p, there in zip(weights, present, strict=True)
+        ]
+        state, start = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in weights]
+        for p, gradient in zip(weights, gradients, strict=True):
+            p.grad = gradient
+        look_ahead.before_step([[p] for p in weights])
+        optimizer.step()
+        look_ahead.after_step()
+        assert not look_ahead._displacement
+        assert look_ahead.sizes == [int(there) for there in present]
+        stepped = [p.detach().clone() for p in weights]
+        moved = [(b - a).mul(g).sum() for a, b, g in zip(start, stepped, gradients, strict=True) if g is not None]
+        torch.testing.assert_close(look_ahead.inner_products(), torch.stack(moved), rtol=1e-11, atol=1e-13)
+        expected = step_to(kind, groups, state, start, gradients, (0.05, 0.06))
+        with look_ahead.moved_to([0.5, 3.0]):
+            torch.testing.assert_close([p.data for p in weights], expected, rtol=0, atol=1e-13)
+        look_ahead.rescale([0.5, 3.0])
+        torch.testing.assert_close([p.data for p in weights], expected, rtol=0, atol=1e-13)
+        for p, before, gradient in zip(weights, start, gradients, strict=True):
+            assert gradient is not None or torch.equal(p, before)
+        counts.add(tuple(int(optimizer.state[p].get("step", 0)) for p in weights))
+    if kind is not torch.optim.SGD:
+        assert (5, 5) in counts
+        assert (2, 1) in counts
 
 
 @pytest.mark.parametrize("name", [*COPIED, "bfloat16"])

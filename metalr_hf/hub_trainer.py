@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
-from transformers.utils import PushInProgress, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 
 from .model_card import Evaluation, model_card
 from .publish import CARD, HISTORY, PICTURE, hub_api, prepare_repository, publish, publish_checkpoint, telling_errors
@@ -75,6 +75,18 @@ class HubTrainer(Trainer):
             self._evaluations = {key: value for key, value in self._evaluations.items() if key[1] in wanted}
             self._evaluations[metric_key_prefix, measured.step] = measured
         return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; a timm model is saved so that timm reads it too, in checkpoints as well."""
+        super().save_model(output_dir, _internal_call)
+        model = self.accelerator.unwrap_model(self.model)
+        folder = Path(str(output_dir or self.args.output_dir))
+        # An adapter on a timm model is saved without it, and FSDP may save the shards alone.
+        portable = isinstance(model, PreTrainedModel) and hasattr(model, "timm_model")
+        if portable and self.args.should_save and (folder / SAFE_WEIGHTS_NAME).is_file():
+            from .timm_models import make_portable
+
+            make_portable(folder)
 
     def create_model_card(
         self,
@@ -163,12 +175,6 @@ class HubTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         folder = Path(str(self.args.output_dir))
-        model = self.accelerator.unwrap_model(self.model)
-        # An adapter on a timm model is saved without it.
-        if isinstance(model, PreTrainedModel) and hasattr(model, "timm_model"):
-            from .timm_models import make_portable
-
-            make_portable(folder)
         own_tags, tags = list(getattr(self.model, "model_tags", None) or []), kwargs.pop("tags", None) or []
         self.create_model_card(tags=[*([tags] if isinstance(tags, str) else tags), *own_tags], **kwargs)
         self._finish_current_push()

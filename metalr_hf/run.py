@@ -191,8 +191,9 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
             results |= trainer.evaluate(prepared.test, metric_key_prefix="test")
         finally:
             # What a run has learnt is not lost with a test that fails.
-            if trainer.is_world_process_zero():
-                _write_files(trainer, results)
+            trainer.save_metrics("all", results, combined=False)
+            trainer.save_state()
+            trainer.create_model_card()
     except (OSError, UnusableRowError) as error:
         meta = {} if splits.meta is None else {"meta": splits.meta}
         name_broken_image(error, {"training": splits.train, "test": splits.test, **meta})
@@ -202,17 +203,6 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     if training.push_to_hub:
         trainer.push_to_hub()
     return results
-
-
-def _write_files(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
-    folder = Path(str(trainer.args.output_dir))
-    trainer.save_metrics("all", results, combined=False)
-    trainer.save_state()
-    trainer.create_model_card()
-    if hasattr(trainer.model, "timm_model"):
-        from .timm_models import make_portable
-
-        make_portable(folder)
 
 
 def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
@@ -144,9 +145,11 @@ def make_portable(folder: str | os.PathLike[str]) -> None:
     pretrained_cfg = config.get("pretrained_cfg") or _default_cfg(config["architecture"])
     config |= {"model_args": model_args, "pretrained_cfg": pretrained_cfg}
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    tensors = load_file(weights)
-    if any(name.startswith(PREFIX) for name in tensors):
-        save_file({name.removeprefix(PREFIX): value for name, value in tensors.items()}, weights, {"format": "pt"})
+    with safe_open(weights, framework="pt") as saved:
+        prefixed = any(name.startswith(PREFIX) for name in saved.keys())  # noqa: SIM118
+    if prefixed:
+        tensors = {name.removeprefix(PREFIX): value for name, value in load_file(weights).items()}
+        save_file(tensors, weights, {"format": "pt"})
 
 
 def _in_order(id2label: Mapping[int, str]) -> dict[int, str]:

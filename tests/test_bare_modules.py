@@ -10,7 +10,6 @@ from transformers import AutoModelForImageClassification, Trainer
 
 from metalr_hf import MetaLRTrainer
 from metalr_hf.bare_modules import Classifier, needs_loss
-from metalr_hf.timm_models import make_portable
 
 
 class Network(nn.Module):
@@ -57,7 +56,6 @@ def test_a_timm_network_trains_and_reloads_with_equal_logits_in_both_libraries(t
     run = train(tmp_path / "run", bare, max_steps=3)
     assert (run.lr_history.learning_rates[-1] != run.lr_history.learning_rates[0]).any()
     run.save_model(tmp_path / "saved")
-    make_portable(tmp_path / "saved")
     pixels = images(4)[:]["pixel_values"]
     with torch.no_grad():
         expected = bare.eval()(pixels)

@@ -185,9 +185,9 @@ from test_trainer import trainer
 from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 # What this configuration leaves out is what timm cannot do without.
 config = TimmWrapperConfig(architecture="test_resnet", num_labels=3)
-run = trainer(argv[1], model=TimmWrapperForImageClassification(config), max_steps=2, hub_model_id="me/timm")
+push = {"push_to_hub": True, "hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 2}
+run = trainer(argv[1], model=TimmWrapperForImageClassification(config), max_steps=2, hub_model_id="me/timm", **push)
 run.train()
-run.push_to_hub()
 weights = run.model.timm_model.state_dict()
 for model in (
     timm.create_model("hf-hub:me/timm", pretrained=True),
@@ -198,7 +198,7 @@ print("reloaded")
 """
 
 
-def test_a_timm_model_that_its_trainer_pushed_reloads_in_both_libraries(hub, user, tmp_path):
+def test_a_timm_model_that_its_trainer_pushed_while_training_reloads_in_both_libraries(hub, user, tmp_path):
     done = user.python(TIMM, Path(__file__).parent, tmp_path)
     assert "reloaded" in done.stdout, done.stderr[-2000:]
 

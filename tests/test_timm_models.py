@@ -4,7 +4,15 @@ import datasets
 import pytest
 import timm
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+from test_trainer import trainer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.demo import demo_model
@@ -80,13 +88,12 @@ def test_the_network_itself_is_wrapped_and_an_optimizer_over_it_stays_valid(tmp_
         str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to="none", save_strategy="no", use_cpu=True
     )
     before = bare.conv_stem.weight.clone()
-    trainer = MetaLRTrainer(model=bare, args=args, train_dataset=rows, optimizers=(optimizer, None))
-    trainer.train()
+    run = MetaLRTrainer(model=bare, args=args, train_dataset=rows, optimizers=(optimizer, None))
+    run.train()
     assert not torch.equal(before, bare.conv_stem.weight)
-    assert trainer.lr_history.layers[0] == "stem"
-    assert trainer.lr_history.layers[-1] == "head"
-    trainer.save_model(str(tmp_path / "saved"))
-    make_portable(tmp_path / "saved")
+    assert run.lr_history.layers[0] == "stem"
+    assert run.lr_history.layers[-1] == "head"
+    run.save_model(str(tmp_path / "saved"))
     reloaded = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
     assert torch.equal(reloaded.conv_stem.weight, bare.conv_stem.weight)
 
@@ -96,8 +103,8 @@ def test_own_layers_of_a_bare_network_keep_their_names(tmp_path):
     groups = {"all": [name for name, _ in bare.named_parameters()]}
     data = datasets.Dataset.from_dict({"pixel_values": [[[[0.0]]]], "labels": [0]})
     args = MetaLRTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    trainer = MetaLRTrainer(model=bare, args=args, train_dataset=data, layer_groups=groups)
-    assert trainer.create_optimizer().param_groups[0]["layer"] == "all"
+    run = MetaLRTrainer(model=bare, args=args, train_dataset=data, layer_groups=groups)
+    assert run.create_optimizer().param_groups[0]["layer"] == "all"
 
 
 def test_what_is_no_timm_classifier_is_told_apart_or_refused():
@@ -159,9 +166,9 @@ def test_a_wrapped_network_trains_in_the_stock_trainer(tmp_path):
     args = TrainingArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to="none", save_strategy="no", use_cpu=True
     )
-    trainer = Trainer(model=wrap_timm_model(bare, NAMES), args=args, train_dataset=rows)
-    trainer.train()
-    assert trainer.state.global_step == 2
+    stock = Trainer(model=wrap_timm_model(bare, NAMES), args=args, train_dataset=rows)
+    stock.train()
+    assert stock.state.global_step == 2
     assert not torch.equal(before, bare.conv_stem.weight)
 
 
@@ -171,3 +178,22 @@ def test_a_model_saved_in_several_files_is_refused_before_anything_is_written(tm
     with pytest.raises(ValueError, match=r"no model.safetensors, .* max_shard_size"):
         make_portable(tmp_path)
     assert (tmp_path / "config.json").read_text() == before
+
+
+def test_checkpoints_load_in_timm_and_a_run_goes_on_from_them_bitwise(tmp_path):
+    def train(folder, resume=None, **options):
+        torch.manual_seed(0)
+        # What this configuration leaves out is what timm cannot do without.
+        config = TimmWrapperConfig(architecture="test_resnet", num_labels=3)
+        run = trainer(tmp_path / folder, TimmWrapperForImageClassification(config), max_steps=3, **options)
+        run.train(resume_from_checkpoint=resume)
+        return run.model.timm_model.state_dict()
+
+    through = train("through", save_strategy="steps", save_steps=2)
+    checkpoint = tmp_path / "through" / "checkpoint-2"
+    in_timm = timm.create_model(f"local-dir:{checkpoint}", pretrained=True).state_dict()
+    assert in_timm.keys() == through.keys()
+    resumed = train("resumed", resume=str(checkpoint))
+    for name, value in through.items():
+        assert torch.equal(value, resumed[name])
+    assert not torch.equal(through["fc.weight"], in_timm["fc.weight"])

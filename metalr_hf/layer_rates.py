@@ -16,6 +16,7 @@ from .optimizers import layer_of_groups, parameters_by_layer, start_learning_rat
 from .settings import check_learning_rates, check_saved_layers, check_saved_optimizer
 
 PLAIN_STATE = ("last_epoch", "_step_count")
+RATES = ("learning_rates", "start_learning_rates", "lowest_learning_rates", "highest_learning_rates")
 
 
 class LayerRateScheduler(LRScheduler):
@@ -38,6 +39,8 @@ class LayerRateScheduler(LRScheduler):
         layers (`list[str]`): The layers, in the order of the groups.
         learning_rates (`torch.Tensor` of shape `(layers,)`, float64): α of every layer.
         start_learning_rates (`torch.Tensor` of shape `(layers,)`, float64): Where the layers started.
+        lowest_learning_rates (`torch.Tensor` of shape `(layers,)`, float64): The lowest α of every layer at a step.
+        highest_learning_rates (`torch.Tensor` of shape `(layers,)`, float64): The highest.
         history ([`LRHistory`]): α s(t) of every layer at every step.
 
     Raises:
@@ -76,6 +79,9 @@ class LayerRateScheduler(LRScheduler):
             self.learning_rates = torch.full_like(self.learning_rates, start_lr)
         check_learning_rates(dict(zip(self.layers, self.learning_rates.tolist(), strict=True)), lr_min, lr_max)
         self.start_learning_rates = self.learning_rates
+        # Not to be had from the history, which holds α s(t): a run may go on with another schedule.
+        self.lowest_learning_rates = torch.full_like(self.learning_rates, math.inf)
+        self.highest_learning_rates = torch.zeros_like(self.learning_rates)
         self.history = LRHistory(self.layers)
         super().__init__(optimizer)
 
@@ -92,8 +98,12 @@ class LayerRateScheduler(LRScheduler):
             meta_loss (`float`, *optional*): The validation loss, if there was one.
             hypergradients (`list[float]`, *optional*): ∂L_val/∂α of every layer, if they were measured.
         """
-        used = self.learning_rates * self.shape(self.last_epoch)
-        self.history.append(self.last_epoch, used.tolist(), meta_loss, hypergradients)
+        shape = self.shape(self.last_epoch)
+        self.history.append(self.last_epoch, (self.learning_rates * shape).tolist(), meta_loss, hypergradients)
+        # A step of length 0, as a warm-up begins with, used none.
+        if shape > 0:
+            self.lowest_learning_rates = torch.minimum(self.lowest_learning_rates, self.learning_rates)
+            self.highest_learning_rates = torch.maximum(self.highest_learning_rates, self.learning_rates)
 
     def write_learning_rates(self) -> None:
         """Gives every param group its learning rate."""
@@ -110,8 +120,7 @@ class LayerRateScheduler(LRScheduler):
             **{name: getattr(self, name) for name in PLAIN_STATE},
             "layers": list(self.layers),
             "optimizer": type(unwrap(self.optimizer)).__name__,
-            "learning_rates": self.learning_rates.clone(),
-            "start_learning_rates": self.start_learning_rates.clone(),
+            **{name: getattr(self, name).clone() for name in RATES},
             "history": self.history.state_dict(),
         }
 
@@ -130,8 +139,8 @@ class LayerRateScheduler(LRScheduler):
         check_saved_optimizer(state_dict["optimizer"], type(unwrap(self.optimizer)).__name__)
         for name in PLAIN_STATE:
             setattr(self, name, state_dict[name])
-        self.learning_rates = state_dict["learning_rates"].clone()
-        self.start_learning_rates = state_dict["start_learning_rates"].clone()
+        for name in RATES:
+            setattr(self, name, state_dict[name].clone())
         self.history.load_state_dict(state_dict["history"])
         self.write_learning_rates()
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from .bare_modules import Classifier
 from .model_card import Evaluation, LayerFacts, RunFacts
+from .optimizers import unwrap
 from .publish import CARD
 from .unet3d import UNet3DConfig
 
@@ -127,22 +128,16 @@ def _class_results(names: list[str], output: EvalLoopOutput) -> list[list[object
 
 
 def _layers(scheduler: Any) -> list[LayerFacts]:
-    history = scheduler.history
-    shape = np.array([scheduler.shape(int(step)) for step in history.steps])
-    start, final = scheduler.start_learning_rates.tolist(), scheduler.learning_rates.tolist()
-    rates = history.learning_rates[shape > 0] / shape[shape > 0, None]
+    start, final = scheduler.start_learning_rates, scheduler.learning_rates
     # The last update came after the last step.
-    rates = np.vstack([rates, final])
-    return [
-        LayerFacts(name, start[i], final[i], float(rates[:, i].min()), float(rates[:, i].max()))
-        for i, name in enumerate(history.layers)
-    ]
+    low = torch.minimum(scheduler.lowest_learning_rates, final)
+    high = torch.maximum(scheduler.highest_learning_rates, final)
+    rates = (rates.tolist() for rates in (start, final, low, high))
+    return [LayerFacts(*facts) for facts in zip(scheduler.layers, *rates, strict=True)]
 
 
 def _settings(trainer: HubTrainer) -> dict[str, object]:
-    args, state, optimizer = trainer.args, trainer.state, trainer.lr_scheduler.optimizer
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    args, state, optimizer = trainer.args, trainer.state, unwrap(trainer.lr_scheduler.optimizer)
     warmup = args.get_warmup_steps(state.max_steps)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)

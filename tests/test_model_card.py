@@ -6,10 +6,12 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from test_markdown import HOSTILE, rendered, shown
 from test_trainer import arguments, images, vit
+from transformers import TrainerCallback
 
 from metalr_hf import MetaLRTrainer
 from metalr_hf.metrics import build_compute_metrics
 from metalr_hf.model_card import Evaluation, LayerFacts, RunFacts, model_card, reading
+from metalr_hf.run_facts import run_facts
 
 LAYERS = [
     LayerFacts("stem", 1e-4, 2e-5, 2e-5, 1e-4),
@@ -240,3 +242,32 @@ def test_how_often_rates_were_tuned(tmp_path, options, tuned, drawn):
     text = (tmp_path / "README.md").read_text()
     assert f"| rates tuned | {tuned} |" in text
     assert f"{drawn} validation batch" in text
+
+
+class RatesAtEveryStep(TrainerCallback):
+    def __init__(self):
+        self.rates = []
+
+    def on_step_end(self, args, state, control, lr_scheduler, **kwargs):
+        self.rates.append(lr_scheduler.learning_rates)
+
+
+def test_the_range_of_a_rate_is_before_the_schedule_also_where_that_was_changed_on_the_way(tmp_path):
+    def train(max_steps, resume=None):
+        options = {"lr_scheduler_type": "linear", "warmup_steps": 1, "tuning_steps": 0, "calibrate": True}
+        args = arguments(tmp_path, max_steps=max_steps, save_strategy="steps", save_steps=3, **options)
+        seen = RatesAtEveryStep()
+        run = MetaLRTrainer(vit(), args, train_dataset=images(), callbacks=[seen])
+        run.train(resume_from_checkpoint=resume)
+        return run, seen.rates
+
+    _, before = train(4)
+    run, after = train(9, str(tmp_path / "checkpoint-3"))
+    # The first step has the length 0, and the second is calibrated.
+    rates = torch.stack([*before[1:3], *after])
+    layers = run_facts(run).layers
+    assert [layer.name for layer in layers] == run.lr_history.layers
+    assert [layer.low for layer in layers] == rates.amin(0).tolist()
+    assert [layer.high for layer in layers] == rates.amax(0).tolist()
+    assert [layer.final for layer in layers] == rates[-1].tolist()
+    assert all(layer.low < layer.high for layer in layers)

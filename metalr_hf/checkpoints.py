@@ -20,6 +20,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .meta_stream import MetaStream
+from .settings import check_saved_layers
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +40,30 @@ def usable_checkpoint(folder: str | os.PathLike[str] | None) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
+def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str | None) -> str | None:
+    """The checkpoint that `Trainer.train(resume_from_checkpoint=...)` is to go on from.
+
+    Args:
+        resume_from_checkpoint (`str`, `bool`, *optional*): A folder, or `True` for the last complete checkpoint.
+        output_dir (`str`, *optional*): Output folder of the run.
+
+    Returns:
+        `str`, *optional*: the checkpoint's folder; `None` to start from the beginning.
+
+    Raises:
+        ValueError: if it is `True` and there is no complete checkpoint.
+    """
+    if not isinstance(resume_from_checkpoint, bool):
+        return None if resume_from_checkpoint is None else os.fspath(resume_from_checkpoint)
+    found = usable_checkpoint(output_dir) if resume_from_checkpoint else None
+    if resume_from_checkpoint and found is None:
+        raise ValueError(
+            f"resume_from_checkpoint=True: there is no complete checkpoint in output_dir={output_dir!r}. Call train() "
+            "without it to start from the beginning."
+        )
+    return found
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, complete or not."""
     return sorted(path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit())
@@ -54,19 +79,17 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def check_checkpoint(folder: str | None, layers: Sequence[str]) -> None:
+def check_checkpoint(folder: str, layers: Sequence[str]) -> None:
     """Checks that a checkpoint holds the learning rates of these layers. One of weights alone passes with a warning.
 
     Args:
-        folder (`str` or `None`): The checkpoint.
+        folder (`str`): The checkpoint.
         layers (`Sequence[str]`): The layers of the model that is to go on from it.
 
     Raises:
         ValueError: if it is a checkpoint of a run with other layers, or with no learning rate a layer.
     """
-    file = os.path.join(folder or "", SCHEDULER_FILE)
-    if folder is None:
-        return
+    file = os.path.join(folder, SCHEDULER_FILE)
     if not os.path.isfile(file):
         logger.warning(
             f"{folder} holds weights alone (save_only_model): optimizer, learning rates, schedule and history start "
@@ -79,13 +102,7 @@ def check_checkpoint(folder: str | None, layers: Sequence[str]) -> None:
             f"{folder} is a checkpoint of a run without layer-wise learning rates. Start from its weights instead: "
             f"load the model from {folder} and call train() without resume_from_checkpoint."
         )
-    if list(saved) != list(layers):
-        raise ValueError(
-            f"{folder} is a checkpoint of a run with other layers: only there "
-            f"{[layer for layer in saved if layer not in layers]}, only here "
-            f"{[layer for layer in layers if layer not in saved]}, in another order otherwise. Resume with the same "
-            "model, frozen parameters and layer_groups."
-        )
+    check_saved_layers(list(saved), list(layers), folder)
 
 
 def load_renamed_weights(model: PreTrainedModel, folder: str | None) -> None:
@@ -114,35 +131,7 @@ class CheckpointingTrainer(Trainer):
 
     model: Any
     lr_scheduler: Any
-    optimizer: Any
     _meta_stream: MetaStream | None = None
-    _created_optimizer = False
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains; see [`~transformers.Trainer.train`].
-
-        `resume_from_checkpoint=True` goes on from the last complete checkpoint in `args.output_dir`: one whose writing
-        was interrupted does not count.
-
-        Raises:
-            ValueError: if there is no such checkpoint, or it is of a run with other layers.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = usable_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint=True: there is no complete checkpoint in output_dir="
-                    f"{self.args.output_dir!r}. Call train() without it to start from the beginning."
-                )
-        if isinstance(resume_from_checkpoint, (str, os.PathLike)) and self.model_init is None:
-            check_checkpoint(os.fspath(resume_from_checkpoint), list(self._layer_groups(self.model)))
-        if self.lr_scheduler is not None and self._created_optimizer:
-            # A second run, which Trainer would begin with the moments of the first.
-            self.optimizer = None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _layer_groups(self, model: nn.Module) -> dict[str, list[str]]:
-        raise NotImplementedError
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any

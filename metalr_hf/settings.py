@@ -117,14 +117,20 @@ def check_learning_rates(learning_rates: Mapping[str, float], lr_min: float, lr_
             )
 
 
-def check_saved_layers(saved: list[str], layers: list[str]) -> None:
-    """Raises `ValueError` if the layers of a checkpoint are not those of the run that resumes from it."""
+def check_saved_layers(saved: list[str], layers: list[str], where: str = "This") -> None:
+    """Raises `ValueError` if the layers of a checkpoint are not those of the run that resumes from it.
+
+    Args:
+        saved (`list[str]`): The layers of the checkpoint, in their order.
+        layers (`list[str]`): Those of the run.
+        where (`str`, *optional*, defaults to `"This"`): What to call the checkpoint.
+    """
     if saved != layers:
         raise ValueError(
-            f"The checkpoint's layers are not those of this optimizer: only in the checkpoint "
+            f"{where} is a checkpoint of a run with other layers: only in the checkpoint "
             f"{[layer for layer in saved if layer not in layers]}, only here "
-            f"{[layer for layer in layers if layer not in saved]}, in another order otherwise. "
-            "Resume with the same model and layer_groups, or start a new run."
+            f"{[layer for layer in layers if layer not in saved]}, in another order otherwise. Resume with the same "
+            "model, frozen parameters and layer_groups, or start a new run."
         )
 
 

@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .bare_modules import LossAlone, logits_of, wrap_bare_module
-from .checkpoints import CheckpointingTrainer
+from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
 from .collapse import CollapseGuard
 from .history import LRHistory
 from .hub_trainer import HubTrainer
@@ -81,6 +81,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
     """
 
     args: MetaLRTrainingArguments
+    optimizer: Any
 
     def __init__(
         self,
@@ -111,6 +112,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         self.meta_source = args.resolve_meta_source(meta_dataset is not None)
         self.meta_dataset = meta_dataset
         self._own_layer_groups = layer_groups
+        self._created_optimizer = False
         self._meta_stream: MetaStream | None = None
         self._step_loss: Tensor | float = 0.0
         self._left_out: dict[str, Tensor] = {}
@@ -134,6 +136,23 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         if not isinstance(self.lr_scheduler, MetaLRScheduler):
             raise ValueError("There is no learning-rate history yet: call train() first.")
         return self.lr_scheduler.history
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; see [`~transformers.Trainer.train`].
+
+        `resume_from_checkpoint=True` goes on from the last complete checkpoint in `args.output_dir`: one whose writing
+        was interrupted does not count.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or it is of a run with other layers.
+        """
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None and self.model_init is None:
+            check_checkpoint(checkpoint, list(self._layer_groups(self.model)))
+        if self.lr_scheduler is not None and self._created_optimizer:
+            # A second run, which Trainer would begin with the moments of the first.
+            self.optimizer = None
+        return super().train(checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates Trainer's optimizer, or takes the one handed in, and splits its param groups by layer."""

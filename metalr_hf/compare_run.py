@@ -16,7 +16,7 @@ from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 
 from .arguments import ModelArguments
-from .compare import Cell, Comparison, compare
+from .compare import RESULTS, Cell, Comparison, compare
 from .data import DataArguments, load_images
 from .report import write_report
 from .run import load_model
@@ -155,7 +155,7 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any]) -> None:
                 lambda done, total, _: bar.update(task, completed=done, total=total),
             )
         finally:
-            if (Path(arguments.output_dir) / "results.jsonl").exists():
+            if (Path(arguments.output_dir) / RESULTS).exists():
                 report = write_report(arguments.output_dir)
     console.print(Markdown(report.read_text(encoding="utf-8")))
     console.print(f"The report is {report}", soft_wrap=True)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from .compare import SETTINGS, TIMINGS, read_lines, read_results
 from .drawing import ShownFigure, bare, figure_of, is_dark, label_lines
+from .markdown import table
 
 PANEL_WIDTH, PANEL_HEIGHT = 5.0, 3.6
 # Vermilion, orange and purple of the palette of Okabe and Ito, made for the colour-blind; seen on white and on black.
@@ -252,8 +253,7 @@ def _class_table(rows: pd.DataFrame) -> str:
     if not scored:
         return "No run was scored."
     classes = list(scored[0])
-    lines = [["strategy", "learning rate", *classes, "total", "macro F1"]]
-    lines.append(["---", *["---:"] * (len(classes) + 3)])
+    lines: list[list[object]] = []
     summary = summarise(rows)
     for name in dict.fromkeys(rows["strategy"]):
         rate = summary.loc[[name], "mean"].idxmax()[1]
@@ -271,7 +271,8 @@ def _class_table(rows: pd.DataFrame) -> str:
                 f"{chosen['macro_f1'].mean():.3f}",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    header = ["strategy", "learning rate", *classes, "total", "macro F1"]
+    return table(header, lines, align="l" + "r" * (len(header) - 1))
 
 
 def _notes(folder: Path, results: pd.DataFrame, timings: pd.DataFrame) -> str:

@@ -96,3 +96,10 @@ def test_a_single_run_has_no_deviation(tmp_path):
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no results to report"):
         write_report(tmp_path)
+
+
+def test_names_of_classes_do_not_break_the_table(tmp_path):
+    rows = [result("cosine", 1e-3, 0, 0.5, fold=fold, class_accuracy={"a|b": 0.25, "c": 0.75}) for fold in (0, 1)]
+    table = write_report(folder(tmp_path, rows)).read_text().split("learning rate:\n\n")[1].splitlines()
+    assert table[0] == "| strategy | learning rate | a&#124;b | c | total | macro F1 |"
+    assert table[2] == "| cosine | 0.001 | 0.250 | 0.750 | 0.500 | 0.500 |"

@@ -10,6 +10,16 @@ from stand_in_hub import HubUser, StandInHub
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """No network, and a cache of data sets of the file's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield
+
+
 @pytest.fixture(scope="session")
 def hub_and_user(tmp_path_factory):
     hub = StandInHub(tmp_path_factory.mktemp("hub"))

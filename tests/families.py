@@ -12,6 +12,23 @@ from torch import nn
 
 CLASSES = 3
 
+TRANSFORMER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "patch_size": 8,
+}
+STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1]}
+PYRAMID = {"num_attention_heads": [1, 1, 2, 2], "mlp_ratios": [2, 2, 2, 2]}
+MOBILE_VIT = {
+    "image_size": 64,
+    "hidden_sizes": [8, 8, 16],
+    "neck_hidden_sizes": [4, 8, 8, 8, 8, 8, 16],
+    "num_attention_heads": 2,
+}
+DETR_SIZES = {"layers": 2, "ffn_dim": 16, "attention_heads": 2}
+
 
 class Classifier(nn.Module):
     """A network that gives logits, as Trainer wants a model to be."""
@@ -36,13 +53,11 @@ def hugging_face(name, image_size=32, **settings):
 
 
 def vit(name, **settings):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-    return hugging_face(name, **{**sizes, "patch_size": 8, **settings})
+    return hugging_face(name, **{**TRANSFORMER, **settings})
 
 
 def tower(name, config):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    vision = {**TRANSFORMER, "image_size": 32}
     model = getattr(transformers, name)
     return model(getattr(transformers, config)(vision_config=vision, num_labels=CLASSES))
 
@@ -57,11 +72,6 @@ def upernet():
         )
     )
 
-
-STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1]}
-PYRAMID = {"num_attention_heads": [1, 1, 2, 2], "mlp_ratios": [2, 2, 2, 2]}
-
-DETR_SIZES = {"layers": 2, "ffn_dim": 16, "attention_heads": 2}
 
 IMAGE_CLASSIFIERS = {
     "ViT": lambda: vit("ViTForImageClassification"),
@@ -99,13 +109,7 @@ IMAGE_CLASSIFIERS = {
         "MobileNetV1ForImageClassification", image_size=64, classifier_dropout_prob=0.1, depth_multiplier=0.25
     ),
     "MobileNetV2": lambda: hugging_face("MobileNetV2ForImageClassification", image_size=64, depth_multiplier=0.25),
-    "MobileViT": lambda: hugging_face(
-        "MobileViTForImageClassification",
-        image_size=64,
-        hidden_sizes=[8, 8, 16],
-        neck_hidden_sizes=[4, 8, 8, 8, 8, 8, 16],
-        num_attention_heads=2,
-    ),
+    "MobileViT": lambda: hugging_face("MobileViTForImageClassification", **MOBILE_VIT),
     "MobileViTV2": lambda: hugging_face("MobileViTV2ForImageClassification", image_size=64, width_multiplier=0.25),
     "LeViT": lambda: hugging_face(
         "LevitForImageClassification",
@@ -162,14 +166,7 @@ SEGMENTERS = {
         neck_hidden_sizes=[4, 4, 8, 8],
         fusion_hidden_size=8,
     ),
-    "MobileViT": lambda: hugging_face(
-        "MobileViTForSemanticSegmentation",
-        image_size=64,
-        hidden_sizes=[8, 8, 16],
-        neck_hidden_sizes=[4, 8, 8, 8, 8, 8, 16],
-        num_attention_heads=2,
-        aspp_out_channels=8,
-    ),
+    "MobileViT": lambda: hugging_face("MobileViTForSemanticSegmentation", **MOBILE_VIT, aspp_out_channels=8),
     "MobileNetV2": lambda: hugging_face("MobileNetV2ForSemanticSegmentation", image_size=64, depth_multiplier=0.25),
 }
 DETECTORS = {

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 
-import datasets
 import pandas
 import pytest
 import timm
@@ -26,13 +25,7 @@ QUICK = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        yield
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture(scope="module")

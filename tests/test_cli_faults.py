@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import datasets
 import pytest
 from digits import save_image_folder, save_timm, save_vit
 
@@ -17,11 +16,7 @@ COMMON = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture(scope="module")

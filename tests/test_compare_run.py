@@ -1,19 +1,12 @@
 import json
 
-import datasets
 import pytest
 from digits import save_image_folder, save_vit
 
 from metalr_hf.cli import main
 from metalr_hf.compare_run import parse_compare_arguments
 
-pytestmark = pytest.mark.usefixtures("_offline")
-
-
-@pytest.fixture
-def _offline(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def test_arguments_come_from_the_command_line_a_file_or_both(tmp_path):

@@ -39,6 +39,7 @@ EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps
 
 
 def told_secrets(hub, *folders):
+    # The name of the user "root" is also a word. Its home folder, as everybody's, is a secret.
     secrets = {TOKEN, str(Path.home()), *map(str, folders)} | ({getpass.getuser()} - {"root"})
     published = [path for path in hub.root.rglob("*") if path.is_file()]
     assert len(published) > 5

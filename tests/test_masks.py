@@ -7,13 +7,7 @@ from PIL import Image
 from metalr_hf.data import DataArguments
 from metalr_hf.masks import FIRST_MASKS, load_masks, read_mask
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        yield
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def arguments(name=None, **kwargs):

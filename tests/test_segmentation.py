@@ -3,7 +3,6 @@
 import json
 import os
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -25,13 +24,7 @@ NAMES = ["inside", "membrane"]
 QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no", "--per_device_train_batch_size", "4"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        yield
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def rows(split="train", size=SIZE, depth=None, count=12):

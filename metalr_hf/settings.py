@@ -127,7 +127,7 @@ def check_saved_layers(saved: list[str], layers: list[str], where: str = "This")
     """
     if saved != layers:
         raise ValueError(
-            f"{where} is a checkpoint of a run with other layers: only in the checkpoint "
+            f"{where} is a checkpoint of a run with other layers: only there "
             f"{[layer for layer in saved if layer not in layers]}, only here "
             f"{[layer for layer in layers if layer not in saved]}, in another order otherwise. Resume with the same "
             "model, frozen parameters and layer_groups, or start a new run."

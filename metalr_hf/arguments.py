@@ -101,10 +101,11 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     Example:
 
     ```python
-    from metalr_hf.arguments import parse_train_arguments
+    >>> from metalr_hf.arguments import parse_train_arguments
+    >>> arguments = parse_train_arguments(["--output_dir", "runs/demo", "--hyper_lr", "0.05"])
+    >>> arguments.training.hyper_lr
+    0.05
 
-    arguments = parse_train_arguments(["--output_dir", "runs/demo", "--hyper_lr", "0.05"])
-    arguments.training.hyper_lr  # 0.05
     ```
     """
     kinds: Any = (ModelArguments, DataArguments, MetaLRTrainingArguments)

@@ -90,6 +90,17 @@ def wrap_bare_module(
 
     Returns:
         `tuple`: the model and its layers, both as they were if nothing was needed.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.bare_modules import wrap_bare_module
+    >>> model, layers = wrap_bare_module(torch.nn.Linear(4, 2), {"head": ["weight", "bias"]})
+    >>> type(model).__name__, layers
+    ('Classifier', {'head': ['network.weight', 'network.bias']})
+
+    ```
     """
     if hasattr(model, "pretrained_cfg"):
         from .timm_models import PREFIX, is_timm_model, wrap_timm_model
@@ -118,6 +129,16 @@ def needs_loss(model: nn.Module) -> bool:
 
     Args:
         model (`torch.nn.Module`): Any module. One of transformers, PEFT, or with a `config` is taken as it is.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.bare_modules import needs_loss
+    >>> needs_loss(torch.nn.Linear(4, 2)), needs_loss(torch.nn.CrossEntropyLoss())
+    (True, False)
+
+    ```
     """
     if isinstance(model, PreTrainedModel) or hasattr(model, "config"):
         return False
@@ -160,7 +181,18 @@ class LossAlone:
 
 
 def logits_of(outputs: Any) -> Tensor | None:
-    """The logits of a classifier's outputs, of shape `(batch, classes)`: by name, or after the loss; else none."""
+    """The logits of a classifier's outputs, of shape `(batch, classes)`: by name, or after the loss; else none.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.bare_modules import logits_of
+    >>> logits_of((torch.tensor(0.5), torch.zeros(4, 2))).shape
+    torch.Size([4, 2])
+
+    ```
+    """
     if isinstance(outputs, Mapping):
         found = outputs.get("logits")
     else:

@@ -44,6 +44,19 @@ class Calibration:
         head_losses (`list[float]`): The validation loss with the head alone moved at every rung that was tried.
         backbone_losses (`list[float]`): The same for the backbone.
         doubts (`list[str]`): Why the rates are not to be trusted. Empty if all went well.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.calibration import Calibration
+    >>> walked = {"ladder": [1e-4, 1e-3], "head_losses": [2.2, 2.0], "backbone_losses": [2.1]}
+    >>> found = Calibration(backbone_lr=1e-4, head_lr=1e-3, start_loss=2.3, **walked, doubts=[])
+    >>> found.learning_rates(layers=4)
+    [0.0001, 0.0001, 0.0001, 0.001]
+    >>> found.forwards
+    4
+
+    ```
     """
 
     backbone_lr: float
@@ -144,7 +157,7 @@ def calibrate(
     The step gives every layer a direction. The validation loss is walked along it, once with the head alone and once
     with the backbone alone: its gradient was taken through the head as it was, and says nothing for another one. The
     backbone's rate is at least a hundredth of the head's. The parameters are put back bit for bit; buffers and random
-    numbers are the caller's, see [`~metalr_hf.hypergradient.untouched`].
+    numbers are the caller's, see [`~metalr_hf.contexts.untouched`].
 
     Args:
         look_ahead ([`~metalr_hf.hypergradient.LookAhead`]): The step taken. Its last layers are the head.
@@ -232,6 +245,16 @@ class Calibrator:
     Attributes:
         found ([`Calibration`], *optional*): The last calibration that gave the rates.
         forwards (`int`): Forward passes taken so far.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.calibration import Calibrator
+    >>> calibrator = Calibrator(active=True)
+    >>> calibrator.due(0), calibrator.found
+    (True, None)
+
+    ```
     """
 
     def __init__(self, active: bool):

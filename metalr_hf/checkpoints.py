@@ -35,6 +35,21 @@ def usable_checkpoint(folder: str | os.PathLike[str] | None) -> str | None:
 
     Returns:
         `str`, *optional*: the checkpoint's folder.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from metalr_hf.checkpoints import usable_checkpoint
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for step in (9, 10, 11):
+    ...         (Path(folder) / f"checkpoint-{step}").mkdir()
+    ...         _ = (Path(folder) / f"checkpoint-{step}" / "trainer_state.json").write_text("{}" if step < 11 else "")
+    ...     Path(usable_checkpoint(folder)).name
+    'checkpoint-10'
+
+    ```
     """
     complete = [path for path in checkpoints(Path(folder or ".")) if is_complete(path)]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
@@ -52,6 +67,15 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
 
     Raises:
         ValueError: if it is `True` and there is no complete checkpoint.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.checkpoints import checkpoint_to_resume
+    >>> checkpoint_to_resume("runs/photos/checkpoint-40", "runs/photos")
+    'runs/photos/checkpoint-40'
+
+    ```
     """
     if not isinstance(resume_from_checkpoint, bool):
         return None if resume_from_checkpoint is None else os.fspath(resume_from_checkpoint)

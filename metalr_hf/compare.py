@@ -86,6 +86,15 @@ class Comparison:
 
     Raises:
         ValueError, TypeError: if a value is out of range or a strategy unknown.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.compare import Comparison
+    >>> Comparison(["cosine", "metalr"], learning_rates=[1e-4, 1e-3]).seeds
+    [0, 1, 2]
+
+    ```
     """
 
     strategies: list[str]
@@ -123,7 +132,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a comparison: a line in the results file."""
+    """One run of a comparison: a line in the results file.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.compare import Run
+    >>> Run("ViT → cells", "cosine", 1e-3, seed=0, fold=None).label
+    'ViT---cells_cosine_lr0.001_seed0'
+
+    ```
+    """
 
     cell: str
     strategy: str

@@ -57,6 +57,16 @@ class DataArguments:
             cropped, for a mirrored digit is no digit.
         metrics (`list[str]`, *optional*):
             Metrics of the test split. By default `accuracy` and `macro_f1`, of segmentation `dice`.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data import DataArguments
+    >>> args = DataArguments(dataset_name="imagefolder", data_dir="photos")
+    >>> args.metrics, args.is_demo
+    (['accuracy', 'macro_f1'], False)
+
+    ```
     """
 
     task: str = field(
@@ -212,10 +222,11 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
     Example:
 
     ```python
-    from metalr_hf.data import DataArguments, load_images
+    >>> from metalr_hf.data import DataArguments, load_images
+    >>> splits = load_images(DataArguments(max_train_samples=500))
+    >>> splits.train.num_rows, splits.test.num_rows, splits.class_names[:3]
+    (500, 797, ('0', '1', '2'))
 
-    splits = load_images(DataArguments(dataset_name="imagefolder", data_dir="photos", max_train_samples=500))
-    print(splits.class_names)
     ```
     """
     splits, train_name, test_name = load_splits(args)

@@ -25,6 +25,19 @@ class Backwards:
         directions (`list[torch.Tensor]`): A tensor a parameter, like its part in this process.
         lengths (`list[float]`, *optional*): A factor a parameter; 1 by default.
         decays (`list[float]`, *optional*): The share of θ̂ itself in it, a parameter each; 0 by default.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.displacement import Backwards
+    >>> back = Backwards([torch.tensor([1.0, -2.0])], lengths=[0.1], decays=[0.5])
+    >>> stepped = [torch.tensor([4.0, 4.0])]
+    >>> back.add_to(stepped, 1.0)
+    >>> stepped  # 4 + 0.1 · (1, -2) + 0.5 · 4
+    [tensor([6.1000, 5.8000])]
+
+    ```
     """
 
     directions: list[Tensor]
@@ -69,6 +82,16 @@ def dot(gradient: Tensor | None, direction: Tensor) -> Tensor:
     Args:
         gradient (`torch.Tensor`, *optional*): Of any shape.
         direction (`torch.Tensor`): Of the same.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.displacement import dot
+    >>> dot(torch.ones(2, 2), torch.full((2, 2), 3.0)), dot(None, torch.ones(2, 2))
+    (tensor(12.), tensor(0.))
+
+    ```
     """
     if gradient is None:
         return torch.zeros((), dtype=torch.promote_types(direction.dtype, torch.float32), device=direction.device)
@@ -88,6 +111,21 @@ class StepFromState:
         optimizer (`torch.optim.Optimizer`): The optimizer, not wrapped.
         parameters (`Sequence[torch.Tensor]`): Those that are moved.
         options (`Sequence[dict]`): Of each, the options that the step is taken with; see [`step_options`].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.displacement import StepFromState, step_options
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> weight.grad = torch.tensor([3.0])
+    >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    >>> last_step = StepFromState(optimizer, [weight], step_options(optimizer, [weight]))
+    >>> optimizer.step()
+    >>> last_step.back(slice(0, 1))  # -Δ = 0.1 · 3
+    Backwards(directions=[tensor([3.])], lengths=[0.1], decays=[0.0])
+
+    ```
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], options: Sequence[dict[str, Any]]):
@@ -155,6 +193,17 @@ def bias_corrections(count: Tensor, betas: Sequence[tuple[float, float]]) -> tup
     Args:
         count (`torch.Tensor` of shape `(parameters,)`, float64): The steps n that each has taken.
         betas (`Sequence[tuple[float, float]]`): β₁ and β₂ of each.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.displacement import bias_corrections
+    >>> first, second = bias_corrections(torch.tensor([1.0], dtype=torch.float64), [(0.5, 0.75)])
+    >>> first[0].item(), second[0].item()
+    (2.0, 2.0)
+
+    ```
     """
     # Filled on the device: a tensor made of numbers would be copied there, which waits.
     beta1, beta2 = (torch.stack([count.new_full((), beta) for beta in side]) for side in zip(*betas, strict=True))
@@ -170,6 +219,19 @@ def step_options(optimizer: Optimizer | None, parameters: Sequence[Tensor]) -> l
 
     Returns:
         `list[dict]`, *optional*: plain numbers, or `None` if the state will not tell the step.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.displacement import step_options
+    >>> weight = torch.nn.Parameter(torch.ones(3))
+    >>> step_options(torch.optim.SGD([weight], lr=0.1, momentum=0.9), [weight])
+    [{'lr': 0.1}]
+    >>> step_options(torch.optim.SGD([weight], lr=0.1), [weight]) is None  # The gradient is needed, and gone.
+    True
+
+    ```
     """
     if optimizer is None or type(optimizer) not in (Adam, AdamW, SGD):
         return None

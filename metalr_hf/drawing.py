@@ -21,7 +21,17 @@ ON_LIGHT, ON_DARK = (0.0, 0.82), (0.32, 1.0)
 
 
 class ShownFigure(Figure):
-    """A figure that a notebook shows as it is, without pyplot, which would keep every figure alive."""
+    """A figure that a notebook shows as it is, without pyplot, which would keep every figure alive.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.drawing import ShownFigure
+    >>> ShownFigure(figsize=(4, 3))._repr_png_()[1:4]
+    b'PNG'
+
+    ```
+    """
 
     def _repr_png_(self) -> bytes:
         drawn, reduced = BytesIO(), BytesIO()

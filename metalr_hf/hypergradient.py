@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from .contexts import preserve_random_state
 from .displacement import Backwards, StepFromState, dot, step_options
 from .sharding import local, shard_of, shards, whole
 from .validation import clear_gradients, validation_gradient
@@ -322,68 +321,6 @@ class LookAhead:
         else:
             self._displacement = [shard_of(d.to(p.device, p.dtype), p) for layer in noted for p, d in layer]
             self._from_state = None
-
-
-@contextmanager
-def untouched(model: nn.Module, mode: str = "train") -> Iterator[None]:
-    """A context in which a forward and a backward leave no trace in the model but gradients.
-
-    Buffers (batch-norm statistics), the training flag of every module and the random number generators of Python,
-    NumPy, torch and the model's device are put back on leaving.
-
-    Args:
-        model (`torch.nn.Module`): The model.
-        mode (`str`, *optional*, defaults to `"train"`):
-            How batch-norm and dropout work inside: `"train"`, as in the training step (a module that is held in eval
-            mode stays so), or `"eval"`.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    >>> with untouched(model):
-    ...     _ = model(torch.randn(4, 2))
-    >>> int(model[1].num_batches_tracked)
-    0
-
-    ```
-    """
-    buffers = list(model.buffers())
-    training = [module.training for module in model.modules()]
-    with torch.no_grad():
-        saved = [buffer.clone() for buffer in buffers]
-    with preserve_random_state(next((p.device for p in model.parameters()), torch.device("cpu"))):
-        try:
-            if mode == "eval":
-                model.eval()
-            yield
-        finally:
-            for module, flag in zip(model.modules(), training, strict=True):
-                module.training = flag
-            with torch.no_grad():
-                _copy(buffers, saved)
-
-
-@contextmanager
-def preserve_random_state(device: torch.device | None = None) -> Iterator[None]:
-    """Puts the random number generators of Python, NumPy and torch back on leaving.
-
-    Args:
-        device (`torch.device`, *optional*): An accelerator whose generator is put back too.
-    """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    accelerator = device is not None and device.type not in ("cpu", "meta")
-    devices = [device] if accelerator and device.type != "mps" else []  # type: ignore[union-attr]
-    mps_state = torch.mps.get_rng_state() if accelerator and not devices else None
-    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):  # type: ignore[union-attr]
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            if mps_state is not None:
-                torch.mps.set_rng_state(mps_state)
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -25,6 +25,15 @@ def clean(name: str) -> str:
 
     Args:
         name (`str`): A dotted name.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.layer_names import clean
+    >>> clean("_orig_mod.encoder.0._checkpoint_wrapped_module.weight")
+    'encoder.0.weight'
+
+    ```
     """
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
@@ -62,6 +71,15 @@ def tensor_names(layer: str, members: Sequence[str], prefix: str) -> list[str]:
 
     Returns:
         `list[str]`: their names as in the model; those of the head start with `head.`.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.layer_names import tensor_names
+    >>> tensor_names("head", ["classifier.dense.weight", "classifier.out.weight"], prefix="")
+    ['head.dense.weight', 'head.out.weight']
+
+    ```
     """
     names = [clean(name.removeprefix(prefix)) for name in members]
     if layer != "head":
@@ -79,6 +97,15 @@ def exclusive_paths(groups: list[list[str]]) -> list[str]:
 
     Args:
         groups (`list[list[str]]`): Parameter names by group.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.layer_names import exclusive_paths
+    >>> exclusive_paths([["blocks.0.fc1.weight", "blocks.0.fc2.weight"], ["blocks.1.fc1.weight", "norm.weight"]])
+    ['blocks.0', 'norm']
+
+    ```
     """
     paths = [
         Counter(path for name in group for path in (name[: m.start()] for m in re.finditer(r"\.|$", name)))
@@ -106,6 +133,17 @@ def without_prefix(layers: dict[str, list[str]], prefix: str) -> dict[str, list[
     Args:
         layers (`dict[str, list[str]]`): Layer name to parameter names.
         prefix (`str`): The prefix, with its dot.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.layer_names import without_prefix
+    >>> list(without_prefix({"vit.layers.0": [], "vit.layers.1": []}, "vit."))
+    ['layers.0', 'layers.1']
+    >>> list(without_prefix({"layers.0": [], "layers.1": []}, "layers."))
+    ['layers.0', 'layers.1']
+
+    ```
     """
     short = [layer.removeprefix(prefix) for layer in layers]
     if len(set(short)) < len(short) or any(name[:1].isdigit() or not name for name in short):

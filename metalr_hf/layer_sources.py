@@ -32,6 +32,17 @@ def find_layers(network: nn.Module, prefix: str, granularity: str) -> Layers:
 
     Returns:
         `dict[str, list[str]]`: layer name to parameter names in the model. A tied parameter may be in several layers.
+
+    Example:
+
+    ```python
+    >>> from torch import nn
+    >>> from metalr_hf.layer_sources import find_layers
+    >>> network = nn.ModuleDict({"stem": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    >>> find_layers(network, "network.", "block")
+    {'stem': ['network.stem.weight', 'network.stem.bias'], 'head': ['network.head.weight', 'network.head.bias']}
+
+    ```
     """
     if has_group_matcher(network):
         return _timm_layers(network, prefix, granularity)
@@ -44,6 +55,16 @@ def parameter_names(module: nn.Module, prefix: str) -> list[str]:
     Args:
         module (`torch.nn.Module`): Any module.
         prefix (`str`): What stands before them.
+
+    Example:
+
+    ```python
+    >>> from torch import nn
+    >>> from metalr_hf.layer_sources import parameter_names
+    >>> parameter_names(nn.Linear(4, 2), "head.")
+    ['head.weight', 'head.bias']
+
+    ```
     """
     # Of the base class: the wrapper of activation checkpointing leaves its own name out of its answer, but not out of
     # the names of the model around it.

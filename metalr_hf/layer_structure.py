@@ -28,6 +28,16 @@ def children_with_parameters(module: nn.Module) -> Iterator[Child]:
 
     Args:
         module (`torch.nn.Module`): Any module.
+
+    Example:
+
+    ```python
+    >>> from torch import nn
+    >>> from metalr_hf.layer_structure import children_with_parameters
+    >>> [name for name, _ in children_with_parameters(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))]
+    ['0', '2']
+
+    ```
     """
     return ((name, child) for name, child in module.named_children() if next(child.parameters(), None) is not None)
 
@@ -37,6 +47,17 @@ def has_group_matcher(module: nn.Module) -> bool:
 
     Args:
         module (`torch.nn.Module`): Any module.
+
+    Example:
+
+    ```python
+    >>> import timm
+    >>> from metalr_hf.layer_structure import has_group_matcher
+    >>> network = timm.create_model("test_resnet")
+    >>> has_group_matcher(network), has_group_matcher(network.layer1)
+    (True, False)
+
+    ```
     """
     # Asked of the class: PEFT, FSDP and torch.compile hand attributes of the module inside through, but with it not
     # the parameter names that timm's patterns are written for.
@@ -52,6 +73,18 @@ def look_through(module: nn.Module, path: str) -> tuple[nn.Module, str]:
 
     Returns:
         `tuple[torch.nn.Module, str]`: the network and the prefix of its parameter names.
+
+    Example:
+
+    ```python
+    >>> from torch import nn
+    >>> from metalr_hf.layer_structure import look_through
+    >>> network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> found, prefix = look_through(nn.ModuleDict({"wrapper": nn.ModuleDict({"network": network})}), "")
+    >>> found is network, prefix
+    (False, 'wrapper.')
+
+    ```
     """
     while not has_group_matcher(module) and next(module.parameters(recurse=False), None) is None:
         children = list(children_with_parameters(module))
@@ -79,6 +112,17 @@ def in_order(
         children (`Sequence[tuple[str, torch.nn.Module]]`): Those of its children that are to be put in order.
         lists (`int`): How many lists of blocks may still be taken apart.
         entered (`bool`): Whether the parent is in such a list.
+
+    Example:
+
+    ```python
+    >>> from torch import nn
+    >>> from metalr_hf.layer_structure import in_order
+    >>> sides = {name: nn.Linear(4, 4) for name in ("up1", "bottleneck", "down1")}
+    >>> [name for name, *_ in in_order(nn.ModuleDict(sides), list(sides.items()), lists=2, entered=False)]
+    ['down1', 'bottleneck', 'up1']
+
+    ```
     """
     children = _by_side(_early_first(children))
     inside = is_list(module, entered)
@@ -135,6 +179,17 @@ def is_list(module: nn.Module, entered: bool) -> bool:
     Args:
         module (`torch.nn.Module`): Any module.
         entered (`bool`): Whether it is itself in a list.
+
+    Example:
+
+    ```python
+    >>> from torch import nn
+    >>> from metalr_hf.layer_structure import is_list
+    >>> block = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    >>> is_list(nn.ModuleList([block, block]), entered=False), is_list(block, entered=False)
+    (True, False)
+
+    ```
     """
     weights = [(type(child), weight_count(child)) for child in module.children()]
     alike = max(Counter(kind for kind, count in weights if count > 1).values(), default=0)
@@ -158,6 +213,18 @@ def holds_blocks(module: nn.Module, entered: bool) -> bool:
     Args:
         module (`torch.nn.Module`): Any module.
         entered (`bool`): Whether it is itself in a list.
+
+    Example:
+
+    ```python
+    >>> from torch import nn
+    >>> from metalr_hf.layer_structure import holds_blocks
+    >>> block = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    >>> encoder = nn.ModuleDict({"stem": nn.Linear(4, 4), "layers": nn.ModuleList([block, block])})
+    >>> holds_blocks(encoder, entered=False), holds_blocks(encoder["stem"], entered=False)
+    (True, False)
+
+    ```
     """
     return any(has_group_matcher(part) or is_list(part, entered) for part in module.modules())
 
@@ -167,6 +234,16 @@ def weight_count(module: nn.Module) -> int:
 
     Args:
         module (`torch.nn.Module`): Any module.
+
+    Example:
+
+    ```python
+    >>> from torch import nn
+    >>> from metalr_hf.layer_structure import weight_count
+    >>> weight_count(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)))
+    2
+
+    ```
     """
     children: dict[str, Any] = dict(module.named_children())
     if "base_layer" in children:
@@ -180,5 +257,15 @@ def is_norm(module: nn.Module) -> bool:
 
     Args:
         module (`torch.nn.Module`): Any module.
+
+    Example:
+
+    ```python
+    >>> from torch import nn
+    >>> from metalr_hf.layer_structure import is_norm
+    >>> is_norm(nn.Sequential(nn.LayerNorm(4))), is_norm(nn.ReLU()), is_norm(nn.Linear(4, 4))
+    (True, False, False)
+
+    ```
     """
     return not weight_count(module) and next(module.parameters(), None) is not None

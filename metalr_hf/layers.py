@@ -28,6 +28,27 @@ class LayerGroups(dict[str, list[str]]):
             Layer name to parameter names.
         sizes (`Mapping[str, int]`):
             Parameter name to how many numbers are in it.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.layers import LayerGroups
+    >>> layers = LayerGroups({"stem": ["conv.weight"], "head": ["fc.weight", "fc.bias"]}, {
+    ...     "conv.weight": 90, "fc.weight": 9, "fc.bias": 1
+    ... })
+    >>> layers.parameters
+    {'stem': 90, 'head': 10}
+    >>> print(layers)
+    ┏━━━━━━━━━━┳━━━━━━━━━┳━━━━━━━━━━━━┳━━━━━━━┓
+    ┃ layer    ┃ tensors ┃ parameters ┃ share ┃
+    ┡━━━━━━━━━━╇━━━━━━━━━╇━━━━━━━━━━━━╇━━━━━━━┩
+    │ stem     │       1 │         90 │ 90.0% │
+    │ head     │       2 │         10 │ 10.0% │
+    ├──────────┼─────────┼────────────┼───────┤
+    │ 2 layers │       3 │        100 │       │
+    └──────────┴─────────┴────────────┴───────┘
+
+    ```
     """
 
     def __init__(self, layers: Mapping[str, list[str]], sizes: Mapping[str, int]):

@@ -44,6 +44,18 @@ def check_optimizer_name(optim: str) -> None:
 
     Raises:
         ValueError: with the reason.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.linearity import check_optimizer_name
+    >>> check_optimizer_name("adamw_torch")
+    >>> check_optimizer_name("lomo")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    ValueError: optim='lomo' cannot be tuned: LOMO updates the parameters inside the backward, ...
+
+    ```
     """
     reason = REFUSED_OPTIMIZERS.get(str(getattr(optim, "value", optim)))
     if reason is not None:
@@ -62,6 +74,20 @@ def check_linear(optimizer: Optimizer) -> None:
 
     Raises:
         ValueError: with what did not hold.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.linearity import check_linear
+    >>> weight = torch.nn.Parameter(torch.zeros(3))
+    >>> check_linear(torch.optim.AdamW([weight]))
+    >>> check_linear(torch.optim.LBFGS([weight]))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    ValueError: LBFGS cannot be tuned: ...
+
+    ```
     """
     name = type(optimizer).__name__
     if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):

@@ -72,6 +72,18 @@ def dice_loss(probabilities: Tensor, truth: Tensor, kept: Tensor) -> Tensor:
 
     Returns:
         `torch.Tensor` of shape `()`
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.losses import dice_loss
+    >>> truth = torch.tensor([[0, 1, 1, 1]])
+    >>> right = torch.nn.functional.one_hot(truth, 2).movedim(-1, 1).float()
+    >>> dice_loss(right, truth, kept=truth >= 0).item(), dice_loss(1 - right, truth, kept=truth >= 0).item()
+    (0.0, 1.0)
+
+    ```
     """
     weight = kept[:, None].to(probabilities.dtype)
     # Scattered to distinct places, which is deterministic on every device.
@@ -96,6 +108,16 @@ def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:
 
     Raises:
         ValueError: if the masks have another number of dimensions.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.losses import resize_logits
+    >>> resize_logits(torch.zeros(2, 3, 8, 8), torch.Size([32, 32])).shape
+    torch.Size([2, 3, 32, 32])
+
+    ```
     """
     if logits.dim() != len(size) + 2:
         raise ValueError(
@@ -110,7 +132,19 @@ def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:
 
 
 def first_logits(outputs: Any) -> Tensor:
-    """The logits in what a model returns: its `logits`, the first of a tuple, or the tensor itself."""
+    """The logits in what a model returns: its `logits`, the first of a tuple, or the tensor itself.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.losses import first_logits
+    >>> logits = torch.zeros(2, 3)
+    >>> all(first_logits(outputs) is logits for outputs in (logits, (logits, "hidden states"), {"logits": logits}))
+    True
+
+    ```
+    """
     if isinstance(outputs, Mapping):
         return outputs["logits"]
     return outputs[0] if isinstance(outputs, (tuple, list)) else outputs

@@ -126,6 +126,17 @@ def collate_masks(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
     Returns:
         `dict[str, torch.Tensor]`: `pixel_values` float32 `(batch, channels, ...)`, `labels` int64 `(batch, ...)`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.mask_transforms import collate_masks
+    >>> rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": torch.zeros(32, 32)} for _ in range(4)]
+    >>> collate_masks(rows)["labels"].shape
+    torch.Size([4, 32, 32])
+
+    ```
     """
     return {
         "pixel_values": torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows]),

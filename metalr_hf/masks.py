@@ -36,6 +36,16 @@ class MaskClasses:
         names (`tuple[str, ...]`): Name of class 0, 1, ...
         values (`tuple[int, ...]`): The value that class 0, 1, ... has in the masks.
         ignore_index (`int`): The value of pixels that do not count; -1 if all do.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from metalr_hf.masks import MaskClasses
+    >>> MaskClasses(("background", "vessel"), values=(0, 255), ignore_index=-1).ids(np.array([[0, 255]]))
+    array([[0, 1]], dtype=uint8)
+
+    ```
     """
 
     names: tuple[str, ...]
@@ -151,6 +161,17 @@ def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
 
     Raises:
         ValueError: if it is a picture with colours.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data import DataArguments
+    >>> from metalr_hf.masks import load_masks, read_mask
+    >>> mask = read_mask(load_masks(DataArguments(task="segmentation")).train[0]["label"])
+    >>> mask.shape, sorted(set(mask.ravel().tolist()))
+    ((96, 96), [0, 1])
+
+    ```
     """
     with open_image(entry) as picture:
         if picture.mode not in MASK_MODES:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from .hypergradient import preserve_random_state
+from .contexts import preserve_random_state
 
 EMPTY = "meta_dataset is empty: there is nothing to tune on. Give labelled images, at least one for each process."
 # By name, so that none of these has to be imported or even installed.
@@ -51,7 +51,18 @@ class InterruptedStreamError(UnusableRowError):
 def numbered_rows(
     rows: int, batch_size: int, seed: int, process_index: int, num_processes: int, first: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Numbers and rows of this process's batches: the epochs' permutations one after the other, dealt out in turn."""
+    """Numbers and rows of this process's batches: the epochs' permutations one after the other, dealt out in turn.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.meta_batches import numbered_rows
+    >>> batches = numbered_rows(rows=4, batch_size=2, seed=0, process_index=0, num_processes=1, first=0)
+    >>> sorted(row for _ in range(2) for row in next(batches)[1])
+    [0, 1, 2, 3]
+
+    ```
+    """
     epoch, order = -1, [0]
     for number in itertools.count(first):
         start = (number * num_processes + process_index) * batch_size
@@ -168,6 +179,15 @@ def unusable(what: str, error: Exception) -> UnusableRowError:
 
     Returns:
         [`UnusableRowError`]: an [`InterruptedStreamError`] if a connection broke.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.meta_batches import unusable
+    >>> print(unusable("Row 7", OSError("truncated")))
+    Row 7 of the meta set cannot be used: OSError('truncated'). Repair the row or leave it out.
+
+    ```
     """
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
     if names & INTERRUPTIONS:

@@ -16,7 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.utils import logging
 
-from .hypergradient import preserve_random_state
+from .contexts import preserve_random_state
 from .meta_batches import (
     EMPTY,
     EmptyMetaSetError,

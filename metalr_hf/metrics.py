@@ -110,6 +110,17 @@ class Dice(_BuiltIn):
     class ids from 0 to 255 of any shape; they are counted as they are added, so that no pixel is kept. `compute(...)`
     takes `num_classes` (`int`) and `ignore_index` (`int`, *optional*, defaults to 255); negative true ids are ignored
     as well.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.metrics import Dice
+    >>> metric = Dice(keep_in_memory=True)
+    >>> metric.add(prediction=[[0, 1], [1, 1]], reference=[[0, 0], [1, 255]])
+    >>> {name: round(value, 3) for name, value in metric.compute(num_classes=2).items()}
+    {'dice': 0.667, 'dice_0': 0.667, 'dice_1': 0.667}
+
+    ```
     """
 
     features, description = _Masks, "Overlap of predicted and true masks."
@@ -203,7 +214,14 @@ def build_compute_metrics(
     Example:
 
     ```python
-    trainer = MetaLRTrainer(model=model, args=args, compute_metrics=build_compute_metrics(["accuracy", "auroc"]))
+    >>> import numpy as np
+    >>> from transformers import EvalPrediction
+    >>> from metalr_hf.metrics import build_compute_metrics
+    >>> compute_metrics = build_compute_metrics(["accuracy", "auroc"])  # for the Trainer
+    >>> logits = np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+    >>> compute_metrics(EvalPrediction(logits, np.array([0, 1, 1])))
+    {'accuracy': 0.6666666666666666, 'auroc': 1.0}
+
     ```
     """
     metrics = [load_metric(name) for name in names]
@@ -239,12 +257,13 @@ def build_dice_metrics(class_names: Sequence[str]) -> Callable[..., dict[str, fl
     Example:
 
     ```python
-    trainer = MetaLRTrainer(
-        model=model,
-        args=args,
-        compute_metrics=build_dice_metrics(["background", "lesion"]),
-        preprocess_logits_for_metrics=predicted_classes,
-    )
+    >>> import numpy as np
+    >>> from transformers import EvalPrediction
+    >>> from metalr_hf.metrics import build_dice_metrics
+    >>> compute_metrics = build_dice_metrics(["background", "lesion"])  # beside [`predicted_classes`]
+    >>> compute_metrics(EvalPrediction(np.array([[[0, 1, 1, 1]]]), np.array([[[0, 0, 1, 1]]])))["dice_lesion"]
+    0.8
+
     ```
     """
     metric = load_metric("dice")

@@ -64,6 +64,16 @@ class LayerFacts:
         final (`float`): Its rate at the last step.
         low (`float`): Its lowest rate.
         high (`float`): Its highest rate.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.model_card import LayerFacts
+    >>> layer = LayerFacts("head", start=1e-3, final=2e-3, low=1e-3, high=3e-3)
+    >>> layer.factor, layer.direction
+    (2.0, 'rose')
+
+    ```
     """
 
     name: str
@@ -207,6 +217,16 @@ def reading(layers: Sequence[LayerFacts]) -> str:
 
     Returns:
         `str`: Markdown.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.model_card import LayerFacts, reading
+    >>> layers = [LayerFacts("stem", 1e-4, 5e-5, 5e-5, 1e-4), LayerFacts("head", 1e-3, 2e-3, 1e-3, 2e-3)]
+    >>> reading(layers).split(".")[0]
+    'Of 2 learning rates, 1 rose, 1 fell'
+
+    ```
     """
     ways = {"rose": "rose", "fell": "fell", "stayed": "stayed within a quarter of the start"}
     counts = {way: sum(layer.direction == way for layer in layers) for way in ways}

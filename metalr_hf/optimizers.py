@@ -61,12 +61,35 @@ def only_creates_state(optimizer: Optimizer) -> bool:
 
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.optimizers import only_creates_state
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> only_creates_state(torch.optim.AdamW([weight], lr=0.0)), only_creates_state(torch.optim.AdamW([weight]))
+    (True, False)
+
+    ```
     """
     return not optimizer.state and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
 
 
 def layer_of_groups(optimizer: Optimizer) -> list[str]:
-    """The layer of every param group; a group without one is a layer of its own."""
+    """The layer of every param group; a group without one is a layer of its own.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.optimizers import layer_of_groups
+    >>> groups = [{"params": [torch.zeros(1)], "layer": "stem"}, {"params": [torch.zeros(1)]}]
+    >>> layer_of_groups(torch.optim.SGD(groups))
+    ['stem', 'group_1']
+
+    ```
+    """
     return [group.get("layer", f"group_{i}") for i, group in enumerate(optimizer.param_groups)]
 
 
@@ -101,7 +124,20 @@ def start_learning_rates(optimizer: Optimizer, group_layers: list[str], layers: 
 
 
 def write_learning_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
-    """Gives every param group its learning rate; one that is a tensor stays the same tensor."""
+    """Gives every param group its learning rate; one that is a tensor stays the same tensor.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.optimizers import write_learning_rates
+    >>> optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}])
+    >>> write_learning_rates(optimizer, [1e-4, 1e-3])
+    >>> [group["lr"] for group in optimizer.param_groups]
+    [0.0001, 0.001]
+
+    ```
+    """
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)

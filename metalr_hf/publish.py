@@ -157,6 +157,19 @@ def history_file(name: str) -> Path:
 
     Raises:
         FileNotFoundError: if there are none.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from metalr_hf.publish import history_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     (Path(folder) / "lr_history.csv").touch()
+    ...     history_file(folder).name
+    'lr_history.csv'
+
+    ```
     """
     path = Path(name)
     file = path / HISTORY if path.is_dir() else path

@@ -105,7 +105,18 @@ def read_evaluation(model: Any, output: EvalLoopOutput, split: str, step: int) -
 
 
 def class_names(model: Any) -> list[str]:
-    """The names of a model's classes in their order; empty where its configuration names none."""
+    """The names of a model's classes in their order; empty where its configuration names none.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.demo import demo_model
+    >>> from metalr_hf.run_facts import class_names
+    >>> class_names(demo_model({0: "cat", 1: "dog"}))
+    ['cat', 'dog']
+
+    ```
+    """
     names: Mapping[int, str] = getattr(getattr(model, "config", None), "id2label", None) or {}
     return [str(names[i]) for i in sorted(names)]
 

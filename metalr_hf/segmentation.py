@@ -39,13 +39,10 @@ def segmentation_trainer_arguments(class_names: Sequence[str]) -> dict[str, Any]
     Example:
 
     ```python
-    trainer = MetaLRTrainer(
-        model=AutoModelForSemanticSegmentation.from_pretrained("nvidia/mit-b0", num_labels=2),
-        args=args,
-        train_dataset=train,
-        eval_dataset=test,
-        **segmentation_trainer_arguments(["background", "lesion"]),
-    )
+    >>> from metalr_hf.segmentation import segmentation_trainer_arguments
+    >>> list(segmentation_trainer_arguments(["background", "lesion"]))  # MetaLRTrainer(model, args, ..., **these)
+    ['data_collator', 'compute_loss_func', 'compute_metrics', 'preprocess_logits_for_metrics']
+
     ```
     """
     return {
@@ -113,6 +110,16 @@ def load_mask_processor(
 
     Raises:
         ValueError: if the processor cannot give the size.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.demo import demo_unet
+    >>> from metalr_hf.segmentation import load_mask_processor
+    >>> dict(load_mask_processor(demo_unet({0: "inside", 1: "membrane"})).size)
+    {'height': 96, 'width': 96}
+
+    ```
     """
     pretrained_cfg = getattr(getattr(model, "encoder", None), "pretrained_cfg", None)
     saved = name_or_path is not None and not isinstance(

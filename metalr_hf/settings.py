@@ -38,6 +38,18 @@ def check_settings(
     Raises:
         TypeError: if a number is not one.
         ValueError: if a value is out of range. Both name the argument and what was given.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.settings import check_settings
+    >>> settings = {"lr_min": 0.0, "lr_max": 1.0, "max_lr_change": 2.0, "meta_source": "stream", "meta_every": 1}
+    >>> check_settings(hyper_lr=-0.1, tuning_steps=None, lookahead="optimizer", **settings)
+    Traceback (most recent call last):
+        ...
+    ValueError: hyper_lr=-0.1 must be finite and 0 or more; 0 switches tuning off, 0.1 is a good start.
+
+    ```
     """
     check_number("hyper_lr", hyper_lr)
     if not 0 <= hyper_lr < math.inf:

@@ -28,6 +28,19 @@ class Job:
         arguments (`dict`): Keyword arguments of `TrainingArguments`, the same for every strategy.
         trainer_arguments (`dict`): Keyword arguments of `Trainer`: data sets, collator, callbacks.
         tuning_arguments (`dict`): Keyword arguments of [`MetaLRTrainingArguments`] for the strategies that tune.
+
+    Example:
+
+    ```python
+    >>> import timm
+    >>> from metalr_hf.strategies import Job, layer_decay
+    >>> arguments = {"output_dir": "out", "max_steps": 60, "report_to": "none", "use_cpu": True}
+    >>> job = Job(timm.create_model("test_resnet"), 1e-3, arguments, trainer_arguments={"train_dataset": []})
+    >>> trainer = layer_decay(job)
+    >>> [group["lr"] for group in trainer.optimizer.param_groups][-1]
+    0.001
+
+    ```
     """
 
     model: nn.Module
@@ -131,6 +144,15 @@ def get_strategy(name: str) -> Strategy:
 
     Raises:
         ValueError: if there is none; names the near ones.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.strategies import get_strategy
+    >>> get_strategy("metalr").uses_learning_rate
+    False
+
+    ```
     """
     if name not in STRATEGIES:
         hint = did_you_mean(name, STRATEGIES, cutoff=0.4)
@@ -313,7 +335,17 @@ class AutoLR(LayerRates):
 
 
 def sorting_score(values: list[float]) -> float:
-    """How well values are sorted, 1 for ascending: 1 - 2 Σ|rank_l - l| / d² (AutoLR)."""
+    """How well values are sorted, 1 for ascending: 1 - 2 Σ|rank_l - l| / d² (AutoLR).
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.strategies import sorting_score
+    >>> sorting_score([1.0, 2.0, 3.0, 4.0]), sorting_score([4.0, 3.0, 2.0, 1.0])
+    (1.0, 0.0)
+
+    ```
+    """
     order = sorted(range(len(values)), key=values.__getitem__)
     return 1 - 2 * sum(abs(i - position) for i, position in enumerate(order)) / len(values) ** 2
 

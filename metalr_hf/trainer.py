@@ -19,9 +19,9 @@ from transformers.utils import logging
 from .bare_modules import LossAlone, logits_of, wrap_bare_module
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
 from .collapse import CollapseGuard
+from .contexts import untouched
 from .history import LRHistory
 from .hub_trainer import HubTrainer
-from .hypergradient import untouched
 from .layer_names import head_layers
 from .layers import check_layer_groups, layer_groups, split_param_groups
 from .linearity import check_optimizer_name

@@ -79,6 +79,16 @@ def timm_image_processor(pretrained_cfg: Mapping[str, Any]) -> BitImageProcessor
 
     Returns:
         `transformers.BitImageProcessor`: resize, centre crop, rescale and normalise.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.transforms import timm_image_processor
+    >>> processor = timm_image_processor({"input_size": (3, 224, 224), "crop_pct": 0.875})
+    >>> dict(processor.size), dict(processor.crop_size)
+    ({'shortest_edge': 256}, {'height': 224, 'width': 224})
+
+    ```
     """
     from timm.data import resolve_data_config
 
@@ -114,6 +124,18 @@ def prepare_images(
 
     Returns:
         [`ImageSplits`]: rows of `pixel_values` (float32, `(channels, height, width)`) and `labels`.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data import DataArguments, load_images
+    >>> from metalr_hf.demo import demo_image_processor
+    >>> from metalr_hf.transforms import prepare_images
+    >>> splits = prepare_images(load_images(DataArguments()), demo_image_processor(), augment="crop")
+    >>> splits.train[0]["pixel_values"].shape
+    torch.Size([3, 64, 64])
+
+    ```
     """
     return prepare_splits(splits, ImageTransform(processor, augment), ImageTransform(processor), seed)
 
@@ -159,10 +181,13 @@ class ImageTransform:
     Example:
 
     ```python
-    from metalr_hf.transforms import ImageTransform
+    >>> from PIL import Image
+    >>> from metalr_hf.demo import demo_image_processor
+    >>> from metalr_hf.transforms import ImageTransform
+    >>> transform = ImageTransform(demo_image_processor(), "crop_flip")
+    >>> transform({"image": [Image.new("L", (300, 200))], "label": [0]})["pixel_values"][0].shape
+    torch.Size([3, 64, 64])
 
-    rows = ImageTransform(processor, "crop_flip")({"image": [image], "label": [0]})
-    rows["pixel_values"][0].shape  # (3, 224, 224)
     ```
     """
 
@@ -200,6 +225,16 @@ def collate_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]
 
     Returns:
         `dict[str, torch.Tensor]`: `pixel_values` float32 `(batch, channels, height, width)`, `labels` int64 `(batch,)`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.transforms import collate_images
+    >>> collate_images([{"pixel_values": torch.zeros(3, 32, 32), "labels": i} for i in range(4)])["labels"]
+    tensor([0, 1, 2, 3])
+
+    ```
     """
     return {
         "pixel_values": torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows]),
@@ -216,7 +251,18 @@ class _Processed:
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width in pixels of what an image processor gives for a square image."""
+    """Height and width in pixels of what an image processor gives for a square image.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.demo import demo_image_processor
+    >>> from metalr_hf.transforms import output_size
+    >>> output_size(demo_image_processor())
+    (64, 64)
+
+    ```
+    """
     height, width = _Processed(processor)(Image.new("RGB", (64, 64))).shape[-2:]
     return height, width
 

@@ -62,6 +62,17 @@ class TimmUNetBlock(nn.Module):
         in_channels (`int`): Channels from below.
         skip_channels (`int`): Channels of the encoder's feature map; 0 for none.
         out_channels (`int`): Channels of the result.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.unet import TimmUNetBlock
+    >>> block = TimmUNetBlock(in_channels=8, skip_channels=4, out_channels=2)
+    >>> block(torch.zeros(1, 8, 16, 16), skip=torch.zeros(1, 4, 32, 32), size=(32, 32)).shape
+    torch.Size([1, 2, 32, 32])
+
+    ```
     """
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int):

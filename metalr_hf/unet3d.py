@@ -72,6 +72,16 @@ class UNet3DBlock(nn.Module):
         in_channels (`int`): Channels of the input.
         out_channels (`int`): Channels of the result.
         stride (`Sequence[int]`, *optional*): Of the first convolution.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.unet3d import UNet3DBlock
+    >>> UNet3DBlock(1, 8, stride=(1, 2, 2))(torch.zeros(1, 1, 4, 16, 16)).shape
+    torch.Size([1, 8, 4, 8, 8])
+
+    ```
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int] = (1, 1, 1)):

@@ -22,6 +22,18 @@ def validation_gradient(meta_loss: Callable[[], Tensor], parameters: Iterable[Te
 
     Raises:
         ValueError: if the validation loss is not a scalar that depends on a trainable parameter.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.validation import validation_gradient
+    >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
+    >>> weight.grad = torch.tensor([100.0])
+    >>> validation_gradient(lambda: (weight**2).sum(), [weight]), weight.grad
+    (tensor(4.), tensor([4.]))
+
+    ```
     """
     clear_gradients(parameters)
     with torch.enable_grad():

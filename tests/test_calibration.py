@@ -10,7 +10,8 @@ from torch import nn
 
 from metalr_hf import MetaLRScheduler, MetaLRTrainer
 from metalr_hf.calibration import LADDER, PROBE_LR, Calibration, calibrate, first_valley, warn_of_doubts
-from metalr_hf.hypergradient import LookAhead, untouched
+from metalr_hf.contexts import untouched
+from metalr_hf.hypergradient import LookAhead
 
 DIGITS = load_digits()
 PIXELS = torch.tensor(DIGITS.images, dtype=torch.float32)[:, None] / 16

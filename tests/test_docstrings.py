@@ -29,27 +29,49 @@ def test_public_names_have_an_example_that_runs(name):
     assert ">>> " in inspect.getdoc(getattr(metalr_hf, name)).partition("Example:")[2]
 
 
-# What users and those who extend the package call; the other rooms serve these.
-USED = (
+# Rooms in which everything public has one: what users and those who extend the package call. The others serve these,
+# or could show nothing without a network or a long run.
+SHOWN = (
+    "bare_modules",
     "calibration",
+    "collapse",
+    "contexts",
     "demo",
+    "demo_cells",
+    "displacement",
     "drawing",
     "folds",
+    "guard",
     "history",
+    "hypergradient",
+    "layer_names",
+    "layer_rates",
+    "layer_sources",
+    "layer_structure",
     "layers",
+    "linearity",
+    "losses",
+    "markdown",
+    "messages",
+    "meta_stream",
     "metrics",
     "plots",
     "report",
     "rules",
+    "scheduler",
+    "schedules",
     "timm_models",
+    "trainer",
+    "training_args",
+    "unet",
+    "unet3d",
 )
 
 
-@pytest.mark.parametrize("room", USED)
-def test_functions_have_an_example(room):
+@pytest.mark.parametrize("room", SHOWN)
+def test_functions_and_classes_have_an_example(room):
     module = import_module(f"metalr_hf.{room}")
-    functions = [f for _, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__]
-    public = [function for function in functions if not function.__name__.startswith("_")]
-    assert public or room == "history"
-    without = [function.__name__ for function in public if "Example:" not in inspect.getdoc(function)]
-    assert not without
+    things = [thing for thing in vars(module).values() if inspect.isfunction(thing) or inspect.isclass(thing)]
+    public = [one for one in things if one.__module__ == module.__name__ and not one.__name__.startswith("_")]
+    assert public
+    assert not [one.__name__ for one in public if "Example:" not in inspect.getdoc(one)]

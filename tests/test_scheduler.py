@@ -1,4 +1,3 @@
-import copy
 import gc
 import io
 import math
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from metalr_hf import MetaLRScheduler
-from metalr_hf.hypergradient import untouched
+from metalr_hf.contexts import untouched
 
 IMAGES = torch.randn(96, 6, generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(0, 3, (96,), generator=torch.Generator().manual_seed(2))
@@ -105,23 +104,6 @@ def test_hyper_lr_zero_is_bitwise_the_optimizer_alone(source):
         plain_optimizer.zero_grad()
     assert scheduler.history.learning_rates.shape == (6, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
-
-
-def test_untouched_puts_buffers_modes_and_random_numbers_back():
-    model, *_ = make()
-    model[3].eval()
-    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    with untouched(model):
-        # A module held in eval mode works as it does in the training step.
-        assert model.training
-        assert not model[3].training
-        loss_of(model, slice(0, 32)).backward()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.training
-    assert not model[3].training
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with untouched(model, "eval"):
-        assert not model.training
 
 
 def test_meta_every_calls_the_validation_loss_at_each_kth_step_only():

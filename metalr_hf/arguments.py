@@ -123,7 +123,10 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     known.append("overwrite_output_dir")
     from_file: dict[str, Any] = {}
     if argv and not argv[0].startswith("-"):
-        from_file, argv = _read_file(argv[0], known), argv[1:]
+        file, *argv = argv
+        from_file = read_arguments_file(file)
+        if unknown := [name for name in from_file if name not in known]:
+            _refuse_unknown(unknown[0], known, f"argument in {file!r}")
     # Pinning memory without an accelerator only warns.
     parser.set_defaults(remove_unused_columns=False, dataloader_pin_memory=torch.accelerator.is_available())
     parser.set_defaults(**from_file)
@@ -154,7 +157,19 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     return TrainArguments(model, data, training, others.overwrite_output_dir)
 
 
-def _read_file(file: str, known: list[str]) -> dict[str, Any]:
+def read_arguments_file(file: str) -> dict[str, Any]:
+    """Reads a file of arguments.
+
+    Args:
+        file (`str`): A JSON or YAML file with arguments and their values.
+
+    Returns:
+        `dict[str, Any]`: argument to value.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it holds something else.
+    """
     if not os.path.isfile(file):
         raise FileNotFoundError(
             f"{file!r} does not exist. The first argument is a JSON or YAML file or an argument that starts with --."
@@ -166,11 +181,8 @@ def _read_file(file: str, known: list[str]) -> dict[str, Any]:
         raise ValueError(f"{file!r} is not valid JSON or YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file!r} must hold arguments and their values, not a {type(values).__name__}.")
-    for name in values:
-        if name not in known:
-            _refuse_unknown(str(name), known, f"argument in {file!r}")
     # YAML reads a bare `no` as false.
-    return {name: "no" if name.endswith("_strategy") and value is False else value for name, value in values.items()}
+    return {str(k): "no" if str(k).endswith("_strategy") and v is False else v for k, v in values.items()}
 
 
 def _refuse_unknown(name: str, known: list[str], what: str) -> NoReturn:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 
-from .arguments import ModelArguments
+from .arguments import ModelArguments, read_arguments_file
 from .compare import RESULTS, Cell, Comparison, compare
 from .data import DataArguments, load_images
 from .report import write_report
@@ -121,7 +120,7 @@ def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict
     )
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
-        argv = _file_arguments(Path(argv[0])) + argv[1:]
+        argv = _as_argv(read_arguments_file(argv[0])) + argv[1:]
     arguments, tuning = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     given = {name: value for name, value in vars(tuning).items() if value is not None}
     return arguments, given
@@ -203,15 +202,7 @@ def _short(name: str, demo: str) -> str:
     return demo if name == DEMO else Path(name).name
 
 
-def _file_arguments(file: Path) -> list[str]:
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{str(file)!r} does not exist. The first argument is a YAML or JSON file or starts with --."
-        )
-    # JSON is YAML.
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{str(file)!r} must hold arguments and their values, not a {type(values).__name__}.")
+def _as_argv(values: Mapping[str, Any]) -> list[str]:
     argv: list[str] = []
     for name, value in values.items():
         argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]

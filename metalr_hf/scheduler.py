@@ -151,7 +151,7 @@ class MetaLRScheduler(LayerRateScheduler):
         self._noted: Tensor | None = None
         self._noted_loss: Tensor | None = None
         self._measured: tuple[float, list[float]] | tuple[()] = ()
-        self._meta_loss = math.nan
+        self._measured_loss = math.nan
         self._unheard = False
 
         check_linear(unwrap(optimizer))
@@ -298,7 +298,7 @@ class MetaLRScheduler(LayerRateScheduler):
             assert self._noted is not None
             before = self.learning_rates
             tuned = self._tune(self._noted, self._noted_loss)
-            if self.guard.harmful(self._meta_loss):
+            if self.guard.harmful(self._measured_loss):
                 self._refuse(SHRINK_BLINDLY, before)
             elif tuned:
                 self.write_learning_rates()
@@ -331,7 +331,7 @@ class MetaLRScheduler(LayerRateScheduler):
         self.validations += 1
         tuned = self._tune(products, loss)
         clear_gradients(parameters)
-        if self.guard.harmful(self._meta_loss):
+        if self.guard.harmful(self._measured_loss):
             self._shrink(meta_loss, before)
         elif tuned:
             look_ahead.rescale(_ratio(self.learning_rates, before).tolist())
@@ -376,7 +376,7 @@ class MetaLRScheduler(LayerRateScheduler):
 
     def _tune(self, products: Tensor, loss: Tensor | None = None) -> bool:
         """Turns inner products into new learning rates; says whether it did."""
-        self._meta_loss, by_layer, overflowed = gather(
+        self._measured_loss, by_layer, overflowed = gather(
             products, loss, self._found_inf, self._look_ahead.sum_by_layer, self.reduce
         )
         if overflowed:
@@ -384,9 +384,9 @@ class MetaLRScheduler(LayerRateScheduler):
         if self.lookahead == "optimizer":
             by_layer = torch.where(self.learning_rates > 0, by_layer / self.learning_rates, 0.0)
         loss_counts = self.meta_source == "stream"
-        finite = bool(by_layer.isfinite().all()) and (math.isfinite(self._meta_loss) or not loss_counts)
+        finite = bool(by_layer.isfinite().all()) and (math.isfinite(self._measured_loss) or not loss_counts)
         self.guard.count(finite)
-        self._measured = (self._meta_loss, by_layer.tolist())
+        self._measured = (self._measured_loss, by_layer.tolist())
         if not finite:
             return False
         new = self.rule(self.learning_rates, by_layer)

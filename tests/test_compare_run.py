@@ -54,3 +54,12 @@ def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys, given, messag
     assert message in printed
     assert "Traceback" not in printed
     assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_a_file_that_is_none_of_arguments_is_one_line_too(tmp_path, capsys):
+    file = tmp_path / "comparison.yaml"
+    assert main(["compare", str(file)]) == 2
+    assert f"'{file}' does not exist. The first argument is a JSON or YAML file" in capsys.readouterr().err
+    file.write_text("strategies: [cosine")
+    assert main(["compare", str(file)]) == 2
+    assert f"'{file}' is not valid JSON or YAML: while parsing a flow sequence" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import multiprocessing
 import pytest
 import torch
 from huggingface_hub.errors import HTTPError
-from test_trainer import LABELS, images, trainer, vit
+from small_runs import LABELS, images, trainer, vit
 from torch.utils.data import Dataset, IterableDataset
 
 from metalr_hf import meta_stream

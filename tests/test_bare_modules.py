@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from test_trainer import LABELS, arguments, images, losses
+from small_runs import LABELS, arguments, images, losses
 from torch import nn
 from transformers import AutoModelForImageClassification, Trainer
 

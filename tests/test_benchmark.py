@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from test_trainer import images, vit
+from small_runs import images, vit
 from torch.func import functional_call
 from transformers import TrainingArguments
 

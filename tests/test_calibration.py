@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from test_trainer import arguments, images, resnet, vit
+from small_runs import arguments, images, resnet, vit
 from torch import nn
 
 from metalr_hf import MetaLRScheduler, MetaLRTrainer

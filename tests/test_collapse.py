@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import transformers
-from test_trainer import arguments, images, resnet, same_weights, vit
+from small_runs import arguments, images, resnet, same_weights, vit
 from torch import nn
 
 from metalr_hf import MetaLRTrainer

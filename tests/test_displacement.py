@@ -3,7 +3,7 @@ import io
 
 import pytest
 import torch
-from test_trainer import arguments, images, vit
+from small_runs import arguments, images, vit
 from torch import nn
 
 from metalr_hf import MetaLRScheduler, MetaLRTrainer

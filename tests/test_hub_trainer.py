@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from digits import save_image_folder, save_vit
 from huggingface_hub import ModelCard
+from small_runs import arguments, images, trainer, vit
 from stand_in_hub import TOKEN
 from test_publish import FILES
-from test_trainer import arguments, images, trainer, vit
 from transformers import TrainerCallback
 
 from metalr_hf import MetaLRTrainer
@@ -72,7 +72,7 @@ import sys, torch
 sys.path.insert(0, argv[0])
 from huggingface_hub import snapshot_download
 from metalr_hf import MetaLRTrainer
-from test_trainer import arguments, images, vit
+from small_runs import arguments, images, vit
 from transformers import TrainerCallback
 
 class Interrupted(TrainerCallback):
@@ -182,7 +182,7 @@ def test_the_licence_is_that_of_the_model_and_not_of_the_current_folder(tmp_path
 TIMM = """
 import sys, timm, torch
 sys.path.insert(0, argv[0])
-from test_trainer import trainer
+from small_runs import trainer
 from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 # What this configuration leaves out is what timm cannot do without.
 config = TimmWrapperConfig(architecture="test_resnet", num_labels=3)
@@ -209,7 +209,7 @@ import sys, torch
 sys.path.insert(0, argv[0])
 from safetensors.torch import load_file
 from test_bare_modules import Network
-from test_trainer import trainer
+from small_runs import trainer
 run = trainer(argv[1], model=Network(), max_steps=2, hub_model_id="me/module")
 run.train()
 run.push_to_hub()
@@ -239,7 +239,7 @@ ADAPTER = """
 import sys, torch
 sys.path.insert(0, argv[0])
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_trainer import images, trainer
+from small_runs import images, trainer
 from transformers import AutoModelForImageClassification, AutoModel
 base = AutoModelForImageClassification.from_pretrained("someone/vit", num_labels=3, ignore_mismatched_sizes=True)
 config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
@@ -280,7 +280,7 @@ SEGMENTATION = """
 import sys, torch
 sys.path.insert(0, argv[0])
 from metalr_hf import MetaLRTrainer
-from test_trainer import arguments
+from small_runs import arguments
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, SegformerConfig, pipeline
 from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor, set_seed
 set_seed(0)
@@ -322,7 +322,7 @@ import sys, torch
 sys.path.insert(0, argv[0])
 from metalr_hf import MetaLRTrainer
 from metalr_hf.segmentation import segmentation_trainer_arguments
-from test_trainer import arguments
+from small_runs import arguments
 from test_unet import unet, unet3d
 from transformers import SegformerImageProcessor
 for name, model, shape in (("unet", unet(), (3, 32, 32)), ("unet3d", unet3d(), (1, 4, 16, 16))):

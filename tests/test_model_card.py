@@ -4,8 +4,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
+from small_runs import arguments, images, vit
 from test_markdown import HOSTILE, rendered, shown
-from test_trainer import arguments, images, vit
 from transformers import TrainerCallback
 
 from metalr_hf import MetaLRTrainer

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from test_trainer import arguments, images, resnet, same_weights, trainer, vit
+from small_runs import arguments, images, resnet, same_weights, trainer, vit
 from torch import nn
 from transformers import TrainerCallback
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from digits import save_image_folder, save_timm
 from safetensors.torch import load_file
-from test_trainer import images, vit
+from small_runs import images, vit
 from train_in_processes import META_ROWS, names, run
 
 from metalr_hf import LRHistory

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_trainer import images, resnet, same_weights, trainer, vit
+from small_runs import images, resnet, same_weights, streamed, trainer, vit
 from tqdm.std import TqdmDefaultWriteLock
 from transformers import TrainerCallback
 
@@ -18,10 +18,6 @@ from metalr_hf.checkpoints import checkpoints, is_complete, usable_checkpoint
 
 STEPS = 12
 SAVING = {"logging_strategy": "no", "save_strategy": "steps", "save_steps": 3, "max_steps": STEPS, "calibrate": True}
-
-
-def streamed(rows):
-    return rows.to_iterable_dataset(num_shards=4).shuffle(seed=0, buffer_size=8)
 
 
 WAYS = {

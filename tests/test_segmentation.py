@@ -9,7 +9,7 @@ import torch
 from cells import SIZE, cells, save_cells, save_segformer, segformer
 from digits import save_timm
 from sklearn.metrics import f1_score
-from test_trainer import arguments, losses
+from small_runs import arguments, losses
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, Trainer, set_seed
 
 from metalr_hf import LRHistory, MetaLRTrainer

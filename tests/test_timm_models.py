@@ -4,7 +4,7 @@ import datasets
 import pytest
 import timm
 import torch
-from test_trainer import trainer
+from small_runs import trainer
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,

@@ -2,8 +2,8 @@ import math
 
 import numpy as np
 import pytest
+from small_runs import trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import trainer
 
 
 @pytest.fixture(scope="module")

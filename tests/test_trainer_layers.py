@@ -2,7 +2,7 @@
 
 import peft
 import pytest
-from test_trainer import arguments, images, resnet, trainer, vit
+from small_runs import arguments, images, resnet, trainer, vit
 from transformers import set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments, layer_groups

@@ -3,7 +3,7 @@
 import datasets
 import pytest
 import torch
-from test_trainer import LABELS, arguments, images, losses, same_weights, trainer, vit
+from small_runs import LABELS, arguments, images, losses, same_weights, trainer, vit
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from metalr_hf import MetaLRTrainer

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
-from test_resume import streamed
-from test_trainer import images, resnet, vit
+from small_runs import images, resnet, streamed, vit
 from torch import nn
 from torch.profiler import profile
 from torch.utils.data import IterableDataset

@@ -162,6 +162,12 @@ def _probe_copy(optimizer: Optimizer, device: torch.device, dtype: torch.dtype) 
         shape = [4] * max(like.ndim, 1)
         values = torch.linspace(0.5, 1.5, math.prod(shape), device=device, dtype=dtype).reshape(shape)
         probe.param_groups.append({"params": [values.requires_grad_()], **options})
+        # Before torch 2.12 it makes its state when it is constructed, and not at the first step.
+        if isinstance(optimizer, torch.optim.Adagrad):
+            probe.state[values] = {
+                "step": torch.tensor(0.0),
+                "sum": torch.full_like(values, group["initial_accumulator_value"]),
+            }
     return probe
 
 

@@ -44,10 +44,9 @@ def wrap_timm_model(model: nn.Module, id2label: Mapping[int, str] | None = None)
 
     The network itself is taken, not a copy: an optimizer over its parameters stays valid. What was given to
     `timm.create_model` (an image size, a depth, input channels, pooling, drop rates) goes into the configuration as
-    timm's `get_model_args` tells it, so that the saved model is built alike. Three things cannot be known: arguments
-    that JSON does not hold (`act_layer=torch.nn.SiLU`; `act_layer="silu"` is fine), modules exchanged after the
-    network was made, and, with a timm that has no `get_model_args`, all arguments but the image size and the channels.
-    Of the first, and of any tensor that differs in name or shape, a warning tells.
+    timm's `get_model_args` tells it, so that the saved model is built alike. Two things cannot be known: arguments
+    that JSON does not hold (`act_layer=torch.nn.SiLU`; `act_layer="silu"` is fine), and modules exchanged after the
+    network was made. Of the first, and of any tensor that differs in name or shape, a warning tells.
 
     Args:
         model (`torch.nn.Module`):
@@ -189,14 +188,11 @@ def _description(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _model_args(model: nn.Module) -> dict[str, Any]:
     """What `timm.create_model` has to be given to make the network again, as far as known and writable."""
-    try:
-        from timm.models import get_model_args
-    except ImportError:
-        known = _visible_args(model)
-    else:
-        # timm's function leaves out drop rates, but who trains the reloaded model further wants them.
-        given = getattr(model, "_model_args", {})
-        known = {name: value for name, value in given.items() if "drop" in name} | get_model_args(model)
+    from timm.models import get_model_args
+
+    # timm's function leaves out drop rates, but who trains the reloaded model further wants them.
+    given = getattr(model, "_model_args", {})
+    known = {name: value for name, value in given.items() if "drop" in name} | get_model_args(model)
     known.pop("num_classes", None)
     model_args = {}
     for name, value in known.items():
@@ -209,17 +205,6 @@ def _model_args(model: nn.Module) -> dict[str, Any]:
                 stacklevel=4,
             )
     return model_args
-
-
-def _visible_args(model: nn.Module) -> dict[str, Any]:
-    cfg: Any = model.pretrained_cfg
-    channels, *size = cfg["input_size"]
-    own = {
-        "img_size": getattr(getattr(model, "patch_embed", None), "img_size", None),
-        "in_chans": getattr(model, "in_chans", None),
-    }
-    usual = {"img_size": tuple(size), "in_chans": channels}
-    return {name: value for name, value in own.items() if value is not None and value != usual[name]}
 
 
 def _warn_of_other_tensors(model: nn.Module, rebuilt: nn.Module) -> None:

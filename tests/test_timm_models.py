@@ -148,17 +148,6 @@ def test_what_cannot_be_saved_is_said_when_wrapped():
         wrap_timm_model(changed)
 
 
-def test_without_timms_record_of_arguments_the_size_and_channels_are_still_known(monkeypatch, tmp_path):
-    monkeypatch.delattr("timm.models.get_model_args")
-    bare = network("test_vit", img_size=96, in_chans=1).eval()
-    wrap_timm_model(bare).save_pretrained(tmp_path)
-    make_portable(tmp_path)
-    pixels = images(96, channels=1)
-    with torch.no_grad():
-        again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-        assert torch.equal(again(pixel_values=pixels).logits, bare(pixels))
-
-
 def test_a_wrapped_network_trains_in_the_stock_trainer(tmp_path):
     bare = network("test_efficientnet")
     before = bare.conv_stem.weight.clone()

@@ -145,7 +145,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(403, {"error": "You don't have the rights to create a model under this namespace"})
         there = self.hub.folder(repo).exists()
         self.hub.folder(repo).mkdir(parents=True, exist_ok=True)
-        if data.get("visibility") == "private" and not there:
+        # Clients before huggingface_hub 1.6 say private.
+        if (data.get("visibility") == "private" or data.get("private")) and not there:
             self.hub.private.add(repo)
         answer = {"url": f"{self.hub.url}/{repo}", "name": repo}
         return self._send(409, {**answer, "error": "there already"}) if there else self._send(200, answer)

@@ -176,7 +176,8 @@ def test_the_command_line_in_two_processes_is_the_one_in_one_and_its_checkpoint_
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     arguments = ["train", "--dataset_name", save_image_folder(tmp_path / "images"), "--augment", "none"]
-    arguments += ["--model_name_or_path", save_timm(tmp_path / "timm", "test_vit"), "--meta_split", "0.2"]
+    arguments += ["--model_name_or_path", save_timm(tmp_path / "timm", "test_vit")]
+    arguments += ["--meta_split", "0.2", "--meta_every", "1"]
     arguments += ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--max_steps", "30"]
     arguments += ["--adam_epsilon", "1e-3", "--save_strategy", "steps", "--save_steps", "15", "--output_dir"]
     # accelerate's own --cpu starts one process, whatever the number.

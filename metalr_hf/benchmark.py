@@ -12,13 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from .arguments import ModelArguments
 from .data import DataArguments, load_images
@@ -205,6 +199,7 @@ def benchmark(
         for repeat in range(arguments.repeats):
             for case in cases if repeat % 2 == 0 else reversed(cases):
                 progress(len(rows), arguments.repeats * len(cases), case.title)
+                # The first step is not measured.
                 steps = 1 + max(1, round(case.steps * arguments.steps))
                 calls = [(arguments, key, str(images), steps) for key in (case.key, PLAIN)]
                 row, beside = run_in_turn(measure, calls)

@@ -119,7 +119,9 @@ def run_in_turn(function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) ->
         futures = []
         for place, call in enumerate(calls):
             turn = _Turn(turns[place], turns[(place + 1) % len(calls)], over)
-            process = stack.enter_context(_fresh_process(turn))
+            # It has imported everything, but has not yet used any memory of its own.
+            executor = ProcessPoolExecutor(1, mp_context=context, initializer=_take_part, initargs=(turn,))
+            process = stack.enter_context(executor)
             futures.append(process.submit(function, *call))
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -135,11 +137,6 @@ def _context() -> BaseContext:
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["metalr_hf.benchmark"])
     return context
-
-
-def _fresh_process(turn: _Turn) -> ProcessPoolExecutor:
-    """A process that has imported everything, but has not yet used any memory of its own."""
-    return ProcessPoolExecutor(max_workers=1, mp_context=_context(), initializer=_take_part, initargs=(turn,))
 
 
 def peak_memory(device: torch.device) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, set_seed
 
@@ -185,6 +185,7 @@ def compare(
 
     Raises:
         ValueError: if the folder holds a comparison with other settings, or a cell has fewer rows than folds.
+        ImportError: if a package that a strategy needs is not installed.
         BlockingIOError: if another process is at work in the folder.
     """
     folder = Path(output_dir)
@@ -197,6 +198,8 @@ def compare(
         rows = read_results(folder)
         done = {_key(row) for row in rows}
         missing = [run for run in _runs(cells, comparison) if _key(asdict(run)) not in done]
+        for name in {run.strategy: None for run in missing}:
+            get_strategy(name).check_packages()
         started, total = time.monotonic(), len(missing) + len(rows)
         for count, run in enumerate(missing, start=1):
             row, seconds = _result(by_name[run.cell], run, comparison, folder)
@@ -369,13 +372,11 @@ def _check_settings_file(folder: Path, comparison: Comparison) -> None:
 
 @contextmanager
 def _only_process(folder: Path) -> Iterator[None]:
-    with open(folder / ".lock", "w") as lock:
-        try:
-            # Released by the system however the process ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BlockingIOError(f"Another process is at work in output_dir={str(folder)!r}: wait for it.") from error
-        yield
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise BlockingIOError(f"Another process is at work in output_dir={str(folder)!r}: wait for it.") from error
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -102,24 +103,36 @@ class Strategy:
         name (`str`): Its name.
         make_trainer (`Callable[[Job], Trainer]`): Makes the trainer of a run.
         uses_learning_rate (`bool`): Whether the start learning rate makes a difference; if not, one run a seed will do.
+        packages (`Sequence[str]`): Names of the packages that it needs and this one does not.
     """
 
     name: str
     make_trainer: Callable[[Job], Trainer]
     uses_learning_rate: bool = True
+    packages: Sequence[str] = ()
+
+    def check_packages(self) -> None:
+        """Whether what it needs is installed.
+
+        Raises:
+            ImportError: if it is not; says how to install it.
+        """
+        if missing := [name for name in self.packages if importlib.util.find_spec(name) is None]:
+            raise ImportError(f"strategies={self.name!r} needs a package more: pip install {' '.join(missing)}")
 
 
 STRATEGIES: dict[str, Strategy] = {}
 
 
 def register_strategy(
-    name: str, uses_learning_rate: bool = True
+    name: str, uses_learning_rate: bool = True, packages: Sequence[str] = ()
 ) -> Callable[[Callable[[Job], Trainer]], Callable[[Job], Trainer]]:
     """Decorator that makes a strategy available to `compare` by name.
 
     Args:
         name (`str`): The name. An existing one is replaced.
         uses_learning_rate (`bool`, *optional*, defaults to `True`): `False` for a strategy without a learning rate.
+        packages (`Sequence[str]`, *optional*): Packages to install for it, looked for before a comparison starts.
 
     Example:
 
@@ -133,7 +146,7 @@ def register_strategy(
     """
 
     def register(make_trainer: Callable[[Job], Trainer]) -> Callable[[Job], Trainer]:
-        STRATEGIES[name] = Strategy(name, make_trainer, uses_learning_rate)
+        STRATEGIES[name] = Strategy(name, make_trainer, uses_learning_rate, packages)
         return make_trainer
 
     return register
@@ -229,22 +242,20 @@ def gradual_unfreeze(job: Job) -> Trainer:
     return job.trainer(callback=GradualUnfreezing(layers), lr_scheduler_type="cosine")
 
 
-@register_strategy("schedule_free")
+@register_strategy("schedule_free", packages=["schedulefree"])
 def schedule_free(job: Job) -> Trainer:
     """Schedule-free AdamW (Defazio et al. 2024), Trainer's own option; needs the package `schedulefree`."""
     return job.trainer(optim="schedule_free_adamw", lr_scheduler_type="constant")
 
 
-@register_strategy("prodigy", uses_learning_rate=False)
+@register_strategy("prodigy", uses_learning_rate=False, packages=["prodigyopt"])
 def prodigy(job: Job) -> Trainer:
     """Prodigy (Mishchenko and Defazio 2023), which estimates its step size, with cosine decay as its authors advise.
 
     Needs the package `prodigyopt`.
     """
-    try:
-        from prodigyopt import Prodigy
-    except ImportError as error:
-        raise ImportError('The strategy "prodigy" needs the package prodigyopt: pip install prodigyopt') from error
+    from prodigyopt import Prodigy
+
     parameters = [p for p in job.model.parameters() if p.requires_grad]
     optimizer = Prodigy(parameters, lr=1.0, weight_decay=job.arguments.get("weight_decay", 0.0))
     return job.trainer(optimizer, lr_scheduler_type="cosine", learning_rate=1.0)

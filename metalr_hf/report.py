@@ -9,19 +9,21 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .compare import SETTINGS, TIMINGS, read_lines, read_results
-from .drawing import ShownFigure, bare, figure_of, is_dark, label_lines
+from .drawing import ShownFigure, bare, figure_of, label_lines
 from .markdown import table
 
 PANEL_WIDTH, PANEL_HEIGHT = 5.0, 3.6
-# Vermilion, orange and purple of the palette of Okabe and Ito, made for the colour-blind; seen on white and on black.
+# The palette of Okabe and Ito, made for the colour-blind; all are seen on white and on black.
 STRONG = ("#D55E00", "#E69F00", "#CC79A7")
+MUTED = ("#0072B2", "#009E73", "#56B4E9", "#888888")
+# So that strategies that share a colour, or all of them in black and white, are told apart.
+MARKERS = "s^vDPX"
 MOST_COLUMNS = 2
 
 
@@ -53,7 +55,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     timings = pd.DataFrame(read_lines(folder / TIMINGS))
     parts = ["# Fine-tuning strategies side by side", "![Test accuracy over the start learning rate](report.png)"]
     for cell, rows in results.groupby("cell", sort=False):
-        parts += [f"## {cell}", _accuracy_table(rows)]
+        parts += [f"## {cell}", _accuracy_table(rows, expected=_runs_expected(results))]
         if rows["fold"].notna().any():
             parts += [
                 "Accuracy of each class, over all folds, at each strategy's best learning rate:",
@@ -73,7 +75,8 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         `pandas.DataFrame`: indexed by strategy and learning rate (NaN for a strategy without one), in the order of the
-            runs; columns `mean`, `std`, `loss`, `cost` and `failed`. A failed run counts as an accuracy of zero.
+            runs; columns `mean`, `std`, `loss`, `cost`, `failed` and `runs` (how many). A failed run counts as an
+            accuracy of zero.
 
     Example:
 
@@ -100,6 +103,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
             "loss": groups["test_loss"].mean(),
             "cost": groups["cost"].mean(),
             "failed": groups["failed"].sum(),
+            "runs": groups.size(),
         }
     )
 
@@ -165,17 +169,17 @@ def _draw_cell(ax: Axes, summary: pd.DataFrame, strategies: Sequence[str]) -> No
     rates = summary.index.get_level_values("learning_rate").astype(float)
     known = rates[np.isfinite(rates)]
     span = [known.min(), known.max()] if len(known) else [1e-4, 1e-2]
-    colors = _colors(strategies, ax)
+    styles = _styles(strategies)
     for name, points in summary.groupby(level="strategy", sort=False):
         x = points.index.get_level_values("learning_rate").to_numpy(float)
         mean, std = points["mean"].to_numpy(), points["std"].fillna(0.0).to_numpy()
         if np.isnan(x).all():
             x, mean, std = np.array(span), np.repeat(mean, 2), np.repeat(std, 2)
         order = np.argsort(x)
-        color = colors[str(name)]
-        ax.plot(x[order], mean[order], color=color, label=str(name), **_style(str(name)))
-        faint = 0.15 if _is_tuned(str(name)) else 0.07
-        ax.fill_between(x[order], (mean - std)[order], (mean + std)[order], color=color, alpha=faint, lw=0)
+        style = styles[str(name)]
+        ax.plot(x[order], mean[order], label=str(name), **style)
+        faint = 0.2 if _is_tuned(str(name)) else 0.1
+        ax.fill_between(x[order], (mean - std)[order], (mean + std)[order], color=style["color"], alpha=faint, lw=0)
     ax.set_xscale("log")
     ax.set_xlabel("start learning rate")
     bare(ax, grid="both")
@@ -189,22 +193,18 @@ def _label_strategies(ax: Axes) -> None:
     label_lines(ax, names, ends, [line.get_color() for line in lines], len(names), bold=tuned)
 
 
-def _colors(strategies: Sequence[str], ax: Axes) -> dict[str, Any]:
-    """Ours in strong colours, the others in muted ones that the colour-blind tell apart."""
-    others = [name for name in strategies if not _is_tuned(name)]
-    ends = (0.4, 1.0) if is_dark(ax) else (0.0, 0.75)
-    palette = mpl.colormaps["cividis"](np.linspace(*ends, max(1, len(others))))
+def _styles(strategies: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Strategy to how its line looks: ours strong and solid, the others thin and dashed."""
     tuned = [name for name in strategies if _is_tuned(name)]
-    return {**dict(zip(others, palette, strict=False)), **dict(zip(tuned, cycle(STRONG), strict=False))}
-
-
-def _style(strategy: str) -> dict[str, Any]:
-    tuned = _is_tuned(strategy)
+    others = [name for name in strategies if not _is_tuned(name)]
+    strong = {"linewidth": 2.4, "marker": "o", "linestyle": "-", "zorder": 3}
+    thin = {"linewidth": 1.4, "markersize": 5, "linestyle": "--", "zorder": 2}
     return {
-        "linewidth": 2.4 if tuned else 1.4,
-        "marker": "o" if tuned else ".",
-        "linestyle": "-" if tuned else "--",
-        "zorder": 3 if tuned else 2,
+        **{name: {**strong, "color": color} for name, color in zip(tuned, cycle(STRONG), strict=False)},
+        **{
+            name: {**thin, "color": color, "marker": marker}
+            for name, color, marker in zip(others, cycle(MUTED), cycle(MARKERS), strict=False)
+        },
     }
 
 
@@ -212,7 +212,11 @@ def _is_tuned(strategy: str) -> bool:
     return strategy.startswith("metalr")
 
 
-def _accuracy_table(rows: pd.DataFrame) -> str:
+def _runs_expected(results: pd.DataFrame) -> int:
+    return len(results[["seed", "fold"]].drop_duplicates())
+
+
+def _accuracy_table(rows: pd.DataFrame, expected: int) -> str:
     summary = summarise(rows)
     rates = sorted({float(rate) for rate in summary.index.get_level_values("learning_rate") if not pd.isna(rate)})
     best = summary["mean"].max()
@@ -222,7 +226,7 @@ def _accuracy_table(rows: pd.DataFrame) -> str:
         rates_of_points = points.index.get_level_values("learning_rate").astype(float)
         by_rate = {rate: points.iloc[i] for i, rate in enumerate(rates_of_points)}
         level = next((point for rate, point in by_rate.items() if np.isnan(rate)), None)
-        entries = [_entry(level if level is not None else by_rate.get(rate), best) for rate in rates]
+        entries = [_entry(level if level is not None else by_rate.get(rate), best, expected) for rate in rates]
         top = points.iloc[int(points["mean"].to_numpy().argmax())]
         cost = points["cost"].mean()
         lines.append(
@@ -231,7 +235,7 @@ def _accuracy_table(rows: pd.DataFrame) -> str:
                 *entries,
                 f"{points['mean'].min():.3f}",
                 f"{points['mean'].mean():.3f}",
-                _entry(top, best),
+                _entry(top, best, expected),
                 "" if np.isnan(top["loss"]) else f"{top['loss']:.3f}",
                 "" if np.isnan(cost) else f"{cost:.2f}x",
             ]
@@ -239,12 +243,14 @@ def _accuracy_table(rows: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _entry(point: Any, best: float) -> str:
+def _entry(point: Any, best: float, expected: int) -> str:
     if point is None:
         return ""
     text = f"{point['mean']:.3f}" + ("" if np.isnan(point["std"]) else f" ± {point['std']:.3f}")
     if point["failed"]:
         text += f" ({int(point['failed'])} failed)"
+    if point["runs"] < expected:
+        text += f" (n={int(point['runs'])})"
     return f"**{text}**" if point["mean"] == best else text
 
 
@@ -279,7 +285,8 @@ def _notes(folder: Path, results: pd.DataFrame, timings: pd.DataFrame) -> str:
     seeds = sorted(set(results["seed"]))
     notes = [
         "Columns are start learning rates; entries are test accuracy, mean ± standard deviation over seeds "
-        f"{', '.join(map(str, seeds))}{' and folds' if results['fold'].notna().any() else ''}. The best entry is bold. "
+        f"{', '.join(map(str, seeds))}{' and folds' if results['fold'].notna().any() else ''}, or over *n* runs where "
+        "it says so. The best entry is bold. "
         "*worst*, *mean* and *best* are over the start learning rates. *cost* is forward and backward passes over "
         "those of a plain run of equal steps, validation included. The test split was used once a run, after training, "
         "with the last weights.",

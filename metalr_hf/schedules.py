@@ -16,7 +16,8 @@ def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable
 
     Args:
         args (`TrainingArguments`): Their `lr_scheduler_type`, `lr_scheduler_kwargs` and warm-up say which.
-            `warmup_stable_decay` decays over the last 70 % of the steps unless `num_decay_steps` is given.
+            `warmup_stable_decay` decays over the last 70 % of the steps, or from the end of a longer warm-up on, unless
+            `num_decay_steps` is given.
         num_training_steps (`int`): Length of the run in optimizer steps.
 
     Returns:
@@ -35,13 +36,15 @@ def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable
     ```
     """
     options = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
+    warmup_steps = args.get_warmup_steps(num_training_steps)
     if SchedulerType(args.lr_scheduler_type) == SchedulerType.WARMUP_STABLE_DECAY:
-        options.setdefault("num_decay_steps", round(DECAY_SHARE * num_training_steps))
+        decay_steps = min(round(DECAY_SHARE * num_training_steps), num_training_steps - warmup_steps)
+        options.setdefault("num_decay_steps", decay_steps)
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     schedule = get_scheduler(
         args.lr_scheduler_type,
         optimizer=stand_in,
-        num_warmup_steps=args.get_warmup_steps(num_training_steps),
+        num_warmup_steps=warmup_steps,
         num_training_steps=num_training_steps,
         scheduler_specific_kwargs=options,
     )

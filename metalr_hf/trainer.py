@@ -37,12 +37,15 @@ COLLAPSE_FACTOR = 0.1
 
 
 class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
-    """[`~transformers.Trainer`] with one meta-tuned learning rate a layer.
+    """[`~transformers.Trainer`] with one meta-tuned learning rate per layer.
 
-    Every argument of `Trainer` keeps its meaning, and `args` may be plain `TrainingArguments`. After each optimizer
-    step the learning rate of every layer is tuned by a validation gradient, taken from `meta_dataset`, from a held-out
-    share of the training set (`args.meta_split`), or from the next training batch (the default: no extra pass).
-    `eval_dataset` is never used to tune.
+    The start rates are calibrated at the first step, so that `args.learning_rate` makes no difference. After each of
+    the first `args.tuning_steps` optimizer steps the learning rate of every layer is tuned by a validation gradient,
+    taken from the next training batch (the default: no extra pass), from `meta_dataset`, or from a held-out share of
+    the training set (`args.meta_split`). Then the schedule alone moves them. `eval_dataset` is never used to tune.
+
+    Every argument of `Trainer` keeps its meaning, except for a scheduler in `optimizers`, which is refused. `args` may
+    be plain `TrainingArguments`, whose schedule (`linear` by default) then shapes the tuned rates.
 
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`):

@@ -63,8 +63,8 @@ class MetaLRTrainingArguments(TrainingArguments):
             Tune at the first so many optimizer steps, then keep the rates found and leave them to the schedule; 0 tunes
             to the end.
         calibrate (`bool`, *optional*):
-            Find the start rates along the first step, so that `learning_rate` makes no difference. By default where
-            the rates are tuned at all.
+            Find the start rates along the first step, so that `learning_rate` makes no difference. On by default,
+            unless `hyper_lr` is 0.
         meta_source (`str`, *optional*):
             Where the validation gradient comes from: `stream` (validation batches, one more forward and backward) or
             `next_batch` (the next training batch, no extra pass). By default `stream` when there is a `meta_dataset`
@@ -82,9 +82,9 @@ class MetaLRTrainingArguments(TrainingArguments):
         lookahead (`str`, *optional*, defaults to `"optimizer"`):
             `optimizer` differentiates the step really taken, `sgd` the raw-gradient step of the paper.
         head_lr_multiplier (`float`, *optional*, defaults to 1.0):
-            The head starts at `learning_rate` times this.
+            With `calibrate=False`, the head starts at `learning_rate` times this.
         head_hold_epochs (`float`, *optional*, defaults to 0.0):
-            The head keeps its start rate for so many first epochs.
+            The head keeps its start rate for so many first epochs; if they are more than `tuning_steps`, to the end.
         layer_granularity (`str`, *optional*, defaults to `"block"`):
             What gets a learning rate of its own: every `block`, every `stage` of blocks, or every `tensor`.
         head_module (`list[str]`, *optional*):
@@ -108,7 +108,7 @@ class MetaLRTrainingArguments(TrainingArguments):
         default="warmup_stable_decay",
         metadata={
             "help": "The shape that multiplies the tuned rates; `warmup_stable_decay` decays linearly over the last "
-            "70 % of the steps unless `lr_scheduler_kwargs` says otherwise."
+            "seven tenths of the steps unless `lr_scheduler_kwargs` says otherwise."
         },
     )
     hyper_lr: float = field(default=0.1, metadata={"help": "Step size η of the learning rates; 0 switches tuning off."})
@@ -138,8 +138,8 @@ class MetaLRTrainingArguments(TrainingArguments):
     calibrate: bool | None = field(
         default=None,
         metadata={
-            "help": "Find the start rates along the first step, so that `learning_rate` makes no difference. By "
-            "default where the rates are tuned at all."
+            "help": "Find the start rates along the first step, so that `learning_rate` makes no difference. On "
+            "by default, unless `hyper_lr` is 0."
         },
     )
     meta_source: str | None = field(
@@ -181,9 +181,15 @@ class MetaLRTrainingArguments(TrainingArguments):
             "help": "`optimizer` differentiates the step really taken, `sgd` the raw-gradient step of the paper."
         },
     )
-    head_lr_multiplier: float = field(default=1.0, metadata={"help": "The head starts at `learning_rate` times this."})
+    head_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "With `calibrate=False`, the head starts at `learning_rate` times this."}
+    )
     head_hold_epochs: float = field(
-        default=0.0, metadata={"help": "The head keeps its start rate for so many first epochs."}
+        default=0.0,
+        metadata={
+            "help": "The head keeps its start rate for so many first epochs; if they are more than `tuning_steps`, to "
+            "the end."
+        },
     )
     layer_granularity: str = field(
         default="block",
@@ -238,6 +244,11 @@ class MetaLRTrainingArguments(TrainingArguments):
             check_number(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
+        if self.head_lr_multiplier != 1 and self.resolve_calibrate():
+            raise ValueError(
+                f"head_lr_multiplier={self.head_lr_multiplier!r} would be ignored: the calibration finds where the "
+                "head starts. Set calibrate=False to start from learning_rate, or leave it out."
+            )
 
     def _apply_preset(self) -> None:
         if self.preset is None:

@@ -234,6 +234,10 @@ def test_plot(tmp_path, capsys):
     history.save(tmp_path / "lr_history.csv")
     assert main(["plot", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "learning_rates.png")
+    curves = (tmp_path / "learning_rates.png").read_bytes()
+    assert main(["plot", str(tmp_path), "--kind", "heatmap"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "learning_rates_heatmap.png")
+    assert (tmp_path / "learning_rates.png").read_bytes() == curves
     output = tmp_path / "heat.png"
     assert main(["plot", str(tmp_path / "lr_history.csv"), "--kind", "heatmap", "--output", str(output)]) == 0
     assert width(output) > 300
@@ -252,6 +256,14 @@ def test_help_answers_at_once_and_loads_no_torch():
     assert answer.endswith("False\n")
     assert "train" in answer
     assert "plot" in answer
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "layers", "benchmark", "plot", "publish"])
+def test_every_command_lists_its_arguments(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: metalr-hf {command}" in capsys.readouterr().out
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, images, vit):

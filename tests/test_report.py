@@ -88,6 +88,12 @@ def test_folds_that_failed_leave_a_report(tmp_path):
     assert "No run was scored." in write_report(folder(tmp_path, rows[:1])).read_text()
 
 
+def test_entries_of_fewer_runs_say_so(tmp_path):
+    rows = [result("cosine", 1e-3, seed, 0.8) for seed in (0, 1)] + [result("cosine", 1e-2, 0, 0.7)]
+    text = write_report(folder(tmp_path, rows)).read_text(encoding="utf-8")
+    assert "| **0.800 ± 0.000** | 0.700 (n=1) |" in text
+
+
 def test_a_single_run_has_no_deviation(tmp_path):
     text = write_report(folder(tmp_path, [result("cosine", 1e-3, 0, 0.5)])).read_text()
     assert "| cosine | **0.500** | 0.500 |" in text

@@ -20,6 +20,11 @@ def test_the_decay_can_be_given(tmp_path):
     assert shape(75) == pytest.approx(0.5)
 
 
+def test_after_a_long_warmup_the_decay_begins_at_its_end(tmp_path):
+    shape = schedule_shape(MetaLRTrainingArguments(str(tmp_path), warmup_steps=50), 100)
+    assert [shape(step) for step in (25, 50, 75, 100)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+
+
 def test_trainers_own_schedules_keep_their_shape(tmp_path):
     shape = schedule_shape(TrainingArguments(str(tmp_path), lr_scheduler_type="linear"), 10)
     assert [shape(step) for step in range(0, 11, 5)] == [1.0, 0.5, 0.0]

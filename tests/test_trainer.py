@@ -326,6 +326,7 @@ def test_every_optimizer_name_works_or_is_refused_before_training(tmp_path, opti
         ({"meta_mode": "test"}, ValueError, "meta_mode='test'"),
         ({"preset": "article"}, ValueError, "preset='article'"),
         ({"head_lr_multiplier": -1.0}, ValueError, "head_lr_multiplier=-1.0 must not be negative"),
+        ({"head_lr_multiplier": 10.0, "calibrate": True}, ValueError, "head_lr_multiplier=10.0 would be ignored"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, ValueError, "'reduce_lr_on_plateau' watches"),
         ({"lr_scheduler_type": "greedy"}, ValueError, "'greedy' watches a metric"),
         ({"meta_source": "next_batch", "meta_split": 0.2}, ValueError, "would leave meta_split=0.2 unused"),

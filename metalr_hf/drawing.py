@@ -201,8 +201,7 @@ def label_lines(
     size = ax.get_window_extent().height / figure_of(ax).dpi
     room = 0.17 / size  # Inches from one line of small text to the next.
     most = max(1, min(most, int(1 / room)))
-    others = seen[:: max(1, len(seen) // most)]
-    chosen = list(dict.fromkeys([*(i for i in first if i in seen), *others]))[:most]
+    chosen = _far_apart(spots[:, 1], list(dict.fromkeys(i for i in [*first, *seen[:1]] if i in seen)), seen, most)
     heights = _spread({i: float(spots[i, 1]) for i in chosen}, room)
     # Across in fractions of the axes, upwards in data: where axes share limits these may still change.
     across = ax.get_yaxis_transform()
@@ -216,6 +215,16 @@ def label_lines(
         text = ax.text(1.03, place, labels[i], transform=across, va="center", fontsize="small", fontweight=weight)
         # A name is a name, dollar signs and all.
         text.set_parse_math(False)
+
+
+def _far_apart(heights: np.ndarray, chosen: list[int], seen: list[int], most: int) -> list[int]:
+    """Adds to the chosen lines, one by one, the one farthest from them in height and, less so, in order."""
+    while len(chosen) < min(most, len(seen)):
+        rest = [i for i in seen if i not in chosen]
+        apart = np.abs(heights[rest, None] - heights[None, chosen])
+        apart += 0.25 * np.abs(np.subtract.outer(rest, chosen)) / len(heights)
+        chosen = [*chosen, rest[int(apart.min(axis=1).argmax())]]
+    return chosen[:most]
 
 
 def widen(ax: Axes, low: float, high: float) -> None:

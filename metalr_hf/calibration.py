@@ -91,6 +91,28 @@ class Calibration:
         return asdict(self)
 
 
+def raised(loss: float, share: float) -> float:
+    """A loss that is worse than another by a share of its size, or better if the share is below zero.
+
+    Args:
+        loss (`float`): Of either sign.
+        share (`float`): Between -1 and 1.
+
+    Returns:
+        `float`: the loss plus the share of its absolute value.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.calibration import raised
+    >>> raised(2.0, 0.5), raised(-2.0, 0.5)
+    (3.0, -1.0)
+
+    ```
+    """
+    return loss * (1 + share if loss >= 0 else 1 - share)
+
+
 def first_valley(
     ladder: Sequence[float], loss_at: Callable[[float], float], start_loss: float
 ) -> tuple[float | None, list[float]]:
@@ -126,18 +148,18 @@ def first_valley(
     for rate in ladder:
         loss = loss_at(rate)
         losses.append(loss)
-        lost_again = loss > start_loss and lowest < start_loss * (1 - TOLERANCE)
-        if not math.isfinite(loss) or loss > lowest * (1 + RISE) or lost_again:
+        lost_again = loss > start_loss and lowest < raised(start_loss, -TOLERANCE)
+        if not math.isfinite(loss) or loss > raised(lowest, RISE) or lost_again:
             break
-        on_shelf = lowest < start_loss * (1 - FALL) and before - loss < SHELF * gain
-        if on_shelf and loss < lowest * (1 - TOLERANCE):
+        on_shelf = lowest < raised(start_loss, -FALL) and before - loss < SHELF * gain
+        if on_shelf and loss < raised(lowest, -TOLERANCE):
             break
         walked.append((rate, loss))
         if on_shelf:
             break
         lowest, gain, before = min(lowest, loss), before - loss, loss
-    lowest_rungs = [rate for rate, loss in walked if loss <= lowest * (1 + TOLERANCE)]
-    flat = lowest > start_loss * (1 - TOLERANCE) and len(walked) == len(ladder)
+    lowest_rungs = [rate for rate, loss in walked if loss <= raised(lowest, TOLERANCE)]
+    flat = lowest > raised(start_loss, -TOLERANCE) and len(walked) == len(ladder)
     return None if flat or not lowest_rungs else lowest_rungs[-1], losses
 
 
@@ -224,7 +246,7 @@ def calibrate(
     if layers > head_layers:
         backbone_lr, backbone_losses = first_valley(ladder, lambda rate: loss_at(rate, head_step), start_loss)
         # A batch whose loss no step of the backbone lowers, as far as it was walked, says nothing of how long to step.
-        if backbone_lr is None or not min(backbone_losses) <= start_loss * (1 - TOLERANCE):
+        if backbone_lr is None or not min(backbone_losses) <= raised(start_loss, -TOLERANCE):
             doubts.append(BACKBONE_DOUBT)
             backbone_lr = None
     if backbone_lr is None:

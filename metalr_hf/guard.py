@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 NON_FINITE_WARNING_AFTER = 20
 HARM = 3.0
@@ -19,7 +22,8 @@ class TuningGuard:
     """Counts the steps at which nothing could be tuned, and tells a harmful step from a noisy one.
 
     A step did harm if the loss after it is above three times the running mean *and* three times the loss that the run
-    began with: a loss that noise does not reach. After such a step a few are let pass, for the loss to come down again.
+    began with: a loss that noise does not reach. Of a loss that can be below zero, twice its size is added instead,
+    which for one above zero is the same. After such a step a few are let pass, for the loss to come down again.
 
     Args:
         active (`bool`, *optional*, defaults to `True`): Whether any step is called harmful.
@@ -38,11 +42,15 @@ class TuningGuard:
     def __init__(self, active: bool = True) -> None:
         self.active = active
         self.non_finite = 0
-        self.non_finite_in_a_row = 0
         self.refused = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the losses, for a run that begins anew. What was counted stays."""
+        self.non_finite_in_a_row = 0
         self.pause = 0
-        self.first_loss = math.nan
-        self.mean_loss = math.nan
+        self.first_loss = self.mean_loss = math.nan
+        self.lowest_loss = 0.0
 
     def count(self, finite: bool) -> None:
         """Counts a step; warns when many in a row were not finite.
@@ -60,6 +68,16 @@ class TuningGuard:
                 stacklevel=2,
             )
 
+    def count_refused(self) -> None:
+        """Counts a harmful step that was taken back; warns of the first."""
+        self.refused += 1
+        if self.refused == 1:
+            logger.warning(
+                "A step after which the loss stood far above where the run began was taken back, and the learning "
+                "rates with it. Further ones are only counted (`meta_refused` in the Trainer's log). If they are many, "
+                "lower the start learning rate, lr_max or hyper_lr."
+            )
+
     def harmful(self, loss: float) -> bool:
         """Whether the step just taken did harm. A loss that is not is added to the running mean.
 
@@ -73,6 +91,7 @@ class TuningGuard:
             return False
         if math.isnan(self.mean_loss):
             self.first_loss = self.mean_loss = loss
+        self.lowest_loss = min(self.lowest_loss, loss)
         self.pause -= self.pause > 0
         if loss > self.limit:
             if self.pause:
@@ -96,7 +115,9 @@ class TuningGuard:
     @property
     def limit(self) -> float:
         """The loss above which a step did harm."""
-        return HARM * max(self.mean_loss, self.first_loss)
+        reference = max(self.mean_loss, self.first_loss)
+        # A loss that crosses zero is near it at times, where its own size says nothing of what noise reaches.
+        return reference + (HARM - 1) * max(abs(reference), -self.lowest_loss)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in plain containers."""

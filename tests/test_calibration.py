@@ -282,3 +282,22 @@ def test_hyper_lr_zero_does_not_calibrate_unless_asked(tmp_path):
         run = MetaLRTrainer(vit(), args, train_dataset=images())
         run.create_optimizer()
         assert run.create_scheduler(1).will_calibrate is expected
+
+
+@pytest.mark.parametrize("shift", [0.0, -3.0, -100.0])
+def test_a_valley_below_zero_is_found(shift):
+    losses = dict(zip((1e-4, 1e-3, 1e-2, 1e-1), [2.0, 1.0, 3.0, 0.5], strict=True))
+    found, walked = first_valley(list(losses), lambda rate: losses[rate] + shift, 2.3 + shift)
+    assert (found, len(walked)) == (1e-3, 3)
+
+
+def test_a_loss_below_zero_calibrates():
+    model = network()
+    optimizer = torch.optim.AdamW(groups(model, PROBE_LR))
+    look_ahead = a_step_taken(model, optimizer)
+    found = calibrate(look_ahead, [PROBE_LR, PROBE_LR], lambda: loss_of(model, slice(1000, 1064)) - 5.0)
+    assert not found.doubts
+    assert found.start_loss < -2
+    # The walk does not end at the first rung.
+    assert len(found.head_losses) > 4
+    assert min(found.head_losses) < found.start_loss

@@ -227,7 +227,11 @@ class LookAhead:
         return float(loss if reduce is None else reduce(loss))
 
     def validate(
-        self, meta_loss: Callable[[], Tensor], parameters: Iterable[Tensor], raw_step: Sequence[float] | None = None
+        self,
+        meta_loss: Callable[[], Tensor],
+        parameters: Iterable[Tensor],
+        raw_step: Sequence[float] | None = None,
+        scale: float | Tensor = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """The validation loss at the look-ahead and the inner products with its gradient.
 
@@ -236,14 +240,16 @@ class LookAhead:
             parameters (`Iterable[torch.Tensor]`): All parameters; their gradients are lost.
             raw_step (`Sequence[float]`, *optional*): Learning rates of a step along the raw gradient g to look at in
                 place of the step taken; the products are then with g.
+            scale (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 1.0): Factor of the loss in the
+                backward, which the products are divided by again.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the loss, of shape `()`, and the products, of shape `(parameters,)`.
         """
         if raw_step is None:
-            return validation_gradient(meta_loss, parameters), self.inner_products(consume=True)
+            return validation_gradient(meta_loss, parameters, scale), self.inner_products(consume=True) / scale
         with self.raw_gradient_step(raw_step) as gradients:
-            return validation_gradient(meta_loss, parameters), self.inner_products(gradients)
+            return validation_gradient(meta_loss, parameters, scale), self.inner_products(gradients) / scale
 
     @contextmanager
     def raw_gradient_step(self, learning_rates: Sequence[float]) -> Iterator[list[Tensor]]:

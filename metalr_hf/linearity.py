@@ -109,7 +109,8 @@ def check_linear(optimizer: Optimizer) -> None:
         except Exception as error:
             raise _untried(name, error) from error
     for before, after_full, after_half in zip(start, _parameters(full), _parameters(half), strict=True):
-        step, half_step = (after_full - before).double(), (after_half - before).double()
+        # On the CPU first: Apple's GPUs have no float64.
+        step, half_step = (after_full - before).cpu().double(), (after_half - before).cpu().double()
         if not step.any():
             raise ValueError(f"{name} cannot be tuned: its step did not move the parameters. {ALTERNATIVES}")
         if not torch.allclose(step, 2 * half_step, rtol=tolerance, atol=tolerance * float(step.abs().max())):
@@ -211,7 +212,7 @@ def _state(probe: Optimizer) -> list[Any]:
 
 def _equal(a: Any, b: Any, tolerance: float) -> bool:
     if isinstance(a, Tensor):
-        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=tolerance, atol=0.0)
+        return a.shape == b.shape and torch.allclose(a.cpu().double(), b.cpu().double(), rtol=tolerance, atol=0.0)
     if isinstance(a, dict):
         return all(key in b and _equal(value, b[key], tolerance) for key, value in a.items())
     if isinstance(a, (list, tuple)):

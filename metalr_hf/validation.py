@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 
-def validation_gradient(meta_loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Tensor:
+def validation_gradient(
+    meta_loss: Callable[[], Tensor], parameters: Iterable[Tensor], scale: float | Tensor = 1.0
+) -> Tensor:
     """Replaces the gradients of the parameters by those of the validation loss.
 
     Args:
         meta_loss (`Callable`): Takes nothing and returns the scalar validation loss.
         parameters (`Iterable[torch.Tensor]`): The parameters whose training gradients are dropped first, which frees
             their memory for the validation pass.
+        scale (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 1.0): Factor of the loss in the
+            backward, and so of the gradients: those of float16 are too small for it without one.
 
     Returns:
-        `torch.Tensor` of shape `()`: the validation loss, detached.
+        `torch.Tensor` of shape `()`: the validation loss, detached and without the factor.
 
     Raises:
         ValueError: if the validation loss is not a scalar that depends on a trainable parameter.
@@ -43,7 +47,7 @@ def validation_gradient(meta_loss: Callable[[], Tensor], parameters: Iterable[Te
                 f"meta_loss must return a scalar tensor that depends on the model's parameters, but returned {loss!r}. "
                 "Return the loss itself, not loss.item() or loss.detach()."
             )
-        loss.backward()
+        (loss * scale).backward()
     return loss.detach()
 
 
@@ -75,7 +79,8 @@ def gather(
     if reduce is not None:
         values = reduce(values)
     flags = [flag.to(values).reshape(1) for flag in overflow_flags]
-    figures = torch.cat([values, *flags]).double().cpu()
+    # In this order: Apple's GPUs have no float64.
+    figures = torch.cat([values, *flags]).cpu().double()
     loss, products, flags_seen = figures.split([1, len(products), len(flags)])
     overflowed = bool(flags_seen.any())
     by_layer = sum_by_layer(products) if reduce is None else products

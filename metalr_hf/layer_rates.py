@@ -105,6 +105,14 @@ class LayerRateScheduler(LRScheduler):
             self.lowest_learning_rates = torch.minimum(self.lowest_learning_rates, self.learning_rates)
             self.highest_learning_rates = torch.maximum(self.highest_learning_rates, self.learning_rates)
 
+    def ratios(self, before: Tensor) -> list[float]:
+        """How many times as high as before every rate is; 1 where it was zero.
+
+        Args:
+            before (`torch.Tensor` of shape `(layers,)`, float64): Earlier rates.
+        """
+        return torch.where(before > 0, self.learning_rates / before, 1.0).tolist()
+
     def write_learning_rates(self) -> None:
         """Gives every param group its learning rate."""
         write_learning_rates(self.optimizer, self.get_lr())

@@ -39,6 +39,9 @@ class Rule:
     ```
     """
 
+    # For a subclass that does not call __init__ and keeps its step size by another name.
+    hyper_lr: float = 0.1
+
     def __init__(self, hyper_lr: float = 0.1):
         self.hyper_lr = hyper_lr
 
@@ -60,6 +63,9 @@ class Rule:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what [`~Rule.state_dict`] gave."""
+
+    def reset(self) -> None:
+        """Forgets the state, for a run that begins anew. A rule that keeps one has to define it."""
 
 
 RULES: dict[str, type[Rule]] = {}
@@ -97,18 +103,19 @@ def register_rule(name: str) -> Callable[[RuleType], RuleType]:
     return register
 
 
-def get_rule(name: str, hyper_lr: float) -> Rule:
+def get_rule(name: str | Rule, hyper_lr: float | None = None) -> Rule:
     """Builds a registered rule.
 
     Args:
-        name (`str`): `"additive"`, `"proportional"`, `"adam"` or the name of a rule of your own.
-        hyper_lr (`float`): The step size η of the learning rates.
+        name (`str` or [`Rule`]): `"additive"`, `"proportional"`, `"adam"` or the name of a rule of your own. A rule
+            already built is returned as it is.
+        hyper_lr (`float`, *optional*, defaults to 0.1): The step size η of the learning rates.
 
     Returns:
         [`Rule`]: a new rule with an empty state.
 
     Raises:
-        ValueError: if no rule has that name.
+        ValueError: if no rule has that name, or `hyper_lr` is given for a rule already built.
 
     Example:
 
@@ -119,13 +126,24 @@ def get_rule(name: str, hyper_lr: float) -> Rule:
 
     ```
     """
+    if isinstance(name, Rule):
+        if hyper_lr is not None:
+            raise ValueError(
+                f"hyper_lr={hyper_lr!r} is given beside a rule that is built and has its own, {name.hyper_lr!r}. Leave "
+                f"it out, or build the rule with it: {type(name).__name__}(hyper_lr={hyper_lr!r})."
+            )
+        return name
     if name not in RULES:
         hint = did_you_mean(str(name), RULES, cutoff=0.4)
         raise ValueError(
             f"lr_rule={name!r} is not a learning-rate rule.{hint} Registered: {', '.join(sorted(RULES))}; add your own "
             "with metalr_hf.rules.register_rule."
         )
-    return RULES[name](hyper_lr=hyper_lr)
+    hyper_lr = Rule.hyper_lr if hyper_lr is None else hyper_lr
+    rule = RULES[name](hyper_lr=hyper_lr)
+    if "hyper_lr" not in vars(rule):
+        rule.hyper_lr = hyper_lr
+    return rule
 
 
 @register_rule("additive")
@@ -199,6 +217,9 @@ class AdamRule(Rule):
         super().__init__(hyper_lr)
         self.betas = betas
         self.eps = eps
+        self.reset()
+
+    def reset(self) -> None:
         self.steps = 0
         self.exp_avg: Tensor | None = None
         self.exp_avg_sq: Tensor | None = None
@@ -236,7 +257,8 @@ def limit_change(
     Args:
         lr (`torch.Tensor` of shape `(layers,)`): The learning rates α before the rule.
         new_lr (`torch.Tensor` of shape `(layers,)`): What the rule made of them.
-        max_lr_change (`float`, *optional*): The trust region c: α'/α stays within [1/c, c]. `None` switches it off.
+        max_lr_change (`float`, *optional*): The trust region c: α'/α stays within [1/c, c]. `None` or
+            infinity switches it off.
         lr_min (`float`, *optional*, defaults to 0.0): Lower bound.
         lr_max (`float`, *optional*, defaults to `math.inf`): Upper bound.
 
@@ -253,6 +275,7 @@ def limit_change(
 
     ```
     """
-    if max_lr_change is not None:
+    # Infinity times a rate of zero is no number.
+    if max_lr_change is not None and math.isfinite(max_lr_change):
         new_lr = torch.minimum(torch.maximum(new_lr, lr / max_lr_change), lr * max_lr_change)
     return new_lr.clamp(lr_min, lr_max)

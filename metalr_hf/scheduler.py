@@ -40,9 +40,10 @@ class MetaLRScheduler(LayerRateScheduler):
         rule (`str` or [`~metalr_hf.rules.Rule`], *optional*, defaults to `"proportional"`):
             The learning-rate rule: `"additive"`, `"proportional"`, `"adam"`, or your own.
         hyper_lr (`float`, *optional*, defaults to 0.1):
-            The step size η of the learning rates. 0 leaves them alone.
+            The step size η of the learning rates; 0 leaves them alone. A rule of your own brings its own.
         meta_loss (`Callable`, *optional*):
-            Takes nothing and returns the scalar validation loss. Used by `step()` without an argument.
+            Takes nothing and returns the scalar validation loss. Used by `step()` without an argument. In float16 set
+            the attribute `meta_loss_scale` to the factor of the `GradScaler`, for its backward.
         meta_source (`str`, *optional*, defaults to `"stream"`):
             Where the validation gradient comes from: `"stream"`, from `meta_loss`, by one more forward and backward;
             `"next_batch"`, from the next training step's gradient, with nothing rescaled (Baydin et al. 2018).
@@ -106,7 +107,7 @@ class MetaLRScheduler(LayerRateScheduler):
         self,
         optimizer: Optimizer,
         rule: str | Rule = "proportional",
-        hyper_lr: float = 0.1,
+        hyper_lr: float | None = None,
         *,
         meta_loss: Callable[[], Tensor] | None = None,
         meta_source: str = "stream",
@@ -122,8 +123,9 @@ class MetaLRScheduler(LayerRateScheduler):
         meta_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         reduce: Callable[[Tensor], Tensor] | None = None,
     ):
+        self.rule = get_rule(rule, hyper_lr)
         check_settings(
-            hyper_lr=hyper_lr,
+            hyper_lr=self.rule.hyper_lr,
             lr_min=lr_min,
             lr_max=lr_max,
             max_lr_change=max_lr_change,
@@ -132,12 +134,11 @@ class MetaLRScheduler(LayerRateScheduler):
             tuning_steps=tuning_steps,
             lookahead=lookahead,
         )
-        self.rule = rule if isinstance(rule, Rule) else get_rule(rule, hyper_lr)
         self.meta_loss = meta_loss
+        self.meta_loss_scale: float | Tensor = 1.0
         self.meta_source, self.meta_every = meta_source, meta_every
         self.tuning_steps = math.inf if tuning_steps is None else tuning_steps
-        self.lookahead = lookahead
-        self.max_lr_change = max_lr_change
+        self.lookahead, self.max_lr_change = lookahead, max_lr_change
         self.meta_context, self.reduce = meta_context, reduce
         # Whatever has a state that belongs to the run's tuning, such as the stream of validation batches, is saved and
         # loaded with the scheduler when it is put here.
@@ -185,8 +186,8 @@ class MetaLRScheduler(LayerRateScheduler):
 
     @property
     def tuning_is_over(self) -> bool:
-        """Whether all `tuning_steps` have been taken."""
-        return self.last_epoch >= self.restarted_at + self.tuning_steps
+        """Whether all `tuning_steps` have been taken, or `hyper_lr` is 0."""
+        return self.rule.hyper_lr == 0 or self.last_epoch >= self.restarted_at + self.tuning_steps
 
     @property
     def awaits_gradients(self) -> bool:
@@ -215,7 +216,7 @@ class MetaLRScheduler(LayerRateScheduler):
             self._measured = ()
         super().step()
 
-    def note_gradients(self, scale: float = 1.0, loss: Tensor | None = None) -> None:
+    def note_gradients(self, scale: float | Tensor = 1.0, loss: Tensor | None = None) -> None:
         """Takes the hypergradient of `meta_source="next_batch"` from the gradients as they are now.
 
         Call it between the backward and whatever changes the gradients before the optimizer's step, such as clipping,
@@ -223,7 +224,7 @@ class MetaLRScheduler(LayerRateScheduler):
         gets them.
 
         Args:
-            scale (`float`, *optional*, defaults to 1.0): Factor that the loss was multiplied by (`GradScaler`).
+            scale (`float` or `torch.Tensor`, *optional*, defaults to 1.0): Factor of the loss (`GradScaler`).
             loss (`torch.Tensor` of shape `()`, *optional*): The training loss, without the factor. With it a step that
                 did harm is taken back.
         """
@@ -240,8 +241,9 @@ class MetaLRScheduler(LayerRateScheduler):
         self._look_ahead.discard()
         self._noted = self._noted_loss = None
         self.optimizer.state.clear()
+        self.rule.reset()
+        self.guard.restart()
         self.restarted_at = self.last_epoch
-        self.guard = TuningGuard(self.guard.active)
         self.learning_rates = (self.start_learning_rates * factor).clamp(self.lr_min, self.lr_max)
         self.write_learning_rates()
 
@@ -293,7 +295,7 @@ class MetaLRScheduler(LayerRateScheduler):
             if self._noted is None:
                 # A fused optimizer unscales by itself, after this hook.
                 scale = getattr(optimizer, "grad_scale", None)
-                self.note_gradients(1.0 if scale is None else float(scale))
+                self.note_gradients(1.0 if scale is None else scale)
             self._found_inf += overflow_flags(optimizer)
             assert self._noted is not None
             before = self.learning_rates
@@ -319,12 +321,11 @@ class MetaLRScheduler(LayerRateScheduler):
             self._look_ahead.after_step()
 
     def _validate_tune_rescale(self, meta_loss: Callable[[], Tensor]) -> None:
-        look_ahead, before = self._look_ahead, self.learning_rates
+        look_ahead, before, shape = self._look_ahead, self.learning_rates, self.shape(self.last_epoch)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        shape = self.shape(self.last_epoch)
         raw_step = (before * shape).tolist() if self.lookahead == "sgd" else None
         with self.meta_context():
-            loss, products = look_ahead.validate(meta_loss, parameters, raw_step)
+            loss, products = look_ahead.validate(meta_loss, parameters, raw_step, self.meta_loss_scale)
         if raw_step is not None:
             # The hypergradient itself: the step looked at is -α s g.
             products = products * -shape
@@ -334,7 +335,7 @@ class MetaLRScheduler(LayerRateScheduler):
         if self.guard.harmful(self._measured_loss):
             self._shrink(meta_loss, before)
         elif tuned:
-            look_ahead.rescale(_ratio(self.learning_rates, before).tolist())
+            look_ahead.rescale(self.ratios(before))
 
     def _calibrate(self, meta_loss: Callable[[], Tensor] | None) -> None:
         if any(float(flag) > 0 for flag in self._found_inf):
@@ -354,9 +355,8 @@ class MetaLRScheduler(LayerRateScheduler):
                 lr_max=self.lr_max,
                 reduce=self.reduce,
             )
-        self.learning_rates = before.new_tensor(found)
-        self.start_learning_rates = self.learning_rates
-        self._look_ahead.rescale(_ratio(self.learning_rates, before).tolist(), keep=self.meta_source == "next_batch")
+        self.learning_rates = self.start_learning_rates = before.new_tensor(found)
+        self._look_ahead.rescale(self.ratios(before), keep=self.meta_source == "next_batch")
 
     def _shrink(self, meta_loss: Callable[[], Tensor], before: Tensor) -> None:
         """Takes a harmful step back until its loss is bearable, with forward passes."""
@@ -370,9 +370,9 @@ class MetaLRScheduler(LayerRateScheduler):
 
     def _refuse(self, factor: float, before: Tensor) -> None:
         self._look_ahead.rescale([factor] * len(before))
-        self.learning_rates = (before * factor).clamp(min=self.lr_min)
+        self.learning_rates = torch.where(self._held(), before, (before * factor).clamp(min=self.lr_min))
         self.write_learning_rates()
-        self.guard.refused += 1
+        self.guard.count_refused()
 
     def _tune(self, products: Tensor, loss: Tensor | None = None) -> bool:
         """Turns inner products into new learning rates; says whether it did."""
@@ -383,18 +383,18 @@ class MetaLRScheduler(LayerRateScheduler):
             return False
         if self.lookahead == "optimizer":
             by_layer = torch.where(self.learning_rates > 0, by_layer / self.learning_rates, 0.0)
-        loss_counts = self.meta_source == "stream"
-        finite = bool(by_layer.isfinite().all()) and (math.isfinite(self._measured_loss) or not loss_counts)
-        self.guard.count(finite)
         self._measured = (self._measured_loss, by_layer.tolist())
-        if not finite:
-            return False
-        new = self.rule(self.learning_rates, by_layer)
-        new = limit_change(self.learning_rates, new, self.max_lr_change, self.lr_min, self.lr_max)
-        held = torch.tensor([self.last_epoch < self.hold_steps.get(layer, 0) for layer in self.layers])
-        self.learning_rates = torch.where(held, self.learning_rates, new)
-        return True
+        loss_is_fine = self.meta_source == "next_batch" or math.isfinite(self._measured_loss)
+        finite = bool(by_layer.isfinite().all()) and loss_is_fine
+        if finite:
+            new = self.rule(self.learning_rates, by_layer)
+            new = limit_change(self.learning_rates, new, self.max_lr_change, self.lr_min, self.lr_max)
+            finite = bool(new.isfinite().all())
+        self.guard.count(finite)
+        if finite:
+            self.learning_rates = torch.where(self._held(), self.learning_rates, new)
+        return finite
 
-
-def _ratio(new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(old > 0, new / old, 1.0)
+    def _held(self) -> Tensor:
+        until = [self.restarted_at + self.hold_steps.get(layer, 0) for layer in self.layers]
+        return torch.tensor(until) > self.last_epoch

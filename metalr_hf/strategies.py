@@ -379,7 +379,7 @@ register_strategy("autolr")(partial(_with_layer_rates, AutoLR))
 @register_strategy("calibrated_cosine", uses_learning_rate=False)
 def calibrated_cosine(job: Job) -> Trainer:
     """This package's calibrated start rates and nothing else: no tuning, cosine decay to zero."""
-    return job.tuned(calibrate=True, hyper_lr=0.0, tuning_steps=1, lr_scheduler_type="cosine")
+    return job.tuned(calibrate=True, hyper_lr=0.0, lr_scheduler_type="cosine")
 
 
 @register_strategy("metalr", uses_learning_rate=False)

@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from metalr_hf import MetaLRScheduler
@@ -82,3 +83,68 @@ def test_nothing_is_refused_when_nothing_is_tuned():
         scheduler.step(loss)
     assert scheduler.guard.refused == 0
     torch.testing.assert_close(weight.detach(), torch.tensor([1.0, -2.0]) * (-99.0) ** 3)
+
+
+def test_a_loss_below_zero_is_judged_by_its_size():
+    guard = TuningGuard()
+    assert not any(guard.harmful(loss) for loss in (-0.5, -0.7, -0.9, -0.2, 0.4))
+    assert guard.harmful(2.0)
+
+
+def test_a_loss_that_crosses_zero_is_not_refused_for_being_near_it():
+    guard = TuningGuard()
+    assert not any(guard.harmful(loss) for loss in (0.01, -0.3, -0.2, -0.4, 0.2, -0.9))
+    assert guard.harmful(2.5)
+
+
+@pytest.mark.parametrize("source", ["stream", "next_batch"])
+def test_a_loss_that_falls_below_zero_is_tuned_without_a_step_taken_back(source):
+    # The first loss is just below zero.
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    inputs, targets = torch.randn(96, 8), torch.randn(96, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = MetaLRScheduler(optimizer, meta_source=source)
+
+    def loss(rows):
+        return -torch.nn.functional.cosine_similarity(model(inputs[rows]), targets[rows]).mean()
+
+    for _ in range(40):
+        batch, meta_batch = torch.randperm(96).split(48)
+        value = loss(batch)
+        value.backward()
+        scheduler.note_gradients(loss=value.detach())
+        optimizer.step()
+        scheduler.step(lambda rows=meta_batch: loss(rows))
+        optimizer.zero_grad()
+    assert loss(slice(None)).item() < -0.5
+    assert scheduler.guard.refused == 0
+    assert float(scheduler.learning_rates) > 1e-3
+
+
+def test_a_layer_that_is_held_keeps_its_rate_when_a_step_is_taken_back():
+    weights = [torch.nn.Parameter(torch.tensor([1.0])) for _ in range(2)]
+    groups = [{"params": weights[:1], "layer": "stem"}, {"params": weights[1:], "layer": "head"}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    scheduler = MetaLRScheduler(optimizer, hold_steps={"head": 3})
+    # The run began where the loss was low.
+    scheduler.guard.harmful(1.0)
+    sum(50 * (weight**2).sum() for weight in weights).backward()
+    optimizer.step()
+    scheduler.step(lambda: sum(50 * (weight**2).sum() for weight in weights))
+    assert scheduler.guard.refused == 1
+    assert scheduler.learning_rates.tolist() == [1 / 64, 1.0]
+    # The step itself did harm in both.
+    torch.testing.assert_close(torch.stack([w.detach() for w in weights]), torch.full((2, 1), 1.0 - 100 / 64))
+
+
+def test_steps_taken_back_are_counted_and_the_first_is_warned_of(caplog):
+    guard = TuningGuard()
+    guard.count_refused()
+    guard.count_refused()
+    assert guard.refused == 2
+    assert len(caplog.messages) == 1
+    guard.harmful(1.0)
+    guard.restart()
+    assert guard.refused == 2
+    assert math.isnan(guard.mean_loss)

@@ -200,3 +200,35 @@ def test_a_rule_of_ones_own_is_found_by_name(monkeypatch):
 def test_a_rule_without_an_equation_says_so():
     with pytest.raises(NotImplementedError, match="Rule does not define __call__"):
         Rule()(LR, H)
+
+
+def test_an_infinite_trust_region_is_none():
+    new = tensor(0.0, 7.0, 1e9)
+    assert torch.equal(limit_change(tensor(0.0, 1e-3, 0.0), new, math.inf, 0.0, math.inf), new)
+
+
+def test_a_rule_starts_anew():
+    rule = AdamRule(0.1)
+    rule(LR, H)
+    rule.reset()
+    assert torch.equal(rule(LR, -H), AdamRule(0.1)(LR, -H))
+
+
+def test_a_rule_that_is_built_is_taken_as_it_is_and_has_its_own_hyper_lr():
+    rule = Proportional(0.5)
+    assert get_rule(rule) is rule
+    with pytest.raises(ValueError, match=r"hyper_lr=0.1 is given beside a rule.*has its own, 0.5.*Proportional\("):
+        get_rule(rule, 0.1)
+    assert get_rule("proportional").hyper_lr == 0.1
+
+
+def test_a_rule_whose_init_keeps_nothing_has_a_hyper_lr(monkeypatch):
+    monkeypatch.setattr(rules, "RULES", dict(RULES))
+
+    @register_rule("momentum")
+    class Momentum(Rule):
+        def __init__(self, hyper_lr=0.1):
+            self.velocity = 0.0
+
+    assert Momentum().hyper_lr == 0.1
+    assert get_rule("momentum", 0.0).hyper_lr == 0.0

@@ -8,6 +8,7 @@ from torch import nn
 
 from metalr_hf import MetaLRScheduler
 from metalr_hf.contexts import untouched
+from metalr_hf.rules import Proportional, Rule
 
 IMAGES = torch.randn(96, 6, generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(0, 3, (96,), generator=torch.Generator().manual_seed(2))
@@ -103,6 +104,8 @@ def test_hyper_lr_zero_is_bitwise_the_optimizer_alone(source):
         plain_optimizer.step()
         plain_optimizer.zero_grad()
     assert scheduler.history.learning_rates.shape == (6, 2)
+    assert scheduler.extra_passes == 0
+    assert not scheduler._look_ahead.parameters
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
 
 
@@ -266,3 +269,51 @@ def test_a_frozen_layer_and_one_unfrozen_in_the_middle():
     model.requires_grad_(True)
     train(model, optimizer, scheduler, 2, first=2)
     assert scheduler.learning_rates[0] != 1e-2
+
+
+def test_a_rate_at_zero_stays_a_number_without_a_trust_region():
+    model, optimizer, scheduler = make(rule="additive", lr=0.0, lr_min=0.0, max_lr_change=math.inf)
+    train(model, optimizer, scheduler, 3)
+    assert scheduler.history.learning_rates.tolist() == [[0.0, 0.0]] * 3
+    assert scheduler.guard.non_finite == 0
+
+
+class Broken(Rule):
+    def __call__(self, lr, hypergradient):
+        return lr * math.nan
+
+
+def test_a_rule_that_gives_no_number_changes_nothing_and_is_counted():
+    model, optimizer, scheduler = make(rule=Broken())
+    train(model, optimizer, scheduler, 3)
+    assert scheduler.learning_rates.tolist() == [1e-2, 1e-2]
+    assert scheduler.guard.non_finite == 3
+
+
+def test_a_rule_of_ones_own_brings_its_hyper_lr():
+    assert make(rule=Proportional(0.5))[2].rule.hyper_lr == 0.5
+    with pytest.raises(ValueError, match=r"hyper_lr=0.2 is given beside a rule that is built"):
+        make(rule=Proportional(0.5), hyper_lr=0.2)
+    with pytest.raises(ValueError, match="hyper_lr=-0.5"):
+        make(rule=Proportional(-0.5))
+
+
+@pytest.mark.parametrize("source", ["stream", "next_batch"])
+def test_after_a_restart_the_rates_are_tuned_as_in_a_new_run(source):
+    setting = {"rule": "adam", "meta_source": source, "hold_steps": {"head": 2}, "optimizer_class": torch.optim.SGD}
+    meta = source == "stream"
+    fresh_model, fresh_optimizer, fresh = make(**setting)
+    start = {name: value.clone() for name, value in fresh_model.state_dict().items()}
+    torch.manual_seed(3)
+    train(fresh_model, fresh_optimizer, fresh, 4, meta=meta)
+
+    model, optimizer, scheduler = make(**setting)
+    train(model, optimizer, scheduler, 5, first=50, meta=meta)
+    scheduler.guard.count(False)
+    model.load_state_dict(start)
+    scheduler.restart(1.0)
+    torch.manual_seed(3)
+    train(model, optimizer, scheduler, 4, meta=meta)
+    assert scheduler.history.learning_rates[5:].tolist() == fresh.history.learning_rates.tolist()
+    assert len(set(fresh.history.learning_rates[:, 1])) > 1
+    assert scheduler.guard.non_finite == 1

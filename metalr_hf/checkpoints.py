@@ -120,7 +120,8 @@ def check_checkpoint(folder: str, layers: Sequence[str]) -> None:
             "anew, and the run will not end as it would have without the interruption."
         )
         return
-    saved = torch.load(file, weights_only=True).get("layers")
+    # The collapse guard's first weights are in it too.
+    saved = torch.load(file, weights_only=True, mmap=True).get("layers")
     if saved is None:
         raise ValueError(
             f"{folder} is a checkpoint of a run without layer-wise learning rates. Start from its weights instead: "

@@ -70,34 +70,40 @@ class CollapseGuard:
             labels (`torch.Tensor` of shape `(batch,)`, int64): The class of every image.
         """
         self.losses.append(loss.detach())
-        labels = labels.detach().reshape(-1)
-        # Those below zero are of no class.
-        self.labels.append(labels[labels >= 0])
+        self.labels.append(labels.detach().reshape(-1))
 
     def collapsed(
-        self, logits: Callable[[], Tensor], reduce: Callable[[Tensor], Tensor] = lambda values: values
+        self, logits: Callable[[], Tensor | None], reduce: Callable[[Tensor], Tensor] = lambda values: values
     ) -> bool:
         """Whether the run has collapsed. Looks at every few steps only and says `False` between.
 
         Args:
             logits (`Callable`): Takes nothing and returns the logits `(batch, classes)` of a batch. Called at the
-                first call and then only if the loss is suspicious.
+                first call and then only if the loss is suspicious. A model that returns none ends the watch.
             reduce (`Callable`, *optional*): Averages a tensor over all processes.
         """
         if self.start_spread is None:
-            self.start_spread = float(reduce(_spread(logits())))
+            answers = logits()
+            if answers is None:
+                self.stop()
+                return False
+            self.start_spread = float(reduce(_spread(answers)))
         if len(self.losses) < self.every:
             return False
         device = self.losses[-1].device
         loss = torch.stack([loss.to(device, torch.float32) for loss in self.losses]).mean()
-        shares = torch.cat([labels.to(device) for labels in self.labels]).bincount().float()
+        labels = torch.cat([labels.to(device) for labels in self.labels])
+        # Those below zero are of no class.
+        shares = labels[labels >= 0].bincount().float()
         shares = shares / shares.sum()
         entropy = -torch.special.xlogy(shares, shares).sum()
         self.losses = []
         loss, entropy = reduce(torch.stack([loss, entropy])).tolist()
         if not loss >= NOTHING_LEARNED * entropy:
             return False
-        return float(reduce(_spread(logits()))) < min(SPREAD, SHARE_OF_SPREAD * self.start_spread)
+        answers = logits()
+        assert answers is not None
+        return float(reduce(_spread(answers))) < min(SPREAD, SHARE_OF_SPREAD * self.start_spread)
 
     def go_back(self, model: nn.Module) -> None:
         """Puts the first weights and buffers back.
@@ -133,6 +139,22 @@ class CollapseGuard:
         self._start = _Kept(state_dict["start"])
         self.losses = [torch.tensor(loss) for loss in state_dict["losses"]]
         self.labels = [state_dict["labels"]]
+
+
+def are_classes(labels: Any) -> bool:
+    """Whether labels are one class an image: not boxes, masks or numbers to be met.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.collapse import are_classes
+    >>> are_classes(torch.tensor([0, 2])), are_classes(torch.zeros(2, 8, 8, dtype=torch.int64)), are_classes(None)
+    (True, False, False)
+
+    ```
+    """
+    return isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
 
 
 class _Kept:

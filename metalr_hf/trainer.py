@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .bare_modules import LossAlone, logits_of, wrap_bare_module
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
-from .collapse import CollapseGuard
+from .collapse import CollapseGuard, are_classes
 from .contexts import untouched
 from .history import LRHistory
 from .hub_trainer import HubTrainer
@@ -213,20 +213,25 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's forward and backward; then a validation batch is pulled if the step about to be taken is tuned."""
+        self._undo_collapse(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._refuse_thawed()
         self._step_loss = self._step_loss + loss
-        scheduler = self.lr_scheduler
+        scheduler, scaler, guard = self.lr_scheduler, self.accelerator.scaler, self._collapse_guard
         if self.accelerator.sync_gradients:
+            # Not by get_scale(), which waits for the device.
+            scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+            # It is as large as training gradients bear. Those of a validation batch may be larger.
+            scheduler.meta_loss_scale = scale if scaler is None else scale / 8
             if scheduler.awaits_gradients:
                 # Before Trainer clips them.
-                scaler = self.accelerator.scaler
-                scheduler.note_gradients(1.0 if scaler is None else scaler.get_scale(), self._step_loss)
+                scheduler.note_gradients(scale, self._step_loss)
             # A batch of a step that overflowed and was not taken is let go: no checkpoint would know of it.
             if scheduler.will_calibrate or (self._meta_stream and scheduler.will_tune):
                 stream = self._meta_stream or self._create_meta_stream(self.state.global_step, batches_to_shuffle=4)
                 scheduler.meta_loss = partial(self.compute_meta_loss, next(stream))
-            self._undo_collapse(inputs)
+            if guard is not None and guard.active:
+                guard.note(torch.as_tensor(self._step_loss), inputs["labels"])
             self._step_loss = 0.0
         return loss
 
@@ -276,27 +281,19 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             )
 
     def _undo_collapse(self, inputs: dict[str, Any]) -> None:
-        scheduler, guard, labels = self.lr_scheduler, self._collapse_guard, inputs.get("labels")
+        # Before a step and not in it, where a scaler waits for its gradients. Within one, nothing new is known.
+        scheduler, guard = self.lr_scheduler, self._collapse_guard
         if guard is None or not guard.active:
-            return
-        # Detectors take a list of boxes and classes.
-        if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
-            return
-        if scheduler.tuning_is_over:
-            guard.stop()
             return
 
         def logits() -> Any:
             with torch.no_grad(), untouched(self.model, "eval"):
                 return logits_of(self.model(**self._prepare_inputs(inputs)))
 
-        if guard.start_spread is None and not isinstance(self.model, PreTrainedModel) and logits() is None:
+        if not are_classes(inputs.get("labels")):
             guard.stop()
-            return
-        guard.note(torch.as_tensor(self._step_loss), labels)
-        if guard.collapsed(logits, self._mean_over_processes):
+        elif guard.collapsed(logits, self._mean_over_processes):
             guard.go_back(self.model)
-            self.model.zero_grad()
             scheduler.restart(COLLAPSE_FACTOR)
             guard.stop()
             logger.warning(
@@ -304,6 +301,8 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
                 "answer: its learning rates were too high. Its first weights are back, the learning rates are "
                 f"{COLLAPSE_FACTOR:g} times what they were at the start, and are tuned anew."
             )
+        elif scheduler.tuning_is_over:
+            guard.stop()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the learning rates that the last step used, and how tuning goes, to a training row.
@@ -313,8 +312,9 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         """
         if "learning_rate" in logs and isinstance(self.lr_scheduler, MetaLRScheduler) and len(self.lr_history):
             logs |= self.lr_history.last_row(every_layer=bool(self.args.report_to))
-            if self.lr_scheduler.guard.non_finite:
-                logs["meta_non_finite"] = self.lr_scheduler.guard.non_finite
+            guard = self.lr_scheduler.guard
+            counts = {"meta_non_finite": guard.non_finite, "meta_refused": guard.refused}
+            logs |= {name: count for name, count in counts.items() if count}
         super().log(logs, *args, **kwargs)
 
     def _layer_groups(self, model: nn.Module) -> dict[str, list[str]]:

@@ -97,10 +97,12 @@ def test_a_collapse_made_on_purpose_is_noticed_and_undone(tmp_path, source):
         lambda record: messages.append(record.getMessage()) or True
     )
     run.train()
-    assert run.lr_scheduler.restarted_at in (9, 19)
+    assert run.lr_scheduler.restarted_at in (10, 20)
     assert any("first weights are back" in message for message in messages)
     rates = run.lr_history.learning_rates
-    assert rates[run.lr_scheduler.restarted_at].max() == pytest.approx(1e-3)
+    # A stream tunes the first step anew already.
+    at_most = 2e-3 if source == "stream" else 1e-3 * (1 + 1e-9)
+    assert 1e-3 * (1 - 1e-9) <= rates[run.lr_scheduler.restarted_at].max() <= at_most
     last = [row["loss"] for row in run.state.log_history if "loss" in row][-5:]
     assert sum(last) / 5 < 1.0, last
     start = vit(0.0).state_dict()
@@ -117,16 +119,16 @@ def test_steps_that_are_not_tuned_do_not_end_the_watch(tmp_path, setting):
 
 def test_a_run_resumed_before_a_collapse_goes_back_to_its_first_weights_too(tmp_path):
     def collapsing():
-        args = arguments(tmp_path, max_steps=14, learning_rate=1e-2, save_strategy="steps", save_steps=4)
+        args = arguments(tmp_path, max_steps=14, learning_rate=1e-2, save_strategy="steps", save_steps=2)
         return MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=2)])
 
     whole = collapsing()
     whole.train()
-    assert whole.lr_scheduler.restarted_at == 9
-    for step in (4, 12):
+    assert whole.lr_scheduler.restarted_at == 10
+    for step in (4, 10, 12):
         again = collapsing()
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert again.lr_scheduler.restarted_at == 9
+        assert again.lr_scheduler.restarted_at == 10
         assert same_weights(whole.model, again.model)
 
 
@@ -146,3 +148,30 @@ def test_the_first_weights_are_kept_outside_of_memory_or_in_it_if_the_disk_is_fu
         nn.init.zeros_(model.weight)
         guard.go_back(model)
         assert torch.equal(model.weight, start)
+
+
+def test_a_model_without_logits_is_not_watched_and_asked_once():
+    guard, asked = CollapseGuard(nn.Linear(4, 2)), []
+    assert not guard.collapsed(lambda: asked.append(1))
+    assert not guard.active
+    assert asked == [1]
+
+
+def test_labels_that_are_no_classes_end_the_watch_and_its_weights_are_in_no_checkpoint(tmp_path):
+    def one_hot(rows):
+        rows["labels"] = torch.nn.functional.one_hot(torch.as_tensor(rows["labels"]), 3).float()
+        return rows
+
+    rows = images().with_transform(one_hot)
+    run = MetaLRTrainer(
+        vit(), arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2), train_dataset=rows
+    )
+    run.train()
+    saved = torch.load(tmp_path / "checkpoint-2" / "scheduler.pt", weights_only=True)["stateful"]["collapse_guard"]
+    assert (saved["active"], saved["start"]) == (False, {})
+
+
+def test_the_watch_ends_with_tuning(tmp_path):
+    run = MetaLRTrainer(vit(), arguments(tmp_path, max_steps=6, tuning_steps=3), train_dataset=images())
+    run.train()
+    assert not run._collapse_guard.active

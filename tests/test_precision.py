@@ -172,3 +172,57 @@ def test_a_scaled_loss_gives_the_hypergradient_of_the_loss(fused):
         return scheduler.learning_rates
 
     torch.testing.assert_close(rates(1.0), rates(2.0**12))
+
+
+class Empty(TrainerCallback):
+    """Sets all weights to zero after two steps: a network that answers every image alike."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.zero_()
+
+
+@pytest.mark.parametrize("source", ["stream", "next_batch"])
+def test_a_collapse_in_float16_is_undone(tmp_path, source):
+    run = float16_trainer(tmp_path, vit(dropout=0.0), max_steps=14, meta_source=source, learning_rate=1e-2)
+    run.add_callback(Empty())
+    run.train()
+    assert run.lr_scheduler.restarted_at == 10
+    assert run.lr_history.learning_rates[10].max() <= 2e-3
+    assert all(p.isfinite().all() and p.any() for p in run.model.parameters())
+
+
+def pixelwise(half, scale):
+    """The hypergradient of a loss that is a mean over very many pixels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scheduler = MetaLRScheduler(optimizer)
+    scheduler.meta_loss_scale = scale
+    pixels = torch.randn(8, 1, 256, 256)
+
+    def loss():
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            logits = model(4 * pixels)
+        return nn.functional.cross_entropy(8 * logits.float(), (pixels[:, 0] > 0).long())
+
+    loss().backward()
+    optimizer.step()
+    scheduler.step(loss)
+    return scheduler.history.hypergradients[0, 0]
+
+
+def test_a_scaled_validation_backward_keeps_small_gradients_in_float16():
+    exact = pixelwise(False, 1.0)
+    assert pixelwise(False, 2.0**16) == exact
+    assert pixelwise(True, torch.tensor(2.0**16)) == pytest.approx(exact, rel=3e-3)
+    assert pixelwise(True, 1.0) != pytest.approx(exact, rel=1e-2)
+
+
+def test_the_trainer_gives_the_validation_backward_the_scale(tmp_path):
+    run = float16_trainer(tmp_path, vit(), first_scale=2.0**9, meta_source="stream", max_steps=2)
+    run.train()
+    # Below the one that the training gradients just bear.
+    assert run.lr_scheduler.meta_loss_scale == 2.0**6

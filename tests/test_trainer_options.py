@@ -220,3 +220,21 @@ def test_a_last_batch_of_one_image_and_one_of_a_single_class(tmp_path, source):
     run = trainer(tmp_path / "b", vit(), single, meta_source=source, calibrate=True, max_steps=8)
     run.train()
     assert all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
+
+
+class Harm(TrainerCallback):
+    """Makes any loss at two steps look like harm: a run that began at almost none."""
+
+    def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        if state.global_step in (3, 10):
+            lr_scheduler.guard.first_loss = lr_scheduler.guard.mean_loss = 1e-9
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_steps_taken_back_are_logged_and_the_first_is_warned_of(tmp_path, source, caplog):
+    run = trained(tmp_path, callbacks=[Harm()], meta_source=source, calibrate=False, max_steps=12)
+    assert sum("was taken back" in message for message in caplog.messages) == 1
+    counts = [row.get("meta_refused", 0) for row in run.state.log_history if "loss" in row]
+    assert counts[2] == 0
+    assert counts[4] == 1
+    assert counts[-1] == run.lr_scheduler.guard.refused > 1

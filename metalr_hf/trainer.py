@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .bare_modules import LossAlone, logits_of, wrap_bare_module
@@ -49,9 +48,10 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
 
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`):
-            The model. A bare timm model is put into transformers' `TimmWrapperForImageClassification`, a module from
-            images to logits into a [`~metalr_hf.bare_modules.Classifier`]. One that takes labels is taken as it is,
-            whether it returns a loss, or a tuple or a dictionary with one.
+            The model, or in its place `model_init`. A bare timm model is put into transformers'
+            `TimmWrapperForImageClassification`, a module from images to logits into a
+            [`~metalr_hf.bare_modules.Classifier`]. One that takes labels is taken as it is, whether it returns a loss,
+            or a tuple or a dictionary with one.
         args ([`MetaLRTrainingArguments`] or `TrainingArguments`, *optional*):
             The arguments.
         *trainer_args:
@@ -95,26 +95,29 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         layer_groups: Mapping[str, Sequence[str]] | None = None,
         **kwargs: Any,
     ):
-        args = _with_tuning_arguments(args)
+        args = MetaLRTrainingArguments.from_stock(args)
         args.refuse_deepspeed()
         refuse_fsdp1((args.fsdp_plugin_args or {}).get("fsdp_version", 2))
+        names = inspect.signature(Trainer.__init__).parameters
+        given = dict(zip(names, (self, model, args, *trainer_args), strict=False)) | kwargs
         # The user's own loss knows what to feed the module and what it returns.
         changed = type(self).compute_loss is not MetaLRTrainer.compute_loss
-        self._own_loss = changed or kwargs.get("compute_loss_func") is not None
+        self._own_loss = changed or given.get("compute_loss_func") is not None
+        # Before Trainer sets it: a module from model_init is wrapped by what the data has.
+        self.train_dataset = given.get("train_dataset")
+        self._given_layer_groups = self._own_layer_groups = layer_groups
         if model is not None:
-            dataset = kwargs.get("train_dataset", trainer_args[1] if len(trainer_args) > 1 else None)
-            model, layer_groups = wrap_bare_module(model, layer_groups, dataset, own_loss=self._own_loss)
-        optimizer, scheduler = kwargs.get("optimizers") or (None, None)
+            model = self._wrap(model)
+        optimizer, scheduler = given.get("optimizers") or (None, None)
         if scheduler is not None:
             raise ValueError(
                 "optimizers=(optimizer, scheduler): MetaLRTrainer's own scheduler holds the learning rates. Pass "
                 "optimizers=(optimizer, None) and choose the schedule's shape with args.lr_scheduler_type."
             )
-        if optimizer is None and kwargs.get("optimizer_cls_and_kwargs") is None:
+        if optimizer is None and given.get("optimizer_cls_and_kwargs") is None:
             check_optimizer_name(args.optim)
         self.meta_source = args.resolve_meta_source(meta_dataset is not None)
         self.meta_dataset = meta_dataset
-        self._own_layer_groups = layer_groups
         self._created_optimizer = False
         self._meta_stream: MetaStream | None = None
         self._step_loss: Tensor | float = 0.0
@@ -157,6 +160,15 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             self.optimizer = None
         return super().train(checkpoint, *args, **kwargs)
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Trainer's, in each run of a search too; a bare module is wrapped as one that is given as `model`."""
+        return self._wrap(super().call_model_init(trial))
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        groups, own_loss = self._given_layer_groups, self._own_loss
+        model, self._own_layer_groups = wrap_bare_module(model, groups, self.train_dataset, own_loss=own_loss)
+        return model
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates Trainer's optimizer, or takes the one handed in, and splits its param groups by layer."""
         self._created_optimizer |= self.optimizer is None
@@ -196,7 +208,8 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
                 meta_context=lambda: untouched(self.model, args.meta_mode),
                 reduce=self._mean_over_processes if args.world_size > 1 else None,
             )
-            scheduler.hold_steps = dict.fromkeys(head_layers(scheduler.layers), self._head_hold_steps())
+            held_for = args.resolve_head_hold_steps(self.train_dataset)
+            scheduler.hold_steps = dict.fromkeys(head_layers(scheduler.layers), held_for)
             if self.meta_source == "stream":
                 self._meta_stream = self._create_meta_stream()
                 scheduler.stateful["meta_stream"] = self._meta_stream
@@ -374,25 +387,5 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             **buffer,
         )
 
-    def _head_hold_steps(self) -> int:
-        args = self.args
-        if args.head_hold_epochs == 0:
-            return 0
-        if not has_length(self.train_dataset):
-            raise ValueError(
-                f"head_hold_epochs={args.head_hold_epochs} needs a training set with a length, to know how many steps "
-                "an epoch has. Leave it at 0 for a streamed training set."
-            )
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return math.ceil(args.head_hold_epochs * math.ceil(len(self.train_dataset) / rows))
-
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="mean")
-
-
-def _with_tuning_arguments(args: TrainingArguments | None) -> MetaLRTrainingArguments:
-    if isinstance(args, MetaLRTrainingArguments):
-        return args
-    if args is None:
-        return MetaLRTrainingArguments()
-    return MetaLRTrainingArguments(**{f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import SchedulerType, has_length
 
 from .rules import get_rule
 from .settings import LAYER_GRANULARITIES, META_MODES, check_choice, check_count, check_number, check_settings
@@ -250,6 +250,19 @@ class MetaLRTrainingArguments(TrainingArguments):
                 "head starts. Set calibrate=False to start from learning_rate, or leave it out."
             )
 
+    @classmethod
+    def from_stock(cls, args: TrainingArguments | None) -> MetaLRTrainingArguments:
+        """Plain `TrainingArguments`, or none, with the defaults of what tuning adds; its own kind as it is.
+
+        Args:
+            args (`TrainingArguments`, *optional*): What a Trainer was given.
+        """
+        if isinstance(args, MetaLRTrainingArguments):
+            return args
+        return cls(
+            **({} if args is None else {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init})
+        )
+
     def _apply_preset(self) -> None:
         if self.preset is None:
             return
@@ -309,3 +322,22 @@ class MetaLRTrainingArguments(TrainingArguments):
                 f'{given} unused. Set meta_source="stream", or leave out {given.split("=")[0]}.'
             )
         return self.meta_source
+
+    def resolve_head_hold_steps(self, train_dataset: Any) -> int:
+        """How many optimizer steps the head is held at its learning rate.
+
+        Args:
+            train_dataset (`datasets.Dataset` or torch dataset): The training set.
+
+        Raises:
+            ValueError: if the head is to be held and the set has no length.
+        """
+        if self.head_hold_epochs == 0:
+            return 0
+        if not has_length(train_dataset):
+            raise ValueError(
+                f"head_hold_epochs={self.head_hold_epochs} needs a training set with a length, to know how many steps "
+                "an epoch has. Leave it at 0 for a streamed training set."
+            )
+        rows = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return math.ceil(self.head_hold_epochs * math.ceil(len(train_dataset) / rows))

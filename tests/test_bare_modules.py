@@ -155,6 +155,46 @@ def test_own_layers_of_a_module_and_a_loss_of_the_users_own(tmp_path):
     assert losses(run) == losses(train(tmp_path, Network()))
 
 
+@pytest.mark.parametrize("make", [Network, lambda: timm.create_model("test_resnet", num_classes=3)])
+def test_a_module_made_anew_for_every_run_trains_as_one_that_is_given(tmp_path, make):
+    def seeded():
+        torch.manual_seed(0)
+        return make()
+
+    layers = {"all": [name for name, _ in make().named_parameters()]}
+    # Making a module moves the generator that the order of the images would be drawn from.
+    given = train(tmp_path, seeded(), layer_groups=layers, data_seed=1)
+    run = MetaLRTrainer(
+        args=arguments(tmp_path, data_seed=1),
+        train_dataset=images(),
+        model_init=lambda trial: seeded(),
+        layer_groups=layers,
+    )
+    for _ in range(2):
+        run.train()
+        assert losses(run) == losses(given)
+        assert run.lr_history.layers == ["all"]
+
+
+def test_positional_arguments_are_looked_at_as_named_ones_are(tmp_path):
+    class TakesPixels(Network):
+        def forward(self, pixel_values):
+            return super().forward(pixel_values)
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return nn.functional.cross_entropy(outputs, labels)
+
+    run = MetaLRTrainer(TakesPixels(), arguments(tmp_path), None, images(), None, None, None, loss)
+    assert type(run.model) is TakesPixels
+    data = images().remove_columns("labels").rename_column("pixel_values", "images")
+    assert type(MetaLRTrainer(Autoencoder(), arguments(tmp_path), None, data).model) is Autoencoder
+    sgd = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    given = (sgd, torch.optim.lr_scheduler.ConstantLR(sgd))
+    rest = [images(), None, None, None, None, None, None, given]
+    with pytest.raises(ValueError, match=r"Pass optimizers=\(optimizer, None\)"):
+        MetaLRTrainer(run.model, arguments(tmp_path), None, *rest)
+
+
 def test_masks_on_logits_of_another_size():
     network = nn.Sequential(nn.Conv2d(3, 2, 3, stride=2, padding=1))
     masks = torch.randint(0, 2, (2, 8, 8))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, set_seed
 
@@ -24,16 +21,23 @@ from .bare_modules import Classifier
 from .data import IMAGE, LABEL
 from .folds import flip_labels, fold_rows, stratified_subset
 from .metrics import score_classes
+from .results import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    RESULTS,
+    TIMINGS,
+    append_line,
+    keep_settings,
+    mend_lines,
+    only_process,
+)
 from .settings import check_count, check_number
 from .strategies import Job, Strategy, get_strategy
 from .timm_models import is_timm_model, wrap_timm_model
 from .transforms import collate_images
 
 RowTransform = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
-
-RESULTS = "results.jsonl"
-TIMINGS = "timings.jsonl"
-SETTINGS = "settings.json"
 
 
 @dataclass
@@ -169,7 +173,7 @@ def compare(
     output_dir: str | os.PathLike[str],
     progress: Callable[[int, int, float], None] = lambda done, total, seconds_left: None,
 ) -> list[dict[str, Any]]:
-    """Runs what is missing of a comparison.
+    """Runs what is missing of a comparison: what has not run yet, and what an error ended.
 
     Args:
         cells (`Sequence[Cell]`): Models and data sets.
@@ -193,34 +197,25 @@ def compare(
     by_name = {cell.name: cell for cell in cells}
     for cell in cells:
         _check_cell(cell, comparison)
-    with _only_process(folder):
-        _check_settings_file(folder, comparison)
-        rows = read_results(folder)
+    with only_process(folder):
+        keep_settings(folder, comparison.same_runs())
+        wanted = {_key(asdict(run)): run for run in _runs(cells, comparison)}
+        rows = mend_lines(folder / RESULTS, lambda row: row["status"] != FAILED or _key(row) not in wanted)
+        mend_lines(folder / TIMINGS)
         done = {_key(row) for row in rows}
-        missing = [run for run in _runs(cells, comparison) if _key(asdict(run)) not in done]
+        missing = [run for key, run in wanted.items() if key not in done]
         for name in {run.strategy: None for run in missing}:
             get_strategy(name).check_packages()
         started, total = time.monotonic(), len(missing) + len(rows)
         for count, run in enumerate(missing, start=1):
             row, seconds = _result(by_name[run.cell], run, comparison, folder)
-            _append_line(folder / RESULTS, row)
-            _append_line(folder / TIMINGS, {**asdict(run), "seconds": round(seconds, 2)})
+            append_line(folder / RESULTS, row)
+            if row["status"] != FAILED:
+                append_line(folder / TIMINGS, {**asdict(run), "seconds": round(seconds, 2)})
             rows.append(row)
             left = (time.monotonic() - started) / count * (len(missing) - count)
             progress(total - len(missing) + count, total, left)
     return rows
-
-
-def read_results(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The results of a folder; a last line cut off by a crash is dropped from the file.
-
-    Args:
-        folder (`str` or `os.PathLike`): The output folder of a comparison.
-
-    Returns:
-        `list[dict]`: a row a run.
-    """
-    return read_lines(Path(folder) / RESULTS)
 
 
 def _runs(cells: Sequence[Cell], comparison: Comparison) -> Iterator[Run]:
@@ -234,12 +229,12 @@ def _runs(cells: Sequence[Cell], comparison: Comparison) -> Iterator[Run]:
 
 
 def _result(cell: Cell, run: Run, comparison: Comparison, folder: Path) -> tuple[dict[str, Any], float]:
-    """The row of a run, and how long it took; a failed run is a row with its reason."""
+    """The row of a run, and how long it took; one that an error ended is a row with its reason."""
     started = time.monotonic()
     try:
         outcome = _train_and_test(cell, run, comparison, folder)
     except (RuntimeError, ValueError, ArithmeticError, ImportError) as error:
-        outcome = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+        outcome = {"status": FAILED, "reason": f"{type(error).__name__}: {error}"[:500]}
     return {**asdict(run), **outcome}, time.monotonic() - started
 
 
@@ -266,11 +261,11 @@ def _train_and_test(cell: Cell, run: Run, comparison: Comparison, folder: Path) 
         history.save(folder / "lr_history" / f"{run.label}.csv")
     scores = score_classes(prediction.predictions, prediction.label_ids, cell.classes)
     if not np.isfinite(output.training_loss):
-        return {"status": "failed", "reason": f"training loss {output.training_loss}", **scores}
+        return {"status": DIVERGED, "reason": f"training loss {output.training_loss}", **scores}
     if scores["accuracy"] is None:
-        return {"status": "failed", "reason": "test outputs that are not finite", **scores}
+        return {"status": DIVERGED, "reason": "test outputs that are not finite", **scores}
     return {
-        "status": "done",
+        "status": DONE,
         **scores,
         "train_loss": round(float(output.training_loss), 6),
         "steps": int(output.global_step),
@@ -299,7 +294,7 @@ def _make_trainer(
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "save_strategy": "no",
         "logging_strategy": "no",
-        "logging_nan_inf_filter": False,  # A run whose loss is not finite has failed, and must say so.
+        "logging_nan_inf_filter": False,  # A run whose loss is not finite has diverged, and must say so.
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
@@ -357,45 +352,5 @@ def _check_cell(cell: Cell, comparison: Comparison) -> None:
         raise ValueError(f"group_column={column!r} is not a column of {cell.name!r}: {cell.train.column_names}.")
 
 
-def _check_settings_file(folder: Path, comparison: Comparison) -> None:
-    file, own = folder / SETTINGS, json.loads(json.dumps(comparison.same_runs()))
-    if file.exists():
-        there = json.loads(file.read_text())
-        other = {name: (there.get(name), own.get(name)) for name in {*there, *own} if there.get(name) != own.get(name)}
-        if other:
-            raise ValueError(
-                f"output_dir={str(folder)!r} holds a comparison with other settings (there, here): {other}. Use "
-                "another folder, or the same settings."
-            )
-    file.write_text(json.dumps(own, indent=2) + "\n")
-
-
-@contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise BlockingIOError(f"Another process is at work in output_dir={str(folder)!r}: wait for it.") from error
-
-
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("cell", "strategy", "learning_rate", "seed", "fold"))
-
-
-def _append_line(file: Path, row: dict[str, Any]) -> None:
-    with open(file, "a") as lines:
-        lines.write(json.dumps(row) + "\n")
-        lines.flush()
-        os.fsync(lines.fileno())
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines; a last line cut off by a crash is dropped from it."""
-    if not file.exists():
-        return []
-    text = file.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]

@@ -15,9 +15,10 @@ from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 
 from .arguments import ModelArguments, read_arguments_file
-from .compare import RESULTS, Cell, Comparison, compare
+from .compare import Cell, Comparison, compare
 from .data import DataArguments, load_images
 from .report import write_report
+from .results import read_results
 from .run import load_model
 from .training_args import MetaLRTrainingArguments
 from .transforms import ImageTransform, load_image_processor
@@ -153,9 +154,11 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any]) -> None:
                 arguments.output_dir,
                 lambda done, total, _: bar.update(task, completed=done, total=total),
             )
-        finally:
-            if (Path(arguments.output_dir) / RESULTS).exists():
-                report = write_report(arguments.output_dir)
+        except KeyboardInterrupt:
+            if read_results(arguments.output_dir):
+                write_report(arguments.output_dir)
+            raise
+    report = write_report(arguments.output_dir)
     console.print(Markdown(report.read_text(encoding="utf-8")))
     console.print(f"The report is {report}", soft_wrap=True)
 

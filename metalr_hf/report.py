@@ -14,9 +14,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .compare import SETTINGS, TIMINGS, read_lines, read_results
 from .drawing import ShownFigure, bare, figure_of, label_lines
 from .markdown import table
+from .results import DIVERGED, DONE, FAILED, SETTINGS, TIMINGS, read_lines, read_results
 
 PANEL_WIDTH, PANEL_HEIGHT = 5.0, 3.6
 # The palette of Okabe and Ito, made for the colour-blind; all are seen on white and on black.
@@ -75,8 +75,8 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         `pandas.DataFrame`: indexed by strategy and learning rate (NaN for a strategy without one), in the order of the
-            runs; columns `mean`, `std`, `loss`, `cost`, `failed` and `runs` (how many). A failed run counts as an
-            accuracy of zero.
+            runs; columns `mean`, `std`, `loss`, `cost`, `runs` (how many), `diverged` and `failed`. A run that diverged
+            counts as an accuracy of zero, one that an error ended not at all.
 
     Example:
 
@@ -89,11 +89,13 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 
     ```
     """
+    accuracy = pd.to_numeric(rows.get("accuracy", pd.Series(np.nan, rows.index)))
     rows = rows.assign(
-        accuracy=pd.to_numeric(rows["accuracy"]).where(rows["status"] == "done", 0.0) if "accuracy" in rows else 0.0,
+        accuracy=accuracy.where(rows["status"] == DONE, 0.0).where(rows["status"] != FAILED),
         test_loss=pd.to_numeric(rows.get("test_loss", np.nan)),
         cost=pd.to_numeric(rows.get("cost", np.nan)),
-        failed=rows["status"] != "done",
+        diverged=rows["status"] == DIVERGED,
+        failed=rows["status"] == FAILED,
     )
     groups = rows.groupby(["strategy", "learning_rate"], sort=False, dropna=False)
     return pd.DataFrame(
@@ -102,8 +104,9 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
             "std": groups["accuracy"].std(ddof=1),
             "loss": groups["test_loss"].mean(),
             "cost": groups["cost"].mean(),
+            "runs": groups["accuracy"].count(),
+            "diverged": groups["diverged"].sum(),
             "failed": groups["failed"].sum(),
-            "runs": groups.size(),
         }
     )
 
@@ -113,7 +116,7 @@ def plot_comparison(results: pd.DataFrame, ax: Axes | None = None) -> Figure:
 
     Args:
         results (`pandas.DataFrame`):
-            What [`~metalr_hf.compare.read_results`] gave.
+            What [`~metalr_hf.results.read_results`] gave.
         ax (`matplotlib.axes.Axes`, *optional*):
             Axes to draw the results of one cell on; a new figure by default.
 
@@ -157,7 +160,7 @@ def plot_comparison(results: pd.DataFrame, ax: Axes | None = None) -> Figure:
         panels = list(grid[: len(cells)])
     for panel, cell in zip(panels, cells, strict=True):
         panel.set_title(cell, fontsize="medium")
-        _draw_cell(panel, summarise(results[results["cell"] == cell]), strategies)
+        _draw_cell(panel, summarise(results[results["cell"] == cell]).dropna(subset="mean"), strategies)
     panels[0].set_ylabel("test accuracy")
     # Shared axes have their limits only when all have been drawn.
     for panel in panels:
@@ -227,17 +230,17 @@ def _accuracy_table(rows: pd.DataFrame, expected: int) -> str:
         by_rate = {rate: points.iloc[i] for i, rate in enumerate(rates_of_points)}
         level = next((point for rate, point in by_rate.items() if np.isnan(rate)), None)
         entries = [_entry(level if level is not None else by_rate.get(rate), best, expected) for rate in rates]
-        top = points.iloc[int(points["mean"].to_numpy().argmax())]
-        cost = points["cost"].mean()
+        # Where all runs failed there is no mean, which would be taken for the largest.
+        top = points.iloc[int(points["mean"].fillna(-1.0).to_numpy().argmax())]
         lines.append(
             [
                 str(name).replace("|", "\\|"),
                 *entries,
-                f"{points['mean'].min():.3f}",
-                f"{points['mean'].mean():.3f}",
+                _figure(points["mean"].min()),
+                _figure(points["mean"].mean()),
                 _entry(top, best, expected),
-                "" if np.isnan(top["loss"]) else f"{top['loss']:.3f}",
-                "" if np.isnan(cost) else f"{cost:.2f}x",
+                _figure(top["loss"]),
+                _figure(points["cost"].mean(), "{:.2f}x"),
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -246,12 +249,16 @@ def _accuracy_table(rows: pd.DataFrame, expected: int) -> str:
 def _entry(point: Any, best: float, expected: int) -> str:
     if point is None:
         return ""
-    text = f"{point['mean']:.3f}" + ("" if np.isnan(point["std"]) else f" ± {point['std']:.3f}")
-    if point["failed"]:
-        text += f" ({int(point['failed'])} failed)"
-    if point["runs"] < expected:
-        text += f" (n={int(point['runs'])})"
+    text = _figure(point["mean"]) + _figure(point["std"], " ± {:.3f}")
+    said = [f"n={int(point['runs'])}"] if point["runs"] < expected else []
+    said += [f"{int(point[kind])} {kind}" for kind in (DIVERGED, FAILED) if point[kind]]
+    if said:
+        text = f"{text} ({', '.join(said)})".strip()
     return f"**{text}**" if point["mean"] == best else text
+
+
+def _figure(value: float, form: str = "{:.3f}") -> str:
+    return "" if np.isnan(value) else form.format(value)
 
 
 def _class_table(rows: pd.DataFrame) -> str:
@@ -262,9 +269,9 @@ def _class_table(rows: pd.DataFrame) -> str:
     lines: list[list[object]] = []
     summary = summarise(rows)
     for name in dict.fromkeys(rows["strategy"]):
-        rate = summary.loc[[name], "mean"].idxmax()[1]
+        rate = summary.loc[[name], "mean"].fillna(-1.0).idxmax()[1]
         same = rows["learning_rate"].isna() if pd.isna(rate) else rows["learning_rate"] == rate
-        chosen = rows[(rows["strategy"] == name) & same & (rows["status"] == "done")]
+        chosen = rows[(rows["strategy"] == name) & same & (rows["status"] == DONE)]
         if chosen.empty:
             continue
         by_class = pd.DataFrame(list(chosen["class_accuracy"])).mean()
@@ -292,11 +299,14 @@ def _notes(folder: Path, results: pd.DataFrame, timings: pd.DataFrame) -> str:
         "with the last weights.",
         f"Settings of all runs: `{(folder / SETTINGS).read_text(encoding='utf-8').strip()}`".replace("\n", " "),
     ]
-    failed = results[results["status"] != "done"]
-    if not failed.empty:
-        reasons = Counter(failed["cell"] + ", " + failed["strategy"] + ": " + failed["reason"])
-        notes.append("Failed runs, counted as an accuracy of zero:")
-        notes.append("\n".join(f"- {count} × {reason}" for reason, count in reasons.items()))
+    for status, meaning in {
+        DIVERGED: "Runs that diverged, counted as an accuracy of zero:",
+        FAILED: "Runs that an error ended, left out of the means; started again, the comparison tries them again:",
+    }.items():
+        such = results[results["status"] == status]
+        if not such.empty:
+            reasons = Counter(such["cell"] + ", " + such["strategy"] + ": " + such["reason"])
+            notes += [meaning, "\n".join(f"- {count} × {reason}" for reason, count in reasons.items())]
     if not timings.empty:
         medians = timings.groupby(["cell", "strategy"], sort=False)["seconds"].median()
         notes.append("Median seconds a run:")

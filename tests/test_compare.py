@@ -14,7 +14,8 @@ import torch
 from sklearn.metrics import recall_score
 from torch import nn
 
-from metalr_hf.compare import Cell, Comparison, compare, read_results
+from metalr_hf.compare import Cell, Comparison, compare
+from metalr_hf.results import read_results
 from metalr_hf.strategies import STRATEGIES, register_strategy
 
 
@@ -154,20 +155,35 @@ def test_a_strategy_without_its_package_is_refused_before_the_first_run(tmp_path
     assert read_results(tmp_path) == []
 
 
-def test_a_failed_run_is_a_row_with_its_reason_and_not_the_end(tmp_path):
+def test_a_run_that_diverges_is_a_row_and_one_that_an_error_ends_is_tried_again(tmp_path):
+    errors = [torch.OutOfMemoryError("too big")]
+
     def explode(job):
-        raise torch.OutOfMemoryError("too big")
+        if errors:
+            raise errors.pop()
+        return job.trainer()
 
     register_strategy("explode")(explode)
     register_strategy("diverge")(lambda job: job.trainer(lr_scheduler_type="constant", optim="sgd", learning_rate=1e30))
+    settings = comparison(strategies=["explode", "diverge", "cosine"], learning_rates=[1e-3])
     try:
-        settings = comparison(strategies=["explode", "diverge", "cosine"], learning_rates=[1e-3])
         results = compare([cell()], settings, tmp_path)
+        assert [row["status"] for row in results] == ["failed", "diverged", "done"]
+        assert results[0]["reason"] == "OutOfMemoryError: too big"
+        assert "loss" in results[1]["reason"] or "accuracy" in results[1]
+        others = compare([cell()], replace(settings, strategies=["cosine"]), tmp_path)
+        assert others == results, "what is not asked for is not forgotten"
+        seen = []
+        again = compare([cell()], settings, tmp_path, progress=lambda done, total, left: seen.append((done, total)))
     finally:
         del STRATEGIES["explode"], STRATEGIES["diverge"]
-    assert [row["status"] for row in results] == ["failed", "failed", "done"]
-    assert results[0]["reason"] == "OutOfMemoryError: too big"
-    assert "loss" in results[1]["reason"] or "accuracy" in results[1]
+    assert seen == [(3, 3)]
+    assert [(row["strategy"], row["status"]) for row in again] == [
+        ("diverge", "diverged"),
+        ("cosine", "done"),
+        ("explode", "done"),
+    ]
+    assert again == read_results(tmp_path)
 
 
 def test_scores_agree_with_scikit_learn_and_folds_cover_every_row(tmp_path):

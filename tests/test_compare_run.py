@@ -5,6 +5,7 @@ from digits import save_image_folder, save_vit
 
 from metalr_hf.cli import main
 from metalr_hf.compare_run import parse_compare_arguments
+from metalr_hf.results import only_process
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -36,6 +37,19 @@ def test_a_comparison_from_the_command_line_leaves_its_report(tmp_path, capsys):
     assert "cosine" in capsys.readouterr().out
     assert main([*command, "--batch_size", "9", "--image_size", "16"]) == 2
     assert "holds a comparison with other settings" in capsys.readouterr().err
+
+
+def test_a_folder_in_which_another_process_is_at_work_is_left_as_it_is(tmp_path, capsys):
+    images, model, out = save_image_folder(tmp_path / "images"), save_vit(tmp_path / "vit"), tmp_path / "out"
+    out.mkdir()
+    half_written = '{"cell": "vit → images", "strategy": "cosine"}\n{"cell": "vit'
+    (out / "results.jsonl").write_text(half_written, encoding="utf-8")
+    command = ["compare", "--output_dir", str(out), "--model", str(model), "--dataset", str(images)]
+    with only_process(out):
+        assert main([*command, "--image_size", "16"]) == 2
+    assert "Another process is at work in output_dir" in capsys.readouterr().err
+    assert (out / "results.jsonl").read_text(encoding="utf-8") == half_written
+    assert not (out / "report.md").exists()
 
 
 @pytest.mark.parametrize(

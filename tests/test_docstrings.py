@@ -57,6 +57,7 @@ SHOWN = (
     "metrics",
     "plots",
     "report",
+    "results",
     "rules",
     "scheduler",
     "schedules",

@@ -21,7 +21,7 @@ def results():
             rows.append(result("cosine", rate, seed, 0.5 + 0.1 * seed + (0.2 if rate == 1e-3 else 0)))
             rows.append(result("metalr", rate, seed, 0.9 + 0.01 * seed, cost=2.0))
         rows.append(result("prodigy", None, seed, 0.6))
-    rows[-1] |= {"status": "failed", "reason": "OutOfMemoryError: too big", "accuracy": None, "test_loss": None}
+    rows[-1] |= {"status": "diverged", "reason": "training loss nan", "accuracy": None, "test_loss": None}
     return rows
 
 
@@ -36,8 +36,29 @@ def test_means_deviations_and_failures():
     assert summary.loc[("cosine", 1e-4), "mean"] == pytest.approx(0.6)
     assert summary.loc[("cosine", 1e-4), "std"] == pytest.approx(np.std([0.5, 0.6, 0.7], ddof=1))
     free = summary[summary.index.get_level_values("strategy") == "prodigy"].iloc[0]
-    assert free["failed"] == 1
-    assert free["mean"] == pytest.approx(0.4), "a failed run counts as zero"
+    assert (free["diverged"], free["failed"], free["runs"]) == (1, 0, 3)
+    assert free["mean"] == pytest.approx(0.4), "a run that diverged counts as zero"
+
+
+SCORES = ("accuracy", "macro_f1", "test_loss", "class_accuracy", "cost", "steps")
+FAILED = {"status": "failed", "reason": "OutOfMemoryError: too big"}
+
+
+def test_a_run_that_an_error_ended_is_named_and_left_out_of_the_means(tmp_path):
+    # As compare writes it: without any score.
+    broken = {key: value for key, value in result("metalr", 1e-4, 0, 0.9).items() if key not in SCORES}
+    rows = results()[1:]
+    rows[0] = {**broken, **FAILED}
+    rows += [{**broken, **FAILED, "strategy": "broken"}]
+    summary = summarise(pd.DataFrame(rows))
+    assert summary.loc[("metalr", 1e-4), "mean"] == pytest.approx(0.915)
+    assert summary.loc[("metalr", 1e-4), ["runs", "failed"]].tolist() == [2, 1]
+    text = write_report(folder(tmp_path, rows)).read_text(encoding="utf-8")
+    assert "| metalr | **0.915 ± 0.007 (n=2, 1 failed)** | 0.910 ± 0.010 |" in text
+    assert "| broken | (n=0, 1 failed) |  |  |  | (n=0, 1 failed) |  |  |" in text
+    again = text.split("Runs that an error ended, left out of the means")[1]
+    assert "- 1 × net → digits, broken: OutOfMemoryError: too big" in again
+    assert "OutOfMemoryError: too big" in write_report(folder(tmp_path, rows[-1:])).read_text(encoding="utf-8")
 
 
 def test_the_report_has_a_row_a_strategy_with_the_best_entry_in_bold(tmp_path):
@@ -46,8 +67,8 @@ def test_the_report_has_a_row_a_strategy_with_the_best_entry_in_bold(tmp_path):
     assert "0.600 ± 0.100 | 0.800 ± 0.100 | 0.600 | 0.700 | 0.800 ± 0.100 | 0.200 | 1.00x" in lines["cosine"]
     assert lines["metalr"].count("**0.910 ± 0.010**") == 3
     assert lines["metalr"].endswith("| 2.00x |")
-    assert "(1 failed)" in lines["prodigy"]
-    assert "1 × net → digits, prodigy: OutOfMemoryError: too big" in text
+    assert "(1 diverged)" in lines["prodigy"]
+    assert "accuracy of zero:\n\n- 1 × net → digits, prodigy: training loss nan" in text
     assert (tmp_path / "report.png").stat().st_size > 5000
 
 
@@ -81,9 +102,10 @@ def test_folds_bring_a_table_of_classes(tmp_path):
     assert "| cosine | 0.001 | 0.600 | 0.600 | 0.600 | 0.600 |" in text
 
 
-def test_folds_that_failed_leave_a_report(tmp_path):
-    failed = {"status": "failed", "reason": "training loss nan", "accuracy": None, "class_accuracy": {}}
-    rows = [{**result("cosine", 1e-3, 0, 0.5, fold=0), **failed}, result("cosine", 1e-3, 0, 0.6, fold=1)]
+@pytest.mark.parametrize("status", ["diverged", "failed"])
+def test_folds_that_came_to_nothing_leave_a_report(tmp_path, status):
+    nothing = {"status": status, "reason": "training loss nan", "accuracy": None, "class_accuracy": {}}
+    rows = [{**result("cosine", 1e-3, 0, 0.5, fold=0), **nothing}, result("cosine", 1e-3, 0, 0.6, fold=1)]
     assert "| a | b | total |" in write_report(folder(tmp_path, rows)).read_text()
     assert "No run was scored." in write_report(folder(tmp_path, rows[:1])).read_text()
 

@@ -159,6 +159,11 @@ class LossAlone:
 
     Args:
         model (`torch.nn.Module`): Any model.
+        n_gpu (`int`, *optional*, defaults to 1): Over how many devices DataParallel divides a batch. It gathers their
+            losses in a vector, of which Trainer takes the mean.
+
+    Raises:
+        ValueError: when it is called, if the model returns a tensor that is not a loss.
 
     Example:
 
@@ -171,13 +176,24 @@ class LossAlone:
     ```
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, n_gpu: int = 1):
+        self.model, self.n_gpu = model, n_gpu
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's outputs."""
         outputs = self.model(**inputs)
-        return {"loss": outputs} if isinstance(outputs, Tensor) and outputs.dim() == 0 else outputs
+        if not isinstance(outputs, Tensor):
+            return outputs
+        alone = outputs.numel() == 1
+        if not alone and (self.n_gpu <= 1 or outputs.dim() > 1):
+            # Trainer would take its first element for the loss.
+            name = type(getattr(self.model, "module", self.model)).__name__
+            raise ValueError(
+                f"{name} returns a tensor of shape {tuple(outputs.shape)} where its loss is expected, which is one "
+                "number: return its .mean(), or (loss, logits), or tell the Trainer how to get at the loss with "
+                "compute_loss_func."
+            )
+        return {"loss": outputs.reshape(()) if alone else outputs}
 
 
 def logits_of(outputs: Any) -> Tensor | None:

@@ -52,6 +52,8 @@ class MetaStream:
         num_workers (`int`, *optional*, defaults to 0):
             Processes that load ahead. An iterable dataset is read by one at most, that of `datasets` by none, to keep
             the order.
+        pin_memory (`bool`, *optional*, defaults to `False`):
+            Whether batches come in page-locked memory, from which they go to a GPU while it is at work.
         process_index (`int`, *optional*, defaults to 0), num_processes (`int`, *optional*, defaults to 1):
             Which of how many processes this is; each gets batches of its own.
         shuffle_buffer_size (`int`, *optional*, defaults to 1000):
@@ -81,6 +83,7 @@ class MetaStream:
         *,
         seed: int = 0,
         num_workers: int = 0,
+        pin_memory: bool = False,
         process_index: int = 0,
         num_processes: int = 1,
         shuffle_buffer_size: int = 1000,
@@ -110,7 +113,7 @@ class MetaStream:
                 raise EmptyMetaSetError(EMPTY)
             self._source = MapBatches(dataset, collate_fn, seed, process_index)
             self._rows_after = partial(numbered_rows, len(dataset), batch_size, seed, process_index, num_processes)
-        self._num_workers = num_workers
+        self._num_workers, self._pin_memory = num_workers, pin_memory
 
     def __iter__(self) -> MetaStream:
         return self
@@ -167,8 +170,17 @@ class MetaStream:
         sampler = None if self._rows_after is None else self._rows_after(self.position)
         # Without a generator, every iterator draws a seed from the global one.
         generator = torch.Generator().manual_seed(0)
-        options: dict[str, Any] = {"num_workers": self._num_workers, "collate_fn": _as_it_is, "generator": generator}
-        return iter(DataLoader(self._source, batch_size=None, sampler=sampler, **options))
+        return iter(
+            DataLoader(
+                self._source,
+                batch_size=None,
+                sampler=sampler,
+                num_workers=self._num_workers,
+                collate_fn=_as_it_is,
+                pin_memory=self._pin_memory,
+                generator=generator,
+            )
+        )
 
 
 def _one_shard_at_a_time(dataset: datasets.IterableDataset) -> dict[str, int]:

@@ -252,7 +252,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         """Trainer's; a module that is not one of transformers may also return its loss alone."""
         bare = not isinstance(self.model, PreTrainedModel) and self.label_smoother is None
         if bare and self.compute_loss_func is None:
-            return super().compute_loss(LossAlone(model), inputs, *args, **kwargs)  # type: ignore[arg-type]
+            return super().compute_loss(LossAlone(model, self.args.n_gpu), inputs, *args, **kwargs)  # type: ignore[arg-type]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def compute_meta_loss(self, inputs: dict[str, Any]) -> Tensor:
@@ -382,6 +382,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             collator,
             seed=seed + (args.seed if args.data_seed is None else args.data_seed),
             num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
             process_index=args.process_index,
             num_processes=args.world_size,
             **buffer,

@@ -214,6 +214,35 @@ def test_which_modules_need_a_loss():
     assert not needs_loss(torch.compile(WithLabels("dict")))
 
 
+class LossOfEach(Network):
+    """A loss a part of the batch, as DataParallel gathers them from modules that return their loss alone."""
+
+    parts = 2
+
+    def forward(self, pixel_values, labels):
+        each = nn.functional.cross_entropy(super().forward(pixel_values), labels, reduction="none")
+        return each.reshape(self.parts, -1).mean(1)
+
+
+def test_the_losses_of_several_devices_are_averaged(tmp_path):
+    run = MetaLRTrainer(LossOfEach(), arguments(tmp_path), train_dataset=images())
+    batch = images(8)[:]
+    run.args._n_gpu = 2
+    found = run.compute_loss(run.model, batch)
+    assert found.shape == (2,)
+    assert found.mean().item() == pytest.approx(
+        nn.functional.cross_entropy(Network()(batch["pixel_values"]), batch["labels"]).item()
+    )
+
+
+def test_on_one_device_a_vector_of_losses_is_refused_and_a_loss_in_one_is_taken(tmp_path):
+    with pytest.raises(ValueError, match=r"LossOfEach returns a tensor of shape \(2,\) .* return its \.mean\(\)"):
+        train(tmp_path, LossOfEach())
+    single = LossOfEach()
+    single.parts = 1
+    assert losses(train(tmp_path, single)) == losses(train(tmp_path, Network()))
+
+
 class Features(Network):
     def forward(self, x):
         return [self.stem(x)]

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, default_collate
 from torchvision.transforms import v2
 
 import metalr_hf.meta_stream
@@ -266,6 +266,15 @@ def test_a_row_that_a_transform_fails_on_is_named():
     broken = table().with_transform(lambda columns: {"row": [1 // (i - 7) for i in columns["row"]]})
     with pytest.raises(RuntimeError, match=r"Row 7 \(validation batch 0\) of the meta set .*ZeroDivisionError"):
         next(MetaStream(broken, ROWS, collate))
+
+
+def test_batches_are_pinned_if_asked_for():
+    stream = MetaStream(Images(), 2, default_collate, pin_memory=True)
+    if torch.accelerator.is_available():
+        assert next(stream)["x"].is_pinned()
+    else:
+        with pytest.warns(UserWarning, match="pin_memory"):
+            next(stream)
 
 
 def test_the_batch_of_a_failure_is_tried_again():

@@ -238,3 +238,12 @@ def test_steps_taken_back_are_logged_and_the_first_is_warned_of(tmp_path, source
     assert counts[2] == 0
     assert counts[4] == 1
     assert counts[-1] == run.lr_scheduler.guard.refused > 1
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="says so by torch's warning that there is no accelerator")
+def test_validation_batches_are_pinned_as_training_batches_are(tmp_path):
+    run = trainer(tmp_path, meta_source="stream")
+    next(run._create_meta_stream())
+    run.args.dataloader_pin_memory = True
+    with pytest.warns(UserWarning, match="pin_memory"):
+        next(run._create_meta_stream())

@@ -2,13 +2,15 @@ import math
 
 import pytest
 import torch
+from small_runs import images, resnet
 from test_compare import Network, rows, transform
 from torch import nn
 from transformers import TrainerCallback
 
 from metalr_hf import layer_groups
 from metalr_hf.bare_modules import Classifier
-from metalr_hf.strategies import STRATEGIES, AutoLR, Job, get_strategy, sorting_score
+from metalr_hf.layer_factors import AutoLR, sorting_score
+from metalr_hf.strategies import STRATEGIES, Job, get_strategy
 from metalr_hf.transforms import collate_images
 
 LAYERS = ["stem", "layer1.0", "layer1.1", "head"]
@@ -164,3 +166,17 @@ def test_prodigy_needs_no_learning_rate(tmp_path):
     _, _, moved = run(tmp_path, "prodigy")
     assert moved["head"]
     assert not STRATEGIES["prodigy"].uses_learning_rate
+
+
+@pytest.mark.parametrize("name", ["layer_decay", "auto_rgn", "autolr"])
+def test_with_a_rate_a_layer_the_same_decays_as_in_the_stock_trainer(tmp_path, name):
+    def decayed(trainer):
+        optimizer = trainer.optimizer or trainer.create_optimizer()
+        names = {id(p): name for name, p in model.named_parameters()}
+        return {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+
+    # Its norms are called "normalization", and their weights decay in Trainer.
+    model = resnet()
+    arguments = {"output_dir": str(tmp_path), "max_steps": 2, "weight_decay": 0.1, "report_to": "none", "use_cpu": True}
+    job = Job(model, 1e-3, arguments, {"train_dataset": images()})
+    assert decayed(get_strategy(name).make_trainer(job)) == decayed(job.trainer())

@@ -9,6 +9,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
 from transformers import EvalPrediction
 
@@ -71,7 +72,7 @@ class MacroF1(_BuiltIn):
     features, description = _ClassIds, "Mean over the classes of the F1 score."
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        return {"macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0.0))}
+        return {"macro_f1": _macro_f1(references, predictions)}
 
 
 class AUROC(_BuiltIn):
@@ -232,7 +233,7 @@ def build_compute_metrics(
         results: dict[str, float] = {}
         for metric in metrics:
             if getattr(metric, "takes_scores", False):
-                values = metric.compute(prediction_scores=softmax(logits), references=labels)
+                values = metric.compute(prediction_scores=_probabilities(logits), references=labels)
             else:
                 values = metric.compute(predictions=logits.argmax(-1), references=labels)
             results |= values or {}
@@ -306,23 +307,6 @@ def predicted_classes(logits: Any, labels: torch.Tensor) -> torch.Tensor:
     return resize_logits(first_logits(logits), labels.shape[1:]).argmax(1).to(torch.uint8)
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of shape `(rows, classes)`, float64, from logits.
-
-    Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from metalr_hf.metrics import softmax
-    >>> softmax(np.array([[0.0, np.log(3.0)]])).round(2)
-    array([[0.25, 0.75]])
-
-    ```
-    """
-    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
 def score_classes(predictions: Any, labels: Any, classes: Sequence[str]) -> dict[str, Any]:
     """What a comparison reports of a run's test rows, rounded to six digits.
 
@@ -350,11 +334,18 @@ def score_classes(predictions: Any, labels: Any, classes: Sequence[str]) -> dict
     if not np.isfinite(logits).all():
         return {"accuracy": None, "macro_f1": None, "test_loss": None, "class_accuracy": {}}
     guess, ids = logits.argmax(-1), list(range(len(classes)))
-    probabilities = softmax(logits)
     by_class = recall_score(labels, guess, labels=ids, average=None, zero_division=0.0)
     return {
         "accuracy": round(float(accuracy_score(labels, guess)), 6),
-        "macro_f1": round(float(f1_score(labels, guess, average="macro")), 6),
-        "test_loss": round(float(log_loss(labels, probabilities, labels=ids)), 6),
+        "macro_f1": round(_macro_f1(labels, guess), 6),
+        "test_loss": round(float(log_loss(labels, _probabilities(logits), labels=ids)), 6),
         "class_accuracy": {name: round(float(value), 6) for name, value in zip(classes, by_class, strict=True)},
     }
+
+
+def _probabilities(logits: np.ndarray) -> np.ndarray:
+    return softmax(logits.astype(np.float64), axis=-1)
+
+
+def _macro_f1(labels: Any, guess: Any) -> float:
+    return float(f1_score(labels, guess, average="macro", zero_division=0.0))

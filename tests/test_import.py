@@ -1,5 +1,9 @@
+import ast
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import metalr_hf
 
@@ -22,3 +26,23 @@ def test_the_scheduler_needs_no_trainer_and_the_trainer_no_plots():
 def test_every_public_name_is_there():
     assert all(getattr(metalr_hf, name) is not None for name in metalr_hf.__all__)
     assert not hasattr(metalr_hf, "no_such_name")
+
+
+def rooms_below(room, found=()):
+    """The rooms that a room imports, in a function too, and those that they import."""
+    tree = ast.parse((Path(metalr_hf.__file__).parent / f"{room}.py").read_text(encoding="utf-8"))
+    found = set(found)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module not in (None, *found):
+            found = {node.module} | rooms_below(node.module, {*found, node.module})
+    return found
+
+
+TUNING = ["hypergradient", "rules", "layers", "history", "scheduler", "calibration", "guard"]
+
+
+@pytest.mark.parametrize("room", [*TUNING, "trainer"])
+def test_arrows_point_one_way(room):
+    below = rooms_below(room)
+    assert "trainer" not in below
+    assert room == "trainer" or not {"training_args", "checkpoints", "hub_trainer", "collapse"} & below

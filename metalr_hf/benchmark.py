@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from .arguments import ModelArguments
 from .data import DataArguments, load_images
 from .layers import layer_groups
-from .run import load_model
+from .models import load_model
 from .second_order import SecondOrderTrainer
 from .settings import check_choice, check_count
 from .timm_models import wrap_timm_model
@@ -139,6 +139,9 @@ def all_cases(arguments: BenchmarkArguments) -> list[Case]:
 
     Args:
         arguments ([`BenchmarkArguments`]): With the streams' `meta_every`.
+
+    Returns:
+        `list[Case]`
     """
     uncalibrated: dict[str, Any] = {"calibrate": False, "tuning_steps": 0}
     streams = [
@@ -167,6 +170,9 @@ def chosen_cases(arguments: BenchmarkArguments) -> list[Case]:
 
     Args:
         arguments ([`BenchmarkArguments`]): With what is left out.
+
+    Returns:
+        `list[Case]`
     """
     return [case for case in all_cases(arguments) if case.key in (PLAIN, *(arguments.only or [case.key]))]
 

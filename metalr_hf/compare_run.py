@@ -17,9 +17,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from .arguments import ModelArguments, read_arguments_file
 from .compare import Cell, Comparison, compare
 from .data import DataArguments, load_images
+from .models import load_model
 from .report import write_report
 from .results import read_results
-from .run import load_model
 from .training_args import MetaLRTrainingArguments
 from .transforms import ImageTransform, load_image_processor
 

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    AutoConfig,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
-from .arguments import ModelArguments, TrainArguments
+from .arguments import TrainArguments
 from .broken_images import name_broken_image
 from .checkpoints import checkpoints, is_complete, usable_checkpoint
 from .data import ImageSplits, load_images
 from .mask_transforms import prepare_masks
 from .masks import MaskSplits, load_masks
-from .messages import first_line
 from .meta_batches import UnusableRowError
 from .metrics import build_compute_metrics
+from .models import load_model, load_processor
 from .publish import BESIDE_THE_MODEL
-from .segmentation import load_mask_processor, load_segmentation_model, segmentation_trainer_arguments
+from .segmentation import segmentation_trainer_arguments
 from .trainer import MetaLRTrainer
-from .transforms import collate_images, load_image_processor, prepare_images
+from .transforms import collate_images, prepare_images
 
 RUN_FILES = (SAFE_WEIGHTS_NAME, CONFIG_NAME, IMAGE_PROCESSOR_NAME, *BESIDE_THE_MODEL, TRAINER_STATE_NAME)
 
@@ -82,66 +75,6 @@ def _left_by_a_run(folder: Path) -> list[Path]:
     return [path for path in files if path.exists()] + checkpoints(folder)
 
 
-def load_model(
-    arguments: ModelArguments, id2label: Mapping[int, str], task: str = "classification", image_size: int | None = None
-) -> PreTrainedModel:
-    """Loads a pretrained model with a head for given classes.
-
-    Args:
-        arguments ([`ModelArguments`]): Which model.
-        id2label (`Mapping[int, str]`): Class number to class name.
-        task (`str`, *optional*, defaults to `"classification"`): `classification` or `segmentation`.
-        image_size (`int`, *optional*): For encoders of U-Nets that are built for one size of images.
-
-    Returns:
-        `transformers.PreTrainedModel`: with a fresh head if the pretrained one has another number of classes.
-
-    Raises:
-        FileNotFoundError: if there is no such model, or no network to fetch it.
-    """
-    if arguments.model_name_or_path is None:
-        from .demo import demo_model, demo_unet
-
-        return demo_unet(id2label) if task == "segmentation" else demo_model(dict(id2label))
-    name = arguments.model_name_or_path
-    try:
-        if task == "segmentation":
-            return load_segmentation_model(name, id2label, image_size, trust_remote_code=arguments.trust_remote_code)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
-        config.id2label = dict(id2label)
-        config.label2id = {label: i for i, label in id2label.items()}
-        if hasattr(config, "label_names"):
-            # timm's own list of the classes, which would be saved instead of the new ones.
-            config.label_names = list(id2label.values())
-        return AutoModelForImageClassification.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, trust_remote_code=arguments.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loaded(name, "model", error) from error
-
-
-def _load_processor(arguments: TrainArguments, model: PreTrainedModel) -> BaseImageProcessor:
-    name, data = arguments.model.model_name_or_path, arguments.data
-    segmentation = data.task == "segmentation"
-    if name is None and data.is_demo and not segmentation:
-        # A digit fills its image: none of it may be cropped away.
-        model.config.pretrained_cfg["crop_pct"] = 1.0
-    try:
-        load = load_mask_processor if segmentation else load_image_processor
-        return load(model, name, data.image_size, trust_remote_code=arguments.model.trust_remote_code)
-    except OSError as error:
-        raise _not_loaded(str(name), "image processor", error) from error
-
-
-def _not_loaded(name: str, what: str, error: Exception) -> ValueError | FileNotFoundError:
-    if isinstance(error, ValueError):
-        return ValueError(f"model_name_or_path={name!r}: its {what} could not be loaded: {first_line(error)}")
-    return FileNotFoundError(
-        f"model_name_or_path={name!r}: no {what} there. It must be a local folder or a model that can be reached on "
-        f"the Hub: check the name and the network; private ones need `hf auth login`. ({first_line(error)})"
-    )
-
-
 def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> dict[str, float]:
     """Trains, measures the test split once, writes the run's files and shows what came out.
 
@@ -162,7 +95,7 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         splits = load(data, seed=training.seed)
     set_seed(training.seed)
     model = load_model(arguments.model, splits.id2label, data.task, data.image_size)
-    processor = _load_processor(arguments, model)
+    processor = load_processor(arguments.model, data, model)
     prepared: ImageSplits
     if isinstance(splits, MaskSplits):
         prepared = prepare_masks(splits, processor, data.augment, seed=training.seed)

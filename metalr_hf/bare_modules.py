@@ -130,6 +130,9 @@ def needs_loss(model: nn.Module) -> bool:
     Args:
         model (`torch.nn.Module`): Any module. One of transformers, PEFT, or with a `config` is taken as it is.
 
+    Returns:
+        `bool`
+
     Example:
 
     ```python
@@ -198,6 +201,12 @@ class LossAlone:
 
 def logits_of(outputs: Any) -> Tensor | None:
     """The logits of a classifier's outputs, of shape `(batch, classes)`: by name, or after the loss; else none.
+
+    Args:
+        outputs (`Any`): What a model returned.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, classes)`, *optional*
 
     Example:
 

@@ -65,6 +65,9 @@ def seconds_a_step(row: dict[str, Any], case: Case | None, clock: str) -> float:
         row (`dict`): A measurement.
         case ([`~metalr_hf.benchmark.Case`], *optional*): Its case. Without one, steps with a pass are left out.
         clock (`str`): `"wall"` or `"cpu"`.
+
+    Returns:
+        `float`: seconds.
     """
     share = 0.0 if case is None else case.validated
     passed = [step[clock] for step in row["steps"][1:] if step["passes"]]
@@ -79,6 +82,9 @@ def step_ratio(row: dict[str, Any], case: Case | None, clock: str) -> float:
         row (`dict`): A measurement.
         case ([`~metalr_hf.benchmark.Case`], *optional*): Its case, as in [`seconds_a_step`].
         clock (`str`): `"wall"` or `"cpu"`.
+
+    Returns:
+        `float`: 1 for as long as a plain step.
     """
     return seconds_a_step(row, case, clock) / seconds_a_step(row["beside"], None, clock)
 
@@ -118,6 +124,9 @@ def make_tables(summary: Sequence[dict[str, Any]], arguments: BenchmarkArguments
     Args:
         summary (`Sequence[dict]`): What [`summarise`] gave.
         arguments ([`~metalr_hf.benchmark.BenchmarkArguments`]): The settings, for the title.
+
+    Returns:
+        `list[rich.table.Table]`
     """
     setting = f"{arguments.model}, {arguments.batch_size} images of {arguments.image_size} px"
     run = f"run of {arguments.run_steps}"
@@ -152,6 +161,9 @@ def calibration_line(rows: Sequence[dict[str, Any]]) -> str | None:
 
     Args:
         rows (`Sequence[dict]`): What [`~metalr_hf.benchmark.benchmark`] gave.
+
+    Returns:
+        `str`, *optional*: none if nothing was calibrated.
     """
     own = [row for row in rows if row["case"] == DEFAULT and row["calibration"]]
     if not own:
@@ -173,6 +185,9 @@ def notes(summary: Sequence[dict[str, Any]], arguments: BenchmarkArguments) -> l
     Args:
         summary (`Sequence[dict]`): What [`summarise`] gave.
         arguments ([`~metalr_hf.benchmark.BenchmarkArguments`]): The settings.
+
+    Returns:
+        `list[str]`: sentences.
     """
     lines = [
         f"Medians of {arguments.repeats} repeats; in brackets the lowest and the highest. Every case takes its steps "

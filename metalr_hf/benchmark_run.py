@@ -19,6 +19,9 @@ def parse_benchmark_arguments(argv: Sequence[str]) -> BenchmarkArguments:
     Args:
         argv (`Sequence[str]`): The arguments.
 
+    Returns:
+        [`~metalr_hf.benchmark.BenchmarkArguments`]
+
     Raises:
         ValueError: if one is out of range.
     """

@@ -89,12 +89,26 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, complete or not."""
+    """The checkpoints in a folder, complete or not.
+
+    Args:
+        folder (`pathlib.Path`): The output folder of a run.
+
+    Returns:
+        `list[pathlib.Path]`: sorted by name.
+    """
     return sorted(path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit())
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether all of a checkpoint was written."""
+    """Whether all of a checkpoint was written.
+
+    Args:
+        checkpoint (`pathlib.Path`): Its folder.
+
+    Returns:
+        `bool`
+    """
     # Trainer writes this file last.
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))

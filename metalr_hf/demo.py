@@ -107,6 +107,9 @@ def _demo_network() -> Any:
 def demo_image_processor() -> BitImageProcessor:
     """The image processor of [`demo_model`]: the whole image at 64 × 64 pixels.
 
+    Returns:
+        `transformers.BitImageProcessor`
+
     Example:
 
     ```python

@@ -83,6 +83,9 @@ def dot(gradient: Tensor | None, direction: Tensor) -> Tensor:
         gradient (`torch.Tensor`, *optional*): Of any shape.
         direction (`torch.Tensor`): Of the same.
 
+    Returns:
+        `torch.Tensor` of shape `()`, on the device of `direction`.
+
     Example:
 
     ```python
@@ -193,6 +196,9 @@ def bias_corrections(count: Tensor, betas: Sequence[tuple[float, float]]) -> tup
     Args:
         count (`torch.Tensor` of shape `(parameters,)`, float64): The steps n that each has taken.
         betas (`Sequence[tuple[float, float]]`): β₁ and β₂ of each.
+
+    Returns:
+        `tuple`: the two corrections, each of a tensor of shape `()` a parameter.
 
     Example:
 

@@ -97,6 +97,9 @@ def is_dark(ax: Axes) -> bool:
         ax (`matplotlib.axes.Axes`): The axes. Where their own background is transparent the figure's counts, and where
             that is too, the colour of the text.
 
+    Returns:
+        `bool`
+
     Example:
 
     ```python

@@ -51,6 +51,9 @@ def stratified_subset(data: datasets.Dataset, size: int, seed: int) -> datasets.
         size (`int`): How many to take; all if there are not more.
         seed (`int`): Of the choice.
 
+    Returns:
+        `datasets.Dataset`
+
     Example:
 
     ```python
@@ -76,6 +79,9 @@ def flip_labels(data: datasets.Dataset, share: float, seed: int) -> datasets.Dat
         data (`datasets.Dataset`): Rows with `label`, a `ClassLabel`.
         share (`float`): In [0, 1).
         seed (`int`): Of the choice of rows and classes.
+
+    Returns:
+        `datasets.Dataset`
 
     Example:
 

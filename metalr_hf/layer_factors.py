@@ -95,6 +95,12 @@ class AutoLR(LayerFactors):
 def sorting_score(values: list[float]) -> float:
     """How well values are sorted, 1 for ascending: 1 - 2 Σ|rank_l - l| / d² (AutoLR).
 
+    Args:
+        values (`list[float]`): Two or more.
+
+    Returns:
+        `float`: from 1 (ascending) down to 0 (descending).
+
     Example:
 
     ```python
@@ -110,5 +116,12 @@ def sorting_score(values: list[float]) -> float:
 
 @torch.no_grad()
 def norm(tensors: list[torch.Tensor]) -> float:
-    """The Euclidean norm of several tensors together."""
+    """The Euclidean norm of several tensors together.
+
+    Args:
+        tensors (`list[torch.Tensor]`): Of any shapes, on one device.
+
+    Returns:
+        `float`: 0 of none.
+    """
     return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))) if tensors else 0.0

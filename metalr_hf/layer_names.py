@@ -26,6 +26,9 @@ def clean(name: str) -> str:
     Args:
         name (`str`): A dotted name.
 
+    Returns:
+        `str`
+
     Example:
 
     ```python
@@ -43,6 +46,9 @@ def head_layers(layers: Sequence[str]) -> list[str]:
 
     Args:
         layers (`Sequence[str]`): Layer names, input side first.
+
+    Returns:
+        `list[str]`
 
     Example:
 
@@ -98,6 +104,9 @@ def exclusive_paths(groups: list[list[str]]) -> list[str]:
     Args:
         groups (`list[list[str]]`): Parameter names by group.
 
+    Returns:
+        `list[str]`: a name a group.
+
     Example:
 
     ```python
@@ -133,6 +142,9 @@ def without_prefix(layers: dict[str, list[str]], prefix: str) -> dict[str, list[
     Args:
         layers (`dict[str, list[str]]`): Layer name to parameter names.
         prefix (`str`): The prefix, with its dot.
+
+    Returns:
+        `dict[str, list[str]]`
 
     Example:
 

@@ -56,6 +56,9 @@ def parameter_names(module: nn.Module, prefix: str) -> list[str]:
         module (`torch.nn.Module`): Any module.
         prefix (`str`): What stands before them.
 
+    Returns:
+        `list[str]`
+
     Example:
 
     ```python

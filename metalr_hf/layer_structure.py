@@ -29,6 +29,9 @@ def children_with_parameters(module: nn.Module) -> Iterator[Child]:
     Args:
         module (`torch.nn.Module`): Any module.
 
+    Returns:
+        `Iterator[tuple[str, torch.nn.Module]]`: name and child.
+
     Example:
 
     ```python
@@ -47,6 +50,9 @@ def has_group_matcher(module: nn.Module) -> bool:
 
     Args:
         module (`torch.nn.Module`): Any module.
+
+    Returns:
+        `bool`
 
     Example:
 
@@ -112,6 +118,10 @@ def in_order(
         children (`Sequence[tuple[str, torch.nn.Module]]`): Those of its children that are to be put in order.
         lists (`int`): How many lists of blocks may still be taken apart.
         entered (`bool`): Whether the parent is in such a list.
+
+    Returns:
+        `Iterator[tuple[str, torch.nn.Module, int, bool]]`: name, child, lists that may still be entered, and whether
+            one has been.
 
     Example:
 
@@ -180,6 +190,9 @@ def is_list(module: nn.Module, entered: bool) -> bool:
         module (`torch.nn.Module`): Any module.
         entered (`bool`): Whether it is itself in a list.
 
+    Returns:
+        `bool`
+
     Example:
 
     ```python
@@ -214,6 +227,9 @@ def holds_blocks(module: nn.Module, entered: bool) -> bool:
         module (`torch.nn.Module`): Any module.
         entered (`bool`): Whether it is itself in a list.
 
+    Returns:
+        `bool`
+
     Example:
 
     ```python
@@ -234,6 +250,9 @@ def weight_count(module: nn.Module) -> int:
 
     Args:
         module (`torch.nn.Module`): Any module.
+
+    Returns:
+        `int`
 
     Example:
 
@@ -257,6 +276,9 @@ def is_norm(module: nn.Module) -> bool:
 
     Args:
         module (`torch.nn.Module`): Any module.
+
+    Returns:
+        `bool`
 
     Example:
 

@@ -134,6 +134,12 @@ def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:
 def first_logits(outputs: Any) -> Tensor:
     """The logits in what a model returns: its `logits`, the first of a tuple, or the tensor itself.
 
+    Args:
+        outputs (`Any`): What a model returned, or the predictions that a Trainer made of it.
+
+    Returns:
+        `torch.Tensor` or `numpy.ndarray`: the logits as they came.
+
     Example:
 
     ```python

@@ -23,6 +23,9 @@ def escape(text: object) -> str:
     Args:
         text (`object`): What to show, such as a class name.
 
+    Returns:
+        `str`: one line.
+
     Example:
 
     ```python
@@ -46,6 +49,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], align: str = 
         header (`Sequence[str]`): Titles of the columns.
         rows (`Iterable[Sequence[object]]`): Cells, row by row.
         align (`str`, *optional*): `l` or `r` a column; left where it says nothing.
+
+    Returns:
+        `str`: the lines of the table.
 
     Example:
 

@@ -184,7 +184,14 @@ def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
 
 
 def open_image(entry: Mapping[str, Any]) -> Image.Image:
-    """Opens the image of `bytes` or a `path`, without decoding it where that can wait."""
+    """Opens the image of `bytes` or a `path`, without decoding it where that can wait.
+
+    Args:
+        entry (`Mapping`): What an undecoded `datasets.Image` column holds: `bytes` and `path`.
+
+    Returns:
+        `PIL.Image.Image`
+    """
     if entry["bytes"] is not None:
         return Image.open(io.BytesIO(entry["bytes"]))
     path = str(entry["path"])
@@ -305,7 +312,13 @@ def _named_classes(args: DataArguments, values: Iterable[int], first: Mapping[in
 
 
 def check_size(where: str, mask: tuple[int, ...], image: tuple[int, ...]) -> None:
-    """Raises `ValueError` if a mask is of another size (height, width) than its image."""
+    """Raises `ValueError` if a mask is of another size (height, width) than its image.
+
+    Args:
+        where (`str`): Which row, for the message.
+        mask (`tuple[int, ...]`): Height and width of the mask in pixels.
+        image (`tuple[int, ...]`): Those of the image.
+    """
     if mask != image:
         raise ValueError(
             f"{where}: the mask is {mask[1]} × {mask[0]} pixels (width × height), its image {image[1]} × {image[0]}."
@@ -313,7 +326,15 @@ def check_size(where: str, mask: tuple[int, ...], image: tuple[int, ...]) -> Non
 
 
 def place(where: str, entry: Mapping[str, Any] | None) -> str:
-    """A place with the path of a file, where that is known."""
+    """A place with the path of a file, where that is known.
+
+    Args:
+        where (`str`): Which row.
+        entry (`Mapping`, *optional*): What an undecoded `datasets.Image` column holds.
+
+    Returns:
+        `str`
+    """
     path = None if entry is None else entry.get("path")
     return f"{where} ({path})" if path else where
 

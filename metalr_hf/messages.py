@@ -39,6 +39,9 @@ def first_line(error: BaseException) -> str:
     Args:
         error (`BaseException`): The error.
 
+    Returns:
+        `str`
+
     Example:
 
     ```python

@@ -53,6 +53,17 @@ def numbered_rows(
 ) -> Iterator[tuple[int, list[int]]]:
     """Numbers and rows of this process's batches: the epochs' permutations one after the other, dealt out in turn.
 
+    Args:
+        rows (`int`): Rows of the dataset.
+        batch_size (`int`): Rows a batch.
+        seed (`int`): Of the permutations.
+        process_index (`int`): Which process this is.
+        num_processes (`int`): Of how many.
+        first (`int`): Number of the batch to begin with.
+
+    Returns:
+        `Iterator[tuple[int, list[int]]]`: number and rows of a batch, without end.
+
     Example:
 
     ```python

@@ -22,7 +22,15 @@ class StepListener(Protocol):
 
 
 def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> list[torch.utils.hooks.RemovableHandle]:
-    """Registers hooks that tell the listener of every step. A listener before it, of a run before, hears no more."""
+    """Registers hooks that tell the listener of every step. A listener before it, of a run before, hears no more.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        listener ([`StepListener`]): Kept by a weak reference: when it is gone, nothing is told.
+
+    Returns:
+        `list[torch.utils.hooks.RemovableHandle]`: to take the hooks away with.
+    """
     # Weak, so that a scheduler which is gone neither lives on in its optimizer nor tunes it any more.
     reference = weakref.ref(listener)
 
@@ -42,14 +50,28 @@ def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> list[torch.
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
-    """The torch optimizer inside accelerate's wrappers, which know nothing of step hooks."""
+    """The torch optimizer inside accelerate's wrappers, which know nothing of step hooks.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer, wrapped or not.
+
+    Returns:
+        `torch.optim.Optimizer`
+    """
     while type(optimizer).__module__.startswith("accelerate."):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
 
 
 def overflow_flags(optimizer: Optimizer) -> list[Tensor]:
-    """The flag that `GradScaler` leaves on a fused optimizer during its step: above zero if gradients overflowed."""
+    """The flag that `GradScaler` leaves on a fused optimizer during its step: above zero if gradients overflowed.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+
+    Returns:
+        `list[torch.Tensor]`: one flag of shape `()`, or none outside such a step.
+    """
     flag = getattr(optimizer, "found_inf", None)
     return [] if flag is None else [flag]
 
@@ -61,6 +83,9 @@ def only_creates_state(optimizer: Optimizer) -> bool:
 
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer.
+
+    Returns:
+        `bool`
 
     Example:
 
@@ -78,6 +103,12 @@ def only_creates_state(optimizer: Optimizer) -> bool:
 
 def layer_of_groups(optimizer: Optimizer) -> list[str]:
     """The layer of every param group; a group without one is a layer of its own.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+
+    Returns:
+        `list[str]`: a layer name a param group.
 
     Example:
 
@@ -126,6 +157,10 @@ def start_learning_rates(optimizer: Optimizer, group_layers: list[str], layers: 
 def write_learning_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
     """Gives every param group its learning rate; one that is a tensor stays the same tensor.
 
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        rates (`Sequence[float]`): A rate a param group.
+
     Example:
 
     ```python
@@ -173,7 +208,16 @@ def check_own_rates(optimizer: Optimizer, rates: Sequence[float | Tensor], group
 
 
 def parameters_by_layer(optimizer: Optimizer, group_layers: list[str], layers: list[str]) -> list[list[Tensor]]:
-    """The parameters of every layer."""
+    """The parameters of every layer.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        group_layers (`list[str]`): The layer of every param group.
+        layers (`list[str]`): The layers, in the order wanted.
+
+    Returns:
+        `list[list[torch.Tensor]]`: the parameters layer by layer.
+    """
     by_layer: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for layer, group in zip(group_layers, optimizer.param_groups, strict=True):
         by_layer[layer] += group["params"]

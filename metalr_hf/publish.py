@@ -118,6 +118,9 @@ def hub_api(token: str | None = None) -> HfApi:
 
     Args:
         token (`str`, *optional*): The one of `hf auth login` by default.
+
+    Returns:
+        `huggingface_hub.HfApi`
     """
     return HfApi(library_name="metalr_hf", library_version=__version__, token=token)
 

@@ -107,6 +107,12 @@ def read_evaluation(model: Any, output: EvalLoopOutput, split: str, step: int) -
 def class_names(model: Any) -> list[str]:
     """The names of a model's classes in their order; empty where its configuration names none.
 
+    Args:
+        model (`torch.nn.Module`): Any model.
+
+    Returns:
+        `list[str]`
+
     Example:
 
     ```python

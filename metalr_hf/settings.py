@@ -80,7 +80,12 @@ def check_settings(
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raises `TypeError` if a setting is not a number, `ValueError` if it is NaN."""
+    """Raises `TypeError` if a setting is not a number, `ValueError` if it is NaN.
+
+    Args:
+        name (`str`): The setting, for the message.
+        value (`Any`): What was given.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
     if math.isnan(value):
@@ -88,7 +93,12 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises if a setting is not a whole number of 1 or more."""
+    """Raises if a setting is not a whole number of 1 or more.
+
+    Args:
+        name (`str`): The setting, for the message.
+        value (`Any`): What was given.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
     if value < 1:
@@ -97,6 +107,11 @@ def check_count(name: str, value: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises `ValueError` if a setting is none of its choices.
+
+    Args:
+        name (`str`): The setting, for the message.
+        value (`Any`): What was given.
+        choices (`tuple[str, ...]`): What may be given.
 
     Example:
 
@@ -147,7 +162,12 @@ def check_saved_layers(saved: list[str], layers: list[str], where: str = "This")
 
 
 def check_saved_optimizer(saved: str, own: str) -> None:
-    """Raises `ValueError` if a checkpoint is of a run with another optimizer, whose state is no good to this one."""
+    """Raises `ValueError` if a checkpoint is of a run with another optimizer, whose state is no good to this one.
+
+    Args:
+        saved (`str`): Class of the checkpoint's optimizer.
+        own (`str`): That of this run's.
+    """
     if saved != own:
         raise ValueError(
             f"The checkpoint's optimizer is {saved}, that of this run {own}. Resume with the same `optim`, or start a "
@@ -156,7 +176,13 @@ def check_saved_optimizer(saved: str, own: str) -> None:
 
 
 def check_layer_names(name: str, given: Mapping[str, Any], layers: list[str]) -> None:
-    """Raises `ValueError` if a setting names a layer that is not there."""
+    """Raises `ValueError` if a setting names a layer that is not there.
+
+    Args:
+        name (`str`): The setting, for the message.
+        given (`Mapping[str, Any]`): What was given, by layer.
+        layers (`list[str]`): The layers that there are.
+    """
     unknown = sorted(set(given) - set(layers))
     if unknown:
         raise ValueError(f"{name} names layers that are not there: {unknown}. The layers are {layers}.")

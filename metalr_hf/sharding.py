@@ -9,7 +9,14 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a `DTensor`, spread over processes."""
+    """Whether a tensor is a `DTensor`, spread over processes.
+
+    Args:
+        tensor (`torch.Tensor`): A parameter or a gradient.
+
+    Returns:
+        `bool`
+    """
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
@@ -18,6 +25,9 @@ def local(tensor: Tensor) -> Tensor:
 
     Args:
         tensor (`torch.Tensor`): A parameter or a gradient.
+
+    Returns:
+        `torch.Tensor`: detached.
     """
     tensor = tensor.detach()
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
@@ -28,6 +38,9 @@ def shards(parameter: Tensor) -> int:
 
     Args:
         parameter (`torch.Tensor`): A parameter.
+
+    Returns:
+        `int`
     """
     if not is_sharded(parameter):
         return 1
@@ -41,6 +54,9 @@ def whole(part: Tensor, parameter: Tensor) -> Tensor:
     Args:
         part (`torch.Tensor`): This process's part, laid out as that of `parameter`.
         parameter (`torch.Tensor`): The parameter.
+
+    Returns:
+        `torch.Tensor` of the shape of `parameter`; `part` itself if it is not sharded.
     """
     if not is_sharded(parameter):
         return part
@@ -57,6 +73,9 @@ def shard_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     Args:
         tensor (`torch.Tensor`): The whole tensor, the same in every process.
         parameter (`torch.Tensor`): The parameter whose layout it gets.
+
+    Returns:
+        `torch.Tensor` of the shape of this process's part; `tensor` itself if `parameter` is not sharded.
     """
     if not is_sharded(parameter):
         return tensor

@@ -143,6 +143,9 @@ def register_strategy(
         uses_learning_rate (`bool`, *optional*, defaults to `True`): `False` for a strategy without a learning rate.
         packages (`Sequence[str]`, *optional*): Packages to install for it, looked for before a comparison starts.
 
+    Returns:
+        `Callable`: the decorator, which returns the function unchanged.
+
     Example:
 
     ```python
@@ -163,6 +166,12 @@ def register_strategy(
 
 def get_strategy(name: str) -> Strategy:
     """The strategy of a name.
+
+    Args:
+        name (`str`): Its name.
+
+    Returns:
+        [`Strategy`]
 
     Raises:
         ValueError: if there is none; names the near ones.

@@ -25,6 +25,9 @@ def is_timm_model(model: nn.Module) -> bool:
     Args:
         model (`torch.nn.Module`): Any module.
 
+    Returns:
+        `bool`
+
     Example:
 
     ```python

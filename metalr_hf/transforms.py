@@ -253,6 +253,12 @@ class _Processed:
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     """Height and width in pixels of what an image processor gives for a square image.
 
+    Args:
+        processor (`transformers.BaseImageProcessor`): An image processor.
+
+    Returns:
+        `tuple[int, int]`: height and width.
+
     Example:
 
     ```python
@@ -272,6 +278,9 @@ def random_crop(processor: BaseImageProcessor) -> list[Callable[..., Any]]:
 
     Args:
         processor (`transformers.BaseImageProcessor`): The model's image processor.
+
+    Returns:
+        `list[Callable]`: to be applied one after the other.
     """
     # Processors name and combine their settings in many ways. What one makes of black and of white says it all.
     black, white = (_Processed(processor)(Image.new("RGB", (64, 64), color)) for color in ("black", "white"))

@@ -144,6 +144,9 @@ def peak_memory(device: torch.device) -> int:
 
     Args:
         device (`torch.device`): Where the model is.
+
+    Returns:
+        `int`: bytes.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()

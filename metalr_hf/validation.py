@@ -88,6 +88,10 @@ def gather(
 
 
 def clear_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sets every gradient to `None`."""
+    """Sets every gradient to `None`.
+
+    Args:
+        parameters (`Iterable[torch.Tensor]`): The parameters.
+    """
     for p in parameters:
         p.grad = None

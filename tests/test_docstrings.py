@@ -76,3 +76,27 @@ def test_functions_and_classes_have_an_example(room):
     public = [one for one in things if one.__module__ == module.__name__ and not one.__name__.startswith("_")]
     assert public
     assert not [one.__name__ for one in public if "Example:" not in inspect.getdoc(one)]
+
+
+def said_of(function):
+    """Which of Args and Returns the docstring of a function has to have."""
+    signature = inspect.signature(function)
+    result = signature.return_annotation
+    # A context manager gives nothing; its decorator hides that.
+    returns = result not in (None, "None", "Iterator[None]", inspect.Signature.empty)
+    return [head for head, wanted in {"Args:": signature.parameters, "Returns:": returns}.items() if wanted]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_functions_say_what_they_take_and_return(room):
+    module = import_module(f"metalr_hf.{room}")
+    own = [
+        thing for thing in vars(module).values() if inspect.isfunction(thing) and thing.__module__ == module.__name__
+    ]
+    # A strategy is a function from a Job to a Trainer, which Strategy says.
+    strategies = [strategy.make_trainer for strategy in STRATEGIES.values()]
+    public = [one for one in own if not one.__name__.startswith("_") and one not in strategies]
+    missing = {
+        (one.__name__, head) for one in public for head in said_of(one) if head not in (inspect.getdoc(one) or "")
+    }
+    assert not missing

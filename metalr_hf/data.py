@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from .columns import find_column
 from .messages import first_line
 from .settings import check_choice
 
@@ -314,8 +315,12 @@ def _demo_splits(task: str) -> datasets.DatasetDict:
 
 def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]) -> Any:
     features = split.features or dict.fromkeys(next(iter(split)))
-    image = _find_column(features, "image", args.image_column_name, datasets.Image)
-    label = _find_column(features, "label", args.label_column_name, datasets.ClassLabel)
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    image = find_column(features, "image", args.image_column_name, images)
+    label = find_column(
+        features, "label", args.label_column_name, classes or [name for name in ("label", "labels") if name in features]
+    )
     kept = [name for name in keep_columns if name in features]
     split = split.select_columns([image, label, *kept]).rename_columns(
         {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old != new}
@@ -324,21 +329,6 @@ def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]
         # Paths or encoded bytes.
         split = split.cast_column(IMAGE, datasets.Image())
     return split
-
-
-def _find_column(features: Mapping[str, Any], what: str, wanted: str | None, kind: type) -> str:
-    argument, there = f"{what}_column_name", ", ".join(map(repr, features))
-    if wanted is not None:
-        if wanted not in features:
-            raise ValueError(f"{argument}={wanted!r} is not a column of the data set. Its columns: {there}.")
-        return wanted
-    found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if not found and what == LABEL:
-        found = [name for name in ("label", "labels") if name in features]
-    if len(found) != 1:
-        seen = f"{len(found)} {what} columns ({', '.join(map(repr, found))})" if found else f"no {what} column"
-        raise ValueError(f"The data set has {seen}. Name the one to use with {argument}. Its columns: {there}.")
-    return found[0]
 
 
 def _class_labels(

@@ -42,13 +42,14 @@ def escape(text: object) -> str:
     return ISOLATE.format(escaped) if from_right else escaped
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], align: str = "") -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], align: str = "", *, escaped: bool = False) -> str:
     """A Markdown table. Header and cells are escaped.
 
     Args:
         header (`Sequence[str]`): Titles of the columns.
         rows (`Iterable[Sequence[object]]`): Cells, row by row.
         align (`str`, *optional*): `l` or `r` a column; left where it says nothing.
+        escaped (`bool`, *optional*, defaults to `False`): Whether the cells are Markdown already.
 
     Returns:
         `str`: the lines of the table.
@@ -65,5 +66,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], align: str = 
     ```
     """
     rules = ["---:" if align[i : i + 1] == "r" else "---" for i in range(len(header))]
-    lines = [list(map(escape, header)), rules, *(list(map(escape, row)) for row in rows)]
+    lines = [list(map(escape, header)), rules, *(list(map(str if escaped else escape, row)) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

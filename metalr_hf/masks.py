@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 from PIL import ExifTags, Image
 
+from .columns import find_column
 from .data import IMAGE, LABEL, SHUFFLE_BUFFER_SIZE, DataArguments, ImageSplits, load_splits
 from .losses import IGNORE_INDEX
 
@@ -26,6 +27,7 @@ BLACK_AND_WHITE = (0, 255)
 WHITE = BLACK_AND_WHITE[-1]
 # Masks of a stream that are looked at before it is trained on, at the least.
 FIRST_MASKS = 16
+FOLDER_OF_MASKS = "A folder of images names its masks in a metadata.csv with the columns file_name and mask_file_name."
 
 
 @dataclass(frozen=True)
@@ -209,34 +211,20 @@ def _size(entry: Mapping[str, Any]) -> tuple[int, int]:
 
 def _choose_columns(split: Any, args: DataArguments) -> Any:
     features = split.features or dict.fromkeys(next(iter(split)))
-    there = ", ".join(map(repr, features))
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    wanted = {"image_column_name": args.image_column_name, "mask_column_name": args.mask_column_name}
-    for argument, name in wanted.items():
-        if name is not None and name not in features:
-            raise ValueError(f"{argument}={name!r} is not a column of the data set. Its columns: {there}.")
-    free = [name for name in images if name not in wanted.values()]
-    image = args.image_column_name or _only(
-        [name for name in free if not MASK_NAME.fullmatch(name)], "image", "image_column_name", there
-    )
-    mask = args.mask_column_name or _only(
-        [name for name in free if MASK_NAME.fullmatch(name) and name != image], "mask", "mask_column_name", there
-    )
+    given = (args.image_column_name, args.mask_column_name)
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image) and name not in given]
+    masks = [name for name in images if MASK_NAME.fullmatch(name)]
+    others = [name for name in images if name not in masks]
+    wanted = [("image", args.image_column_name, others), ("mask", args.mask_column_name, masks)]
+    # A name that was given and is not there is told before anything is guessed.
+    wanted.sort(key=lambda column: column[1] is None)
+    found = {what: find_column(features, what, name, there, FOLDER_OF_MASKS) for what, name, there in wanted}
+    image, mask = found["image"], found["mask"]
     split = split.select_columns([image, mask])
     # By way of names that no data set has: an image column may be called `label`.
     split = split.rename_columns({image: "_image", mask: "_mask"}).rename_columns({"_image": IMAGE, "_mask": LABEL})
     split = split.cast_column(IMAGE, datasets.Image())
     return split.cast_column(LABEL, datasets.Image(decode=False))
-
-
-def _only(found: list[str], what: str, argument: str, there: str) -> str:
-    if len(found) != 1:
-        seen = f"{len(found)} {what} columns ({', '.join(map(repr, found))})" if found else f"no {what} column"
-        raise ValueError(
-            f"The data set has {seen}. Name the one to use with {argument}. Its columns: {there}. A folder of images "
-            "names its masks in a metadata.csv with the columns file_name and mask_file_name."
-        )
-    return found[0]
 
 
 def _check_masks(splits: Mapping[str, Any], train_name: str, args: DataArguments) -> MaskClasses:

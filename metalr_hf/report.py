@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .drawing import ShownFigure, bare, figure_of, label_lines
-from .markdown import table
+from .markdown import escape, table
 from .results import DIVERGED, DONE, FAILED, SETTINGS, TIMINGS, read_lines, read_results
 
 PANEL_WIDTH, PANEL_HEIGHT = 5.0, 3.6
@@ -224,7 +224,7 @@ def _accuracy_table(rows: pd.DataFrame, expected: int) -> str:
     rates = sorted({float(rate) for rate in summary.index.get_level_values("learning_rate") if not pd.isna(rate)})
     best = summary["mean"].max()
     header = ["strategy", *[f"{rate:g}" for rate in rates], "worst", "mean", "best", "test loss at best", "cost"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines: list[list[object]] = []
     for name, points in summary.groupby(level="strategy", sort=False):
         rates_of_points = points.index.get_level_values("learning_rate").astype(float)
         by_rate = {rate: points.iloc[i] for i, rate in enumerate(rates_of_points)}
@@ -234,7 +234,7 @@ def _accuracy_table(rows: pd.DataFrame, expected: int) -> str:
         top = points.iloc[int(points["mean"].fillna(-1.0).to_numpy().argmax())]
         lines.append(
             [
-                str(name).replace("|", "\\|"),
+                escape(name),
                 *entries,
                 _figure(points["mean"].min()),
                 _figure(points["mean"].mean()),
@@ -243,7 +243,7 @@ def _accuracy_table(rows: pd.DataFrame, expected: int) -> str:
                 _figure(points["cost"].mean(), "{:.2f}x"),
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(header, lines, align="l" + "r" * (len(header) - 1), escaped=True)
 
 
 def _entry(point: Any, best: float, expected: int) -> str:

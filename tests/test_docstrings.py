@@ -35,6 +35,7 @@ SHOWN = (
     "bare_modules",
     "calibration",
     "collapse",
+    "columns",
     "contexts",
     "demo",
     "demo_cells",

@@ -57,3 +57,8 @@ def test_what_turns_the_direction_of_writing_does_so_inside_only():
     assert escape("שלום") == "\u2068שלום\u2069"
     assert html.unescape(escape("www.evil.example http://x")) == "www.evil.example http://x"
     assert not {"www.", "://"} & {escape(text)[:4] for text in ("www.x", "://x")}
+
+
+def test_cells_that_are_markdown_already_stay_so_and_the_header_is_escaped():
+    lines = table(["a|b"], [["**0.9**"]], escaped=True).splitlines()
+    assert (lines[0], lines[2]) == ("| a&#124;b |", "| **0.9** |")

@@ -1,4 +1,4 @@
-"""MetaLR for Hugging Face: fine-tune a pretrained vision model with one meta-tuned learning rate a layer."""
+"""MetaLR for Hugging Face: fine-tune a pretrained vision model with one meta-tuned learning rate per layer."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

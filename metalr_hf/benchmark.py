@@ -279,8 +279,8 @@ def measure(arguments: BenchmarkArguments, key: str, images: str, steps: int) ->
         steps (`int`): How many.
 
     Returns:
-        `dict`: `steps`, a row a step, the first of them with all that comes before it: `wall` and `cpu` seconds, those
-            of the `tuning` in it, and the `passes` that it had more; `peak`, bytes of memory that
+        `dict`: `steps`, a row per step, the first of them with all that comes before it: `wall` and `cpu` seconds,
+            those of the `tuning` in it, and the `passes` that it had more; `peak`, bytes of memory that
             were in use at most, of the accelerator or of the process; `layers`; `device`; and `calibration`, if there
             was one.
     """

@@ -125,7 +125,7 @@ def check_checkpoint(folder: str, layers: Sequence[str]) -> None:
         layers (`Sequence[str]`): The layers of the model that is to go on from it.
 
     Raises:
-        ValueError: if it is a checkpoint of a run with other layers, or with no learning rate a layer.
+        ValueError: if it is a checkpoint of a run with other layers, or with no learning rate per layer.
     """
     file = os.path.join(folder, SCHEDULER_FILE)
     if not os.path.isfile(file):

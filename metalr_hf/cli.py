@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "train": (
             train,
-            "fine-tune a pretrained image classifier or segmentation network with one tuned learning rate a layer",
+            "fine-tune a pretrained image classifier or segmentation network with one tuned learning rate per layer",
         ),
         "compare": (compare, "run fine-tuning strategies side by side on equal budgets"),
         "layers": (layers, "list the layers of a model, each of which gets a learning rate"),
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     parser = argparse.ArgumentParser(
         prog="metalr-hf",
-        description="Fine-tune pretrained vision models with one meta-tuned learning rate a layer.",
+        description="Fine-tune pretrained vision models with one meta-tuned learning rate per layer.",
         epilog="commands:\n"
         + "\n".join(f"  {name:<11}{what}" for name, (_, what) in commands.items())
         + "\n\n`metalr-hf COMMAND --help` lists the arguments of a command.\n"

@@ -179,7 +179,7 @@ def compare(
         cells (`Sequence[Cell]`): Models and data sets.
         comparison (`Comparison`): Strategies, learning rates, seeds and budget.
         output_dir (`str` or `os.PathLike`):
-            Gets `results.jsonl` (one line a run, appended when it ends, free of times, so that the same runs give the
+            Gets `results.jsonl` (one line per run, appended when it ends, free of times, so that the same runs give the
             same file), `timings.jsonl`, `settings.json` and each run's `lr_history.csv`.
         progress (`Callable[[int, int, float], None]`, *optional*):
             Called after each run with the runs done, the runs in all and the seconds left.

@@ -177,7 +177,7 @@ def label_lines(
 
     Args:
         ax (`matplotlib.axes.Axes`): The axes, with their final limits.
-        labels (`Sequence[str]`): A name a line.
+        labels (`Sequence[str]`): A name for every line.
         points (`Sequence[tuple[float, float]]`): A point of every line, NaN for lines without one.
         colors (`Sequence`): A colour a line, for the leader from the point to its label. The text has the colour of
             other text, which is legible on any background.

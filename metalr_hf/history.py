@@ -76,7 +76,7 @@ class LRHistory:
 
     @property
     def last_learning_rates(self) -> list[float]:
-        """The rates that the last recorded step used, one a layer."""
+        """The rates that the last recorded step used, one per layer."""
         return list(self._learning_rates[-1])
 
     @property
@@ -133,7 +133,7 @@ class LRHistory:
         return {name: value for name, value in row.items() if math.isfinite(value)}
 
     def to_pandas(self) -> pd.DataFrame:
-        """The learning rates as a table: a row a step, a column a layer, the steps as index."""
+        """The learning rates as a table: a row per step, a column per layer, the steps as index."""
         import pandas as pd
 
         return pd.DataFrame(self.learning_rates, columns=self.layers, index=pd.Index(self.steps, name="step"))

@@ -1,4 +1,4 @@
-"""The look-ahead: the optimizer step just taken, the validation gradient after it, one inner product a layer."""
+"""The look-ahead: the optimizer step just taken, the validation gradient after it, one inner product per layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LayerRateScheduler: one learning rate a layer, times a schedule's shape, in the param groups of an optimizer."""
+"""LayerRateScheduler: one learning rate per layer, times a schedule's shape, in the param groups of an optimizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LayerRateScheduler(LRScheduler):
 
     Args:
         optimizer (`torch.optim.Optimizer`):
-            The optimizer, with one or more param groups a layer.
+            The optimizer, with one or more param groups per layer.
         shape (`Callable[[int], float]`, *optional*):
             The schedule s(t) in [0, 1] that multiplies every rate at optimizer step t. Constant 1 by default.
         lr_min (`float`, *optional*, defaults to 0.0), lr_max (`float`, *optional*, defaults to `math.inf`):

@@ -108,7 +108,7 @@ def layer_of_groups(optimizer: Optimizer) -> list[str]:
         optimizer (`torch.optim.Optimizer`): The optimizer.
 
     Returns:
-        `list[str]`: a layer name a param group.
+        `list[str]`: the layer name of every param group.
 
     Example:
 
@@ -159,7 +159,7 @@ def write_learning_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) 
 
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer.
-        rates (`Sequence[float]`): A rate a param group.
+        rates (`Sequence[float]`): A rate per param group.
 
     Example:
 

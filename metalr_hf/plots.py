@@ -33,7 +33,7 @@ def plot_learning_rates(
         history ([`LRHistory`]):
             The history of a run.
         kind (`str`, *optional*, defaults to `"curves"`):
-            `"curves"`: a line a layer on a logarithmic axis, coloured from the input (blue) to the head (yellow),
+            `"curves"`: a line per layer on a logarithmic axis, coloured from the input (blue) to the head (yellow),
             some of them named. `"heatmap"`: layers by steps. The end of a schedule that goes to zero runs out at the
             bottom of either scale.
         ax (`matplotlib.axes.Axes`, *optional*):

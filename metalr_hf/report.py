@@ -112,7 +112,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_comparison(results: pd.DataFrame, ax: Axes | None = None) -> Figure:
-    """Draws test accuracy over the start learning rate, a panel a cell and a line a strategy.
+    """Draws test accuracy over the start learning rate, a panel per cell and a line per strategy.
 
     Args:
         results (`pandas.DataFrame`):

@@ -26,7 +26,7 @@ def read_results(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         folder (`str` or `os.PathLike`): The output folder of a comparison.
 
     Returns:
-        `list[dict]`: a row a run, whose `status` is `"done"`, `"diverged"` (its loss or outputs were not finite) or
+        `list[dict]`: a row per run, whose `status` is `"done"`, `"diverged"` (its loss or outputs were not finite) or
             `"failed"` (an error ended it, its `reason`).
 
     Example:

@@ -195,7 +195,7 @@ class AdamRule(Rule):
     """log α ← log α - η Adam(α h).
 
     α h = ∂L_val/∂log α. Adam (Kingma and Ba 2015) normalises it, so that the size of the loss and of the layer drop
-    out and η is the relative change of a learning rate a step.
+    out and η is the relative change of a learning rate per step.
 
     Args:
         hyper_lr (`float`): η.

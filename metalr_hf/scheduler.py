@@ -1,4 +1,4 @@
-"""MetaLRScheduler: a torch learning-rate scheduler that tunes one learning rate a layer."""
+"""MetaLRScheduler: a torch learning-rate scheduler that tunes one learning rate per layer."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from .validation import clear_gradients, gather
 
 
 class MetaLRScheduler(LayerRateScheduler):
-    """Tunes one learning rate a layer while the model trains, in any PyTorch loop.
+    """Tunes one learning rate per layer while the model trains, in any PyTorch loop.
 
     After each optimizer step it asks a validation batch whether every layer would better have taken a longer or a
     shorter step, changes the learning rates accordingly, and with a validation stream rescales the step just taken
     (Chen et al. 2023, arXiv 2206.01408, Algorithm 1). The derivative is exact for every optimizer whose update is
-    linear in its learning rate, and costs one inner product a layer; see [`~metalr_hf.hypergradient.LookAhead`].
+    linear in its learning rate, and costs one inner product per layer; see [`~metalr_hf.hypergradient.LookAhead`].
 
     Param groups with the same `"layer"` entry share one learning rate; a group without it is a layer of its own. The
     `lr` of each group is where its layer starts.
 
     Args:
         optimizer (`torch.optim.Optimizer`):
-            The optimizer, with one or more param groups a layer.
+            The optimizer, with one or more param groups per layer.
         rule (`str` or [`~metalr_hf.rules.Rule`], *optional*, defaults to `"proportional"`):
             The learning-rate rule: `"additive"`, `"proportional"`, `"adam"`, or your own.
         hyper_lr (`float`, *optional*, defaults to 0.1):

@@ -14,7 +14,7 @@ from .meta_stream import MetaStream
 
 
 class SecondOrderTrainer(Trainer):
-    """A `Trainer` whose every step tunes one learning rate a layer as in Chen et al. 2023, Algorithm 1.
+    """A `Trainer` whose every step tunes one learning rate per layer as in Chen et al. 2023, Algorithm 1.
 
     θ̂_j = θ_j - α_j g_j is written down with the graph of g_j = ∇_{θ_j} L_train(θ) in it, the network is called with θ̂
     in place of its parameters, and autograd takes ∂L_val(θ̂)/∂α_j through all of it. The step for real is the

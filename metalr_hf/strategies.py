@@ -78,7 +78,7 @@ class Job:
     def layer_trainer(
         self, rates: dict[str, float], callback: TrainerCallback | None = None, **arguments: Any
     ) -> Trainer:
-        """A stock Trainer with AdamW, Trainer's own choice of what decays, and a learning rate a layer.
+        """A stock Trainer with AdamW, Trainer's own choice of what decays, and a learning rate per layer.
 
         Args:
             rates (`dict[str, float]`): Layer name to learning rate.

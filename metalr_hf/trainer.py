@@ -274,8 +274,8 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         if self.compute_loss_func is not None:
             _, count = self.get_batch_samples(iter([inputs]), 1, self.args.device)
         with self.compute_loss_context_manager():
-            # Not through DDP, which would send the gradients where one figure a layer will do. DataParallel divides the
-            # batch over its devices.
+            # Not through DDP, which would send the gradients where one figure per layer will do. DataParallel divides
+            # the batch over its devices.
             model = self.model_wrapped if self.args.n_gpu > 1 else self.model
             loss = self.compute_loss(model, inputs, num_items_in_batch=count)
         assert isinstance(loss, Tensor)

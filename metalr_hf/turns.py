@@ -56,7 +56,7 @@ class StopWatch(TrainerCallback):
         device (`torch.device`): Where the model is.
 
     Attributes:
-        steps (`list[dict]`): A row a step: `wall` and `cpu` seconds, those of the `tuning` in it, and the `passes`
+        steps (`list[dict]`): A row per step: `wall` and `cpu` seconds, those of the `tuning` in it, and the `passes`
             (forward and backward) that it had more.
     """
 

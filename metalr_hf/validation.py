@@ -72,7 +72,7 @@ def gather(
         layer (float64) and whether there was an overflow.
     """
     if reduce is not None:
-        # One figure a layer over the wire.
+        # One figure per layer over the wire.
         products = sum_by_layer(products)
     loss = products.new_full((), math.nan) if loss is None else loss.detach().to(products)
     values = torch.cat([loss.reshape(1), products])

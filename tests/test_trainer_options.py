@@ -6,7 +6,7 @@ import torch
 from small_runs import LABELS, arguments, images, losses, same_weights, trainer, vit
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from metalr_hf import MetaLRTrainer
+from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 
 SOURCES = ("stream", "next_batch")
 
@@ -31,6 +31,8 @@ def trained(folder, model=None, callbacks=None, **options):
     ids=lambda options: "-".join(options),
 )
 def test_what_changes_nothing_for_the_model_changes_nothing_for_the_rates(tmp_path, source, options):
+    if unknown := [name for name in options if name not in MetaLRTrainingArguments.__dataclass_fields__]:
+        pytest.skip(f"newer than this transformers: {', '.join(unknown)}")
     plain = trained(tmp_path / "a", meta_source=source)
     other = trained(tmp_path / "b", meta_source=source, **options)
     assert same_weights(plain.model, other.model)

@@ -113,9 +113,10 @@ def test_a_module_that_takes_labels_is_taken_as_it_is(tmp_path, returns):
     assert run.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("untuned", [{"hyper_lr": 0.0}, {"lr_rule": "keep", "meta_source": "stream"}], ids=str)
 @pytest.mark.parametrize("returns", ["tuple", "dict"])
-def test_without_tuning_such_a_module_trains_as_in_the_stock_trainer(tmp_path, returns):
-    tuned = train(tmp_path / "a", WithLabels(returns), hyper_lr=0.0)
+def test_without_tuning_such_a_module_trains_as_in_the_stock_trainer(tmp_path, returns, untuned):
+    tuned = train(tmp_path / "a", WithLabels(returns), **untuned)
     stock = Trainer(model=WithLabels(returns), args=arguments(tmp_path / "b"), train_dataset=images())
     stock.train()
     assert losses(tuned) == losses(stock)
@@ -224,6 +225,15 @@ class LossOfEach(Network):
         return each.reshape(self.parts, -1).mean(1)
 
 
+class LossAlone(LossOfEach):
+    """The same loss by the same sums, of shape `()`."""
+
+    parts = 1
+
+    def forward(self, pixel_values, labels):
+        return super().forward(pixel_values, labels)[0]
+
+
 def test_the_losses_of_several_devices_are_averaged(tmp_path):
     run = MetaLRTrainer(LossOfEach(), arguments(tmp_path), train_dataset=images())
     batch = images(8)[:]
@@ -240,7 +250,7 @@ def test_on_one_device_a_vector_of_losses_is_refused_and_a_loss_in_one_is_taken(
         train(tmp_path, LossOfEach())
     single = LossOfEach()
     single.parts = 1
-    assert losses(train(tmp_path, single)) == losses(train(tmp_path, Network()))
+    assert losses(train(tmp_path, single)) == losses(train(tmp_path, LossAlone()))
 
 
 class Features(Network):

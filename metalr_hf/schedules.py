@@ -16,8 +16,8 @@ def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable
 
     Args:
         args (`TrainingArguments`): Their `lr_scheduler_type`, `lr_scheduler_kwargs` and warm-up say which.
-            `warmup_stable_decay` decays over the last 70 % of the steps, or from the end of a longer warm-up on, unless
-            `num_decay_steps` is given.
+            `warmup_stable_decay` decays along half a cosine over the last 70 % of the steps, or from the end of a
+            longer warm-up on, unless `num_decay_steps` or `decay_type` are given.
         num_training_steps (`int`): Length of the run in optimizer steps.
 
     Returns:

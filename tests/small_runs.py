@@ -5,6 +5,16 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification, set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+from metalr_hf.rules import Rule, register_rule
+
+
+@register_rule("keep")
+class Keep(Rule):
+    """Leaves the rates alone: all of tuning but for what comes of it."""
+
+    def __call__(self, lr, hypergradient):
+        return lr
+
 
 LABELS = [i % 3 for i in range(48)]
 

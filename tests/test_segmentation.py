@@ -92,10 +92,11 @@ def test_no_logits_are_kept_for_the_metric(tmp_path):
     assert (predictions.dtype, predictions.shape) == (np.uint8, (6, SIZE, SIZE))
 
 
+@pytest.mark.parametrize("untuned", [{"hyper_lr": 0.0}, {"lr_rule": "keep", "meta_source": "stream"}], ids=str)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_without_tuning_it_is_the_stock_trainer_bit_for_bit(tmp_path, accumulation):
+def test_without_tuning_it_is_the_stock_trainer_bit_for_bit(tmp_path, accumulation, untuned):
     setting = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4, "max_steps": 3}
-    tuned = train(tmp_path / "a", unet(), hyper_lr=0.0, gradient_accumulation_steps=accumulation, max_steps=3)
+    tuned = train(tmp_path / "a", unet(), gradient_accumulation_steps=accumulation, max_steps=3, **untuned)
     stock = Trainer(
         model=unet(),
         args=arguments(tmp_path / "b", **setting),

@@ -29,7 +29,7 @@ class CollapseGuard:
     (`TMPDIR`) is full, the weights are kept in the CPU's memory.
 
     Args:
-        model (`torch.nn.Module`): The model as the run begins.
+        model (`torch.nn.Module`): The model. Its weights at the first look are the first weights.
         every (`int`, *optional*, defaults to 10): How many steps apart it looks, over the mean loss between.
 
     Example:
@@ -60,7 +60,7 @@ class CollapseGuard:
         self.losses: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.start_spread: float | None = None
-        self._start = _Kept(model.state_dict())
+        self._model, self._start = model, _Kept({})
 
     def note(self, loss: Tensor, labels: Tensor) -> None:
         """Notes a step, without waiting for the device.
@@ -79,7 +79,8 @@ class CollapseGuard:
 
         Args:
             logits (`Callable`): Takes nothing and returns the logits `(batch, classes)` of a batch. Called at the
-                first call and then only if the loss is suspicious. A model that returns none ends the watch.
+                first call, when the weights are written too, and then only if the loss is suspicious. A model that
+                returns none ends the watch.
             reduce (`Callable`, *optional*): Averages a tensor over all processes.
         """
         if self.start_spread is None:
@@ -88,6 +89,7 @@ class CollapseGuard:
                 self.stop()
                 return False
             self.start_spread = float(reduce(_spread(answers)))
+            self._start = _Kept(self._model.state_dict())
         if len(self.losses) < self.every:
             return False
         device = self.losses[-1].device
@@ -168,6 +170,7 @@ class _Kept:
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.in_memory: dict[str, Tensor] | None = tensors
+        self._file: Any = None
         if not tensors:
             return
         # A copy in memory would be there at the peak of every step, and on a CPU beside the weights themselves.
@@ -180,6 +183,9 @@ class _Kept:
                 torch.save(tensors, file)
             self.in_memory = None
         except (OSError, RuntimeError):
+            if self._file is not None:
+                # A full disk gets back what was written until then.
+                self._file.close()
             self.in_memory = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
     def load(self) -> dict[str, Tensor]:

@@ -14,6 +14,13 @@ from metalr_hf.collapse import CollapseGuard
 LABELS = torch.arange(30) % 3
 
 
+def begun(model):
+    """A guard that has looked once, and so has the first weights."""
+    guard = CollapseGuard(model)
+    assert not guard.collapsed(lambda: torch.randn(4, 2))
+    return guard
+
+
 def guarded(loss, spread, start_spread=0.5):
     guard = CollapseGuard(nn.Linear(4, 3), every=3)
     noise = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
@@ -50,7 +57,7 @@ def test_labels_of_no_class_are_not_counted():
 def test_going_back_restores_weights_and_buffers():
     model = resnet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    guard = CollapseGuard(model)
+    guard = begun(model)
     model(torch.randn(4, 3, 16, 16))
     with torch.no_grad():
         for p in model.parameters():
@@ -62,7 +69,7 @@ def test_going_back_restores_weights_and_buffers():
 
 def test_a_forked_process_killed_while_it_reads_leaves_the_first_weights_alone(monkeypatch):
     model, errors = resnet(), []
-    guard = CollapseGuard(model)
+    guard = begun(model)
     guard.go_back(model)
     child = os.fork()
     if not child:
@@ -135,16 +142,22 @@ def test_a_run_resumed_before_a_collapse_goes_back_to_its_first_weights_too(tmp_
 def test_the_first_weights_are_kept_outside_of_memory_or_in_it_if_the_disk_is_full(monkeypatch):
     model = nn.Linear(4, 2)
     start = model.weight.detach().clone()
-    on_disk = CollapseGuard(model)
+    on_disk = begun(model)
 
-    def full(**kwargs):
+    def full(*args, **kwargs):
         raise OSError("No space left on device")
 
+    with monkeypatch.context() as disk:
+        # In the middle of writing: what was written is given back.
+        disk.setattr(torch, "save", full)
+        given_back = begun(model)
+    assert given_back._start._file.closed
     monkeypatch.setattr("metalr_hf.collapse.tempfile.TemporaryFile", full)
-    in_memory = CollapseGuard(model)
+    in_memory = begun(model)
     assert on_disk._start.in_memory is None
+    assert given_back._start.in_memory
     assert in_memory._start.in_memory
-    for guard in (on_disk, in_memory):
+    for guard in (on_disk, given_back, in_memory):
         nn.init.zeros_(model.weight)
         guard.go_back(model)
         assert torch.equal(model.weight, start)

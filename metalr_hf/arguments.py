@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,10 +79,44 @@ class TrainArguments:
     overwrite_output_dir: bool = False
 
 
-class _Parser(HfArgumentParser):
+class CommandParser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are one line: argparse would print its usage first, up to 200 arguments."""
+
     def error(self, message: str) -> NoReturn:
-        # argparse would print its usage first: two hundred arguments.
-        raise ValueError(f"{message} (`metalr-hf train --help` lists the arguments)")
+        raise ValueError(f"{message} (`{self.prog} --help` lists the arguments)")
+
+    def check_known(self, names: Iterable[str], what: str = "argument", others: Sequence[str] = ()) -> None:
+        """Raises `ValueError` at the first name that is no argument.
+
+        Args:
+            names (`Iterable[str]`): Names, or arguments as they were given.
+            what (`str`, *optional*, defaults to `"argument"`): What they ought to be.
+            others (`Sequence[str]`, *optional*): Known arguments that belong to no dataclass.
+        """
+        known = [f.name for kind in self.dataclass_types for f in fields(kind) if f.init] + list(others)
+        for name in names:
+            name = name.lstrip("-").split("=")[0]
+            if name not in known:
+                hint = did_you_mean(name, known, f"`{self.prog} --help` lists them all.")
+                raise ValueError(f"{name!r} is no {what}.{hint}")
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """Reads all dataclasses.
+
+        Args:
+            argv (`Sequence[str]`): The arguments.
+
+        Returns:
+            `tuple`: one of each dataclass.
+
+        Raises:
+            ValueError: if an argument is unknown or its value is none it can have.
+        """
+        *parsed, rest = self.parse_args_into_dataclasses(
+            list(argv), look_for_args_file=False, return_remaining_strings=True
+        )
+        self.check_known(rest)
+        return tuple(parsed)
 
 
 def parse_train_arguments(argv: list[str]) -> TrainArguments:
@@ -109,7 +144,7 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     ```
     """
     kinds: Any = (ModelArguments, DataArguments, MetaLRTrainingArguments)
-    parser = _Parser(
+    parser = CommandParser(
         kinds,
         prog="metalr-hf train",
         description="Fine-tunes an image classifier or a segmentation network. Instead of arguments, or before them, a "
@@ -119,20 +154,17 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     parser.add_argument(
         "--overwrite_output_dir", action="store_true", help="Delete the files of an earlier run in output_dir."
     )
-    known = [f.name for kind in kinds for f in fields(kind) if f.init]
-    known.append("overwrite_output_dir")
+    others_known = ["overwrite_output_dir"]
     from_file: dict[str, Any] = {}
     if argv and not argv[0].startswith("-"):
         file, *argv = argv
         from_file = read_arguments_file(file)
-        if unknown := [name for name in from_file if name not in known]:
-            _refuse_unknown(unknown[0], known, f"argument in {file!r}")
+        parser.check_known(from_file, f"argument in {file!r}", others_known)
     # Pinning memory without an accelerator only warns.
     parser.set_defaults(remove_unused_columns=False, dataloader_pin_memory=torch.accelerator.is_available())
     parser.set_defaults(**from_file)
     given, rest = parser.parse_known_args(argv)
-    if rest:
-        _refuse_unknown(rest[0].lstrip("-").split("=")[0], known, "argument")
+    parser.check_known(rest, others=others_known)
     if given.output_dir is None:
         raise ValueError("output_dir is missing: name the folder for the model and its files with --output_dir.")
     if given.dataset_name is None and given.data_dir is None:
@@ -183,8 +215,3 @@ def read_arguments_file(file: str) -> dict[str, Any]:
         raise ValueError(f"{file!r} must hold arguments and their values, not a {type(values).__name__}.")
     # YAML reads a bare `no` as false.
     return {str(k): "no" if str(k).endswith("_strategy") and v is False else v for k, v in values.items()}
-
-
-def _refuse_unknown(name: str, known: list[str], what: str) -> NoReturn:
-    hint = did_you_mean(name, known, "`metalr-hf train --help` lists them all.")
-    raise ValueError(f"{name!r} is no {what}.{hint}")

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import HfArgumentParser
 
+from .arguments import CommandParser
 from .benchmark import BenchmarkArguments, benchmark
 from .benchmark_report import calibration_line, make_tables, notes, write_benchmark
 
@@ -23,17 +23,16 @@ def parse_benchmark_arguments(argv: Sequence[str]) -> BenchmarkArguments:
         [`~metalr_hf.benchmark.BenchmarkArguments`]
 
     Raises:
-        ValueError: if one is out of range.
+        ValueError: if one is unknown or out of range.
     """
     kind: Any = BenchmarkArguments
-    parser = HfArgumentParser(
+    parser = CommandParser(
         kind,
         prog="metalr-hf benchmark",
         description="Measures what a tuned step costs against a plain one, in time and in memory.",
         allow_abbrev=False,
     )
-    arguments: Any = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[0]
-    return arguments
+    return parser.parse(argv)[0]
 
 
 def run_benchmark(arguments: BenchmarkArguments) -> None:

@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from .arguments import ModelArguments, read_arguments_file
+from .arguments import CommandParser, ModelArguments, read_arguments_file
 from .compare import Cell, Comparison, compare
 from .data import DataArguments, load_images
-from .models import load_model
+from .models import load_model, load_processor
 from .report import write_report
 from .results import read_results
 from .training_args import MetaLRTrainingArguments
-from .transforms import ImageTransform, load_image_processor
+from .transforms import ImageTransform
 
 DEMO = "demo"
 
@@ -109,10 +109,10 @@ def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: if the file holds something else than arguments.
+        ValueError: if an argument is unknown, its value is none it can have, or the file holds something else.
     """
     kinds: Any = (CompareArguments, TuningArguments)
-    parser = HfArgumentParser(
+    parser = CommandParser(
         kinds,
         prog="metalr-hf compare",
         description="Runs fine-tuning strategies side by side on equal budgets. Instead of arguments, or before them, "
@@ -121,8 +121,11 @@ def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict
     )
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
-        argv = _as_argv(read_arguments_file(argv[0])) + argv[1:]
-    arguments, tuning = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        file, *argv = argv
+        from_file = read_arguments_file(file)
+        parser.check_known(from_file, f"argument in {file!r}")
+        argv = _as_argv(from_file) + argv
+    arguments, tuning = parser.parse(argv)
     given = {name: value for name, value in vars(tuning).items() if value is not None}
     return arguments, given
 
@@ -188,9 +191,7 @@ def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments) -
     def make_model(classes: Sequence[str]) -> nn.Module:
         return load_model(model_arguments, dict(enumerate(classes)))
 
-    processor = load_image_processor(
-        load_model(model_arguments, splits.id2label), model_arguments.model_name_or_path, arguments.image_size
-    )
+    processor = load_processor(model_arguments, data, load_model(model_arguments, splits.id2label))
     return Cell(
         name=f"{_short(model_name, 'EfficientNet-Lite0')} → {_short(dataset_name, 'digits')}",
         make_model=make_model,
@@ -208,5 +209,6 @@ def _short(name: str, demo: str) -> str:
 def _as_argv(values: Mapping[str, Any]) -> list[str]:
     argv: list[str] = []
     for name, value in values.items():
-        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if value is not None:
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return argv

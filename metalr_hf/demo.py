@@ -95,6 +95,7 @@ def _demo_network() -> Any:
     network: Any = timm.create_model(
         ARCHITECTURE,
         pretrained=False,
+        # A digit fills its image: none of it may be cropped away.
         pretrained_cfg_overlay={"input_size": (3, IMAGE_SIZE, IMAGE_SIZE), "crop_pct": 1.0},
     )
     own = network.state_dict()

@@ -66,12 +66,8 @@ def load_processor(arguments: ModelArguments, data: DataArguments, model: PreTra
         FileNotFoundError: if there is none, or no network to fetch it.
     """
     name = arguments.model_name_or_path
-    segmentation = data.task == "segmentation"
-    if name is None and data.is_demo and not segmentation:
-        # A digit fills its image: none of it may be cropped away.
-        model.config.pretrained_cfg["crop_pct"] = 1.0
+    load = load_mask_processor if data.task == "segmentation" else load_image_processor
     try:
-        load = load_mask_processor if segmentation else load_image_processor
         return load(model, name, data.image_size, trust_remote_code=arguments.trust_remote_code)
     except OSError as error:
         raise _not_loaded(str(name), "image processor", error) from error

@@ -21,6 +21,9 @@ def test_arguments_come_from_the_command_line_a_file_or_both(tmp_path):
     file.write_text("output_dir: x\nstrategies: [cosine, metalr]\nlearning_rates: [1e-4]\nsteps: 5\nlr_rule: adam\n")
     arguments, tuning = parse_compare_arguments([str(file), "--steps", "7"])
     assert (arguments.strategies, arguments.steps, tuning) == (["cosine", "metalr"], 7, {"lr_rule": "adam"})
+    file.write_text("output_dir: x\ntest_split: null\ntrain_size: null\n")
+    arguments, _ = parse_compare_arguments([str(file)])
+    assert (arguments.test_split, arguments.train_size) == (None, None)
 
 
 def test_a_comparison_from_the_command_line_leaves_its_report(tmp_path, capsys):
@@ -58,6 +61,8 @@ def test_a_folder_in_which_another_process_is_at_work_is_left_as_it_is(tmp_path,
         (["--strategies", "metalrr"], "Did you mean 'metalr'"),
         (["--learning_rates", "0"], "learning_rates=0.0 is not a positive number"),
         (["--hyper_lr", "-1"], "hyper_lr=-1.0"),
+        (["--steps", "few"], "argument --steps: invalid int value: 'few' (`metalr-hf compare --help`"),
+        (["--step", "3"], "'step' is no argument. Did you mean 'steps'"),
         (["--model", "/no/such/model"], "model_name_or_path='/no/such/model'"),
         (["--dataset", "/no/such/images"], "dataset_name='/no/such/images'"),
     ],
@@ -74,6 +79,9 @@ def test_a_file_that_is_none_of_arguments_is_one_line_too(tmp_path, capsys):
     file = tmp_path / "comparison.yaml"
     assert main(["compare", str(file)]) == 2
     assert f"'{file}' does not exist. The first argument is a JSON or YAML file" in capsys.readouterr().err
+    file.write_text("output_dir: x\nstrategy: [cosine]")
+    assert main(["compare", str(file)]) == 2
+    assert f"'strategy' is no argument in '{file}'. Did you mean 'strategies'" in capsys.readouterr().err
     file.write_text("strategies: [cosine")
     assert main(["compare", str(file)]) == 2
     assert f"'{file}' is not valid JSON or YAML: while parsing a flow sequence" in capsys.readouterr().err

@@ -12,7 +12,14 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from .arguments import ModelArguments
 from .data import DataArguments, load_images
@@ -23,7 +30,7 @@ from .settings import check_choice, check_count
 from .timm_models import wrap_timm_model
 from .trainer import MetaLRTrainer
 from .training_args import MetaLRTrainingArguments
-from .transforms import ImageTransform, collate_images, load_image_processor
+from .transforms import ImageTransform, load_image_processor
 from .turns import StopWatch, peak_memory, run_in_turn
 
 DEMO = "demo"
@@ -331,7 +338,7 @@ def _make_trainer(
         "log_level": "error",
     }
     half = len(images["labels"]) // 2
-    given: dict[str, Any] = {"train_dataset": _Images(images, slice(0, half)), "data_collator": collate_images}
+    given: dict[str, Any] = {"train_dataset": _Images(images, slice(0, half)), "data_collator": default_data_collator}
     if case.streams:
         given["meta_dataset"] = _Images(images, slice(half, None))
     if case.granularity != "block":

@@ -15,9 +15,9 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, set_seed
+from transformers import PrinterCallback, Trainer, default_data_collator, set_seed
 
-from .bare_modules import Classifier
+from .bare_modules import wrap_bare_module
 from .data import IMAGE, LABEL
 from .folds import flip_labels, fold_rows, stratified_subset
 from .metrics import score_classes
@@ -35,7 +35,6 @@ from .results import (
 from .settings import check_count, check_number
 from .strategies import Job, Strategy, get_strategy
 from .timm_models import is_timm_model, wrap_timm_model
-from .transforms import collate_images
 
 RowTransform = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
 
@@ -303,7 +302,10 @@ def _make_trainer(
         model=_with_loss(model, cell.classes),
         learning_rate=run.learning_rate or 5e-5,  # Trainer's default for a strategy that does not look at it.
         arguments=arguments,
-        trainer_arguments={"train_dataset": _prepared(train, cell.train_transform), "data_collator": collate_images},
+        trainer_arguments={
+            "train_dataset": _prepared(train, cell.train_transform),
+            "data_collator": default_data_collator,
+        },
         tuning_arguments=comparison.tuning,
     )
     trainer = strategy.make_trainer(job)
@@ -340,7 +342,7 @@ def _prepared(data: datasets.Dataset, transform: RowTransform) -> datasets.Datas
 def _with_loss(model: nn.Module, classes: Sequence[str]) -> nn.Module:
     if is_timm_model(model):
         return wrap_timm_model(model, dict(enumerate(classes)))
-    return model if hasattr(model, "config") or isinstance(model, Classifier) else Classifier(model)
+    return wrap_bare_module(model, None)[0]
 
 
 def _check_cell(cell: Cell, comparison: Comparison) -> None:

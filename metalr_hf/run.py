@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
+from transformers import default_data_collator, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
@@ -25,7 +25,7 @@ from .models import load_model, load_processor
 from .publish import BESIDE_THE_MODEL
 from .segmentation import segmentation_trainer_arguments
 from .trainer import MetaLRTrainer
-from .transforms import collate_images, prepare_images
+from .transforms import prepare_images
 
 RUN_FILES = (SAFE_WEIGHTS_NAME, CONFIG_NAME, IMAGE_PROCESSOR_NAME, *BESIDE_THE_MODEL, TRAINER_STATE_NAME)
 
@@ -104,7 +104,7 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         training.batch_eval_metrics = True
     else:
         prepared = prepare_images(splits, processor, data.augment, seed=training.seed)
-        of_task = {"data_collator": collate_images, "compute_metrics": build_compute_metrics(data.metrics)}
+        of_task = {"data_collator": default_data_collator, "compute_metrics": build_compute_metrics(data.metrics)}
     trainer = MetaLRTrainer(
         model=model,
         args=training,

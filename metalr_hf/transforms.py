@@ -217,31 +217,6 @@ class ImageTransform:
         }
 
 
-def collate_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stacks prepared rows to a batch: the data collator of an image classifier.
-
-    Args:
-        rows (`Sequence[Mapping[str, Any]]`): Rows of `pixel_values` and `labels`.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `pixel_values` float32 `(batch, channels, height, width)`, `labels` int64 `(batch,)`.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from metalr_hf.transforms import collate_images
-    >>> collate_images([{"pixel_values": torch.zeros(3, 32, 32), "labels": i} for i in range(4)])["labels"]
-    tensor([0, 1, 2, 3])
-
-    ```
-    """
-    return {
-        "pixel_values": torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows]),
-        "labels": torch.tensor([int(row["labels"]) for row in rows]),
-    }
-
-
 class _Processed:
     def __init__(self, processor: BaseImageProcessor):
         self.processor = processor

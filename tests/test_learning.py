@@ -1,13 +1,13 @@
 """From a learning rate 10 to 100 times too low, the tuned run learns and the plain one does not."""
 
 import pytest
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.data import DataArguments, load_images
 from metalr_hf.demo import demo_model
 from metalr_hf.metrics import build_compute_metrics
-from metalr_hf.transforms import collate_images, load_image_processor, prepare_images
+from metalr_hf.transforms import load_image_processor, prepare_images
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_the_demo_learns_from_a_start_rate_that_is_too_low(tmp_path):
             model=model,
             args=args,
             train_dataset=prepared.train,
-            data_collator=collate_images,
+            data_collator=default_data_collator,
             compute_metrics=build_compute_metrics(["accuracy"]),
         )
         trainer.train()

@@ -5,13 +5,12 @@ import torch
 from small_runs import images, resnet
 from test_compare import Network, rows, transform
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
 from metalr_hf import layer_groups
 from metalr_hf.bare_modules import Classifier
 from metalr_hf.layer_factors import AutoLR, sorting_score
 from metalr_hf.strategies import STRATEGIES, Job, get_strategy
-from metalr_hf.transforms import collate_images
 
 LAYERS = ["stem", "layer1.0", "layer1.1", "head"]
 
@@ -47,7 +46,7 @@ def run(tmp_path, name, steps=6, learning_rate=1e-2):
         },
         trainer_arguments={
             "train_dataset": rows(16, 0).select_columns(["image", "label"]).with_transform(transform),
-            "data_collator": collate_images,
+            "data_collator": default_data_collator,
         },
     )
     groups = layer_groups(job.model)

@@ -13,12 +13,12 @@ from transformers import (
     ConvNextImageProcessor,
     EfficientNetImageProcessor,
     ViTImageProcessor,
+    default_data_collator,
 )
 
 from metalr_hf.data import ImageSplits
 from metalr_hf.transforms import (
     ImageTransform,
-    collate_images,
     load_image_processor,
     output_size,
     prepare_images,
@@ -83,7 +83,7 @@ def test_an_unknown_augmentation():
 
 def test_prepared_rows_are_batches_for_the_model():
     prepared = prepare_images(splits(), PROCESSORS[-1])
-    batch = next(iter(DataLoader(prepared.test, batch_size=5, collate_fn=collate_images)))
+    batch = next(iter(DataLoader(prepared.test, batch_size=5, collate_fn=default_data_collator)))
     assert batch["pixel_values"].shape == (5, 3, 16, 16)
     assert batch["labels"].tolist() == splits().test[:5]["label"]
     assert batch["labels"].dtype == torch.int64

@@ -39,7 +39,8 @@ class LRHistory:
         self._steps: list[int] = []
         self._learning_rates: list[list[float]] = []
         self._meta_losses: list[float] = []
-        self._hypergradients: list[list[float]] = []
+        # By the place of the step among the recorded ones: most steps of a long run are not tuned.
+        self._hypergradients: dict[int, list[float]] = {}
 
     def append(
         self,
@@ -56,10 +57,11 @@ class LRHistory:
             meta_loss (`float`, *optional*): The validation loss, if there was one.
             hypergradients (`Sequence[float]`, *optional*): ∂L_val/∂α of each layer, if it was tuned.
         """
+        if hypergradients is not None:
+            self._hypergradients[len(self)] = list(hypergradients)
         self._steps.append(step)
         self._learning_rates.append(list(learning_rates))
         self._meta_losses.append(meta_loss)
-        self._hypergradients.append([math.nan] * len(self.layers) if hypergradients is None else list(hypergradients))
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -92,7 +94,9 @@ class LRHistory:
     @property
     def hypergradients(self) -> np.ndarray:
         """∂L_val/∂α: `(steps, layers)`, float64, NaN where nothing was tuned."""
-        return self._table(self._hypergradients)
+        table = np.full((len(self), len(self.layers)), math.nan)
+        table[list(self._hypergradients)] = self._table(list(self._hypergradients.values()))
+        return table
 
     def last_row(self, every_layer: bool = False) -> dict[str, float]:
         """The last recorded step as a row of a log.
@@ -128,8 +132,8 @@ class LRHistory:
         }
         if every_layer:
             row |= {f"lr/{layer}": rate for layer, rate in zip(self.layers, rates, strict=True)}
-            hypergradients = zip(self.layers, self._hypergradients[-1], strict=True)
-            row |= {f"hypergradient/{layer}": value for layer, value in hypergradients}
+            hypergradients = self._hypergradients.get(len(self) - 1, [])
+            row |= {f"hypergradient/{layer}": value for layer, value in zip(self.layers, hypergradients, strict=False)}
         return {name: value for name, value in row.items() if math.isfinite(value)}
 
     def to_pandas(self) -> pd.DataFrame:
@@ -184,7 +188,8 @@ class LRHistory:
             "steps": torch.tensor(self._steps, dtype=torch.int64),
             "learning_rates": torch.from_numpy(self.learning_rates),
             "meta_losses": torch.tensor(self._meta_losses, dtype=torch.float64),
-            "hypergradients": torch.from_numpy(self.hypergradients),
+            "tuned": torch.tensor(list(self._hypergradients), dtype=torch.int64),
+            "hypergradients": torch.from_numpy(self._table(list(self._hypergradients.values()))),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -200,7 +205,8 @@ class LRHistory:
         self._steps = state_dict["steps"].tolist()
         self._learning_rates = state_dict["learning_rates"].tolist()
         self._meta_losses = state_dict["meta_losses"].tolist()
-        self._hypergradients = state_dict["hypergradients"].tolist()
+        hypergradients = zip(state_dict["tuned"].tolist(), state_dict["hypergradients"].tolist(), strict=True)
+        self._hypergradients = dict(hypergradients)
 
     def _table(self, rows: list[list[float]]) -> np.ndarray:
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(self.layers))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 
 def find_column(
-    columns: Iterable[str], what: str, wanted: str | None, candidates: Sequence[str], hint: str = ""
+    columns: Collection[str], what: str, wanted: str | None, candidates: Sequence[str], hint: str = ""
 ) -> str:
     """The column that is named, or the only one that it can be.
 
     Args:
-        columns (`Iterable[str]`): The names of all columns.
+        columns (`Collection[str]`): The names of all columns.
         what (`str`): What it holds; the argument that names it is `<what>_column_name`.
         wanted (`str`, *optional*): The name that was given.
         candidates (`Sequence[str]`): Those that it can be where none is named.

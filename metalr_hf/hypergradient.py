@@ -269,19 +269,13 @@ class LookAhead:
             raise ValueError(
                 'lookahead="sgd" needs the training gradients: call scheduler.step() before optimizer.zero_grad().'
             )
-        with torch.no_grad():
-            stepped = [part.clone() for part in self._parts]
-            rates = [rate for rate, size in zip(learning_rates, self.sizes, strict=True) for _ in range(size)]
-            for _, piece in self._pieces():
-                self._back(piece).add_to(self._parts[piece], 1.0)
-            for part, g, rate in zip(self._parts, gradients, rates, strict=True):
-                part.sub_(g, alpha=rate)
-        clear_gradients(self.parameters)
-        try:
-            yield gradients
-        finally:
+        rates = [rate for rate, size in zip(learning_rates, self.sizes, strict=True) for _ in range(size)]
+        with self.moved_to([0.0] * len(self.sizes)):
             with torch.no_grad():
-                _copy(self._parts, stepped)
+                for part, g, rate in zip(self._parts, gradients, rates, strict=True):
+                    part.sub_(g, alpha=rate)
+            clear_gradients(self.parameters)
+            yield gradients
 
     def state_dict(self, layers: Iterable[Iterable[Tensor]]) -> dict[str, Any]:
         """What a step still held open needs to be settled after a restart.

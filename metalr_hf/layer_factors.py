@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
@@ -40,7 +41,8 @@ class AutoRGN(LayerFactors):
 
     def update(self, layers: dict[str, list[torch.Tensor]], state: TrainerState, args: TrainingArguments) -> None:
         relative = {
-            layer: norm([p.grad for p in parameters if p.grad is not None]) / max(norm(parameters), 1e-12)
+            layer: float(get_total_norm(p.grad for p in parameters if p.grad is not None))
+            / max(float(get_total_norm(parameters)), 1e-12)
             for layer, parameters in layers.items()
         }
         largest = max(relative.values()) or 1.0
@@ -77,7 +79,7 @@ class AutoLR(LayerFactors):
         """New factors from the variation since the last call."""
         backbone = list(layers)[:-1]
         variation = {
-            layer: norm([p.detach() - b for p, b in zip(layers[layer], self.before[layer], strict=True)])
+            layer: float(get_total_norm(p.detach() - b for p, b in zip(layers[layer], self.before[layer], strict=True)))
             / sum(p.numel() for p in layers[layer])
             for layer in backbone
         }
@@ -112,16 +114,3 @@ def sorting_score(values: list[float]) -> float:
     """
     order = sorted(range(len(values)), key=values.__getitem__)
     return 1 - 2 * sum(abs(i - position) for i, position in enumerate(order)) / len(values) ** 2
-
-
-@torch.no_grad()
-def norm(tensors: list[torch.Tensor]) -> float:
-    """The Euclidean norm of several tensors together.
-
-    Args:
-        tensors (`list[torch.Tensor]`): Of any shapes, on one device.
-
-    Returns:
-        `float`: 0 of none.
-    """
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))) if tensors else 0.0

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .layer_names import clean, tensor_names
 from .layer_sources import Layers, find_layers
@@ -260,6 +261,35 @@ def split_param_groups(
             split += [{**group, **parts, "layer": layer}] if chosen else []
     order = {layer: i for i, layer in enumerate(layers)}
     return sorted(split, key=lambda group: order[group["layer"]])
+
+
+def split_optimizer(optimizer: Optimizer, layers: Mapping[str, Sequence[Tensor]]) -> None:
+    """Splits the param groups of an optimizer by layer, in place; see [`split_param_groups`].
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        layers (`Mapping[str, Sequence[torch.Tensor]]`): Layer name to parameters.
+
+    Raises:
+        ValueError: if a parameter of the optimizer belongs to no layer.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.layers import split_optimizer
+    >>> stem, head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+    >>> optimizer = torch.optim.AdamW([*stem.parameters(), *head.parameters()], lr=1e-4)
+    >>> split_optimizer(optimizer, {"stem": list(stem.parameters()), "head": list(head.parameters())})
+    >>> [group["layer"] for group in optimizer.param_groups]
+    ['stem', 'head']
+
+    ```
+    """
+    groups = split_param_groups(optimizer.param_groups, layers)
+    optimizer.param_groups.clear()
+    for group in groups:
+        optimizer.add_param_group(group)
 
 
 def _once(layers: Layers, model: nn.Module) -> Layers:

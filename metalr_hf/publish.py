@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -141,9 +140,8 @@ def prepare_repository(api: HfApi, repo_id: str, private: bool | None, revision:
     if not (api.token or get_token()):
         raise LocalTokenNotFoundError("no token")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    # create_repo is content with a repository of somebody else. Older versions cannot ask; there the commit tells.
-    if "write" in inspect.signature(api.auth_check).parameters:
-        api.auth_check(repo_id, write=True)
+    # create_repo is content with a repository of somebody else.
+    api.auth_check(repo_id, write=True)
     if revision and revision != "main" and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import Trainer
 
-from .layers import layer_groups, split_param_groups
+from .layers import layer_groups, split_optimizer
 from .meta_stream import MetaStream
 
 
@@ -40,11 +40,8 @@ class SecondOrderTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, its param groups split by layer."""
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        groups = split_param_groups(optimizer.param_groups, self._layers)
-        optimizer.param_groups.clear()
-        for group in groups:
-            optimizer.add_param_group(group)
+        optimizer = super().create_optimizer(model)
+        split_optimizer(optimizer, self._layers)
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .layer_factors import AutoLR, AutoRGN, LayerFactors
-from .layers import layer_groups, split_param_groups
+from .layers import layer_groups, split_optimizer
 from .messages import did_you_mean
 from .trainer import MetaLRTrainer
 from .training_args import MetaLRTrainingArguments
@@ -78,7 +78,7 @@ class Job:
     def layer_trainer(
         self, rates: dict[str, float], callback: TrainerCallback | None = None, **arguments: Any
     ) -> Trainer:
-        """A stock Trainer with AdamW, Trainer's own choice of what decays, and a learning rate per layer.
+        """A stock Trainer with Trainer's own optimizer and choice of what decays, and a learning rate per layer.
 
         Args:
             rates (`dict[str, float]`): Layer name to learning rate.
@@ -91,16 +91,10 @@ class Job:
         trainer = self.trainer(callback=callback, **arguments)
         parameters = dict(self.model.named_parameters())
         layers = {layer: [parameters[name] for name in names] for layer, names in layer_groups(self.model).items()}
-        decayed = set(trainer.get_decay_parameter_names(self.model))
-        groups = [
-            {
-                "params": [p for name, p in parameters.items() if p.requires_grad and (name in decayed) == decays],
-                "weight_decay": self.arguments.get("weight_decay", 0.0) if decays else 0.0,
-            }
-            for decays in (True, False)
-        ]
-        split = split_param_groups(groups, layers)
-        trainer.optimizer = torch.optim.AdamW([{**group, "lr": rates[group["layer"]]} for group in split])
+        optimizer = trainer.create_optimizer()
+        split_optimizer(optimizer, layers)
+        for group in optimizer.param_groups:
+            group["lr"] = rates[group["layer"]]
         return trainer
 
 

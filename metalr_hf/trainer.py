@@ -22,7 +22,7 @@ from .contexts import untouched
 from .history import LRHistory
 from .hub_trainer import HubTrainer
 from .layer_names import head_layers
-from .layers import check_layer_groups, layer_groups, split_param_groups
+from .layers import check_layer_groups, layer_groups, split_optimizer
 from .linearity import check_optimizer_name
 from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
 from .scheduler import MetaLRScheduler
@@ -98,8 +98,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         args = MetaLRTrainingArguments.from_stock(args)
         args.refuse_deepspeed()
         refuse_fsdp1((args.fsdp_plugin_args or {}).get("fsdp_version", 2))
-        names = inspect.signature(Trainer.__init__).parameters
-        given = dict(zip(names, (self, model, args, *trainer_args), strict=False)) | kwargs
+        given = inspect.signature(Trainer.__init__).bind_partial(self, model, args, *trainer_args, **kwargs).arguments
         # The user's own loss knows what to feed the module and what it returns.
         changed = type(self).compute_loss is not MetaLRTrainer.compute_loss
         self._own_loss = changed or given.get("compute_loss_func") is not None
@@ -172,18 +171,16 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates Trainer's optimizer, or takes the one handed in, and splits its param groups by layer."""
         self._created_optimizer |= self.optimizer is None
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
         if not all("layer" in group for group in optimizer.param_groups):
             model = self.model if model is None else model
             names = self._layer_groups(model)
             parameters = dict(model.named_parameters())
             layers = {layer: [parameters[name] for name in members] for layer, members in names.items()}
-            groups = split_param_groups(optimizer.param_groups, layers)
+            split_optimizer(optimizer, layers)
             heads = head_layers(list(layers))
-            optimizer.param_groups.clear()
-            for group in groups:
+            for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * (self.args.head_lr_multiplier if group["layer"] in heads else 1)
-                optimizer.add_param_group(group)
         return optimizer
 
     def create_scheduler(
@@ -230,17 +227,15 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._refuse_thawed()
         self._step_loss = self._step_loss + loss
-        scheduler, scaler, guard = self.lr_scheduler, self.accelerator.scaler, self._collapse_guard
+        scheduler, guard = self.lr_scheduler, self._collapse_guard
         if self.accelerator.sync_gradients:
-            # Not by get_scale(), which waits for the device.
-            scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
-            # It is as large as training gradients bear. Those of a validation batch may be larger.
-            scheduler.meta_loss_scale = scale if scaler is None else scale / 8
             if scheduler.awaits_gradients:
                 # Before Trainer clips them.
-                scheduler.note_gradients(scale, self._step_loss)
+                scheduler.note_gradients(self._loss_scale(loss.device), self._step_loss)
             # A batch of a step that overflowed and was not taken is let go: no checkpoint would know of it.
-            if scheduler.will_calibrate or (self._meta_stream and scheduler.will_tune):
+            if scheduler.will_tune and (self._meta_stream or scheduler.will_calibrate):
+                # The scale is as large as training gradients bear. Those of a validation batch may be larger.
+                scheduler.meta_loss_scale = self._loss_scale(loss.device, headroom=8)
                 stream = self._meta_stream or self._create_meta_stream(self.state.global_step, batches_to_shuffle=4)
                 scheduler.meta_loss = partial(self.compute_meta_loss, next(stream))
             if guard is not None and guard.active:
@@ -283,6 +278,11 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             reshard(self.model)
         # A vector under DataParallel.
         return loss.mean()
+
+    def _loss_scale(self, device: torch.device, headroom: int = 1) -> float | Tensor:
+        """The factor that float16's losses are multiplied by, left on the device: `get_scale()` would wait for it."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device)) / headroom
 
     def _refuse_thawed(self) -> None:
         thawed = [name for name, p in self._left_out.items() if p.requires_grad]
@@ -368,8 +368,10 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         args = self.args
         own = args.meta_batch_size
         batch_size = args.train_batch_size if own is None else own * max(1, args.n_gpu)
-        # A single batch is not worth the wait for a large buffer.
-        buffer = {} if batches_to_shuffle is None else {"shuffle_buffer_size": batches_to_shuffle * batch_size}
+        num_workers, buffer = args.dataloader_num_workers, {}
+        if batches_to_shuffle is not None:
+            # A single batch is not worth the wait for a large buffer, nor for workers to start and load ahead.
+            num_workers, buffer = 0, {"shuffle_buffer_size": batches_to_shuffle * batch_size}
         dataset = self.train_dataset if self.meta_dataset is None else self.meta_dataset
         # The same two preparations that Trainer gives to its own loaders; no public method does them.
         if isinstance(dataset, datasets.Dataset):
@@ -381,7 +383,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             batch_size,
             collator,
             seed=seed + (args.seed if args.data_seed is None else args.data_seed),
-            num_workers=args.dataloader_num_workers,
+            num_workers=num_workers,
             pin_memory=args.dataloader_pin_memory,
             process_index=args.process_index,
             num_processes=args.world_size,

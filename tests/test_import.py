@@ -28,13 +28,19 @@ def test_every_public_name_is_there():
     assert not hasattr(metalr_hf, "no_such_name")
 
 
+ROOMS = Path(metalr_hf.__file__).parent
+
+
 def rooms_below(room, found=()):
     """The rooms that a room imports, in a function too, and those that they import."""
-    tree = ast.parse((Path(metalr_hf.__file__).parent / f"{room}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOMS / f"{room}.py").read_text(encoding="utf-8"))
     found = set(found)
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module not in (None, *found):
-            found = {node.module} | rooms_below(node.module, {*found, node.module})
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            # `from .room import name`, or `from . import room`.
+            for other in [node.module] if node.module else [name.name for name in node.names]:
+                if other not in found and (ROOMS / f"{other}.py").exists():
+                    found = {other} | rooms_below(other, {*found, other})
     return found
 
 

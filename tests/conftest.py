@@ -5,7 +5,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from small_runs import Keep
 from stand_in_hub import HubUser, StandInHub
+
+from metalr_hf.rules import RULES
 
 torch.set_num_threads(1)
 
@@ -18,6 +21,12 @@ def offline(tmp_path_factory):
         patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield
+
+
+@pytest.fixture
+def keep(monkeypatch):
+    """A rule by the name of `keep`."""
+    monkeypatch.setitem(RULES, "keep", Keep)
 
 
 @pytest.fixture(scope="session")

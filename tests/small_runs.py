@@ -5,10 +5,9 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification, set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
-from metalr_hf.rules import Rule, register_rule
+from metalr_hf.rules import Rule
 
 
-@register_rule("keep")
 class Keep(Rule):
     """Leaves the rates alone: all of tuning but for what comes of it."""
 

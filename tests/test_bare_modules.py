@@ -113,6 +113,7 @@ def test_a_module_that_takes_labels_is_taken_as_it_is(tmp_path, returns):
     assert run.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.usefixtures("keep")
 @pytest.mark.parametrize("untuned", [{"hyper_lr": 0.0}, {"lr_rule": "keep", "meta_source": "stream"}], ids=str)
 @pytest.mark.parametrize("returns", ["tuple", "dict"])
 def test_without_tuning_such_a_module_trains_as_in_the_stock_trainer(tmp_path, returns, untuned):

@@ -92,6 +92,7 @@ def test_no_logits_are_kept_for_the_metric(tmp_path):
     assert (predictions.dtype, predictions.shape) == (np.uint8, (6, SIZE, SIZE))
 
 
+@pytest.mark.usefixtures("keep")
 @pytest.mark.parametrize("untuned", [{"hyper_lr": 0.0}, {"lr_rule": "keep", "meta_source": "stream"}], ids=str)
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_without_tuning_it_is_the_stock_trainer_bit_for_bit(tmp_path, accumulation, untuned):

@@ -32,6 +32,7 @@ class StockWithLayers(Trainer):
         return optimizer
 
 
+@pytest.mark.usefixtures("keep")
 @pytest.mark.parametrize("make_model", [vit, resnet])
 @pytest.mark.parametrize(
     "setting",

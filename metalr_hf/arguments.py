@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,6 +62,19 @@ class ModelArguments:
     )
 
 
+@dataclass
+class OutputArguments:
+    """What becomes of an earlier run.
+
+    Args:
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`): Whether its files may be deleted.
+    """
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the files of an earlier run in output_dir."}
+    )
+
+
 @dataclass(frozen=True)
 class TrainArguments:
     """All arguments of `metalr-hf train`.
@@ -85,20 +98,35 @@ class CommandParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (`{self.prog} --help` lists the arguments)")
 
-    def check_known(self, names: Iterable[str], what: str = "argument", others: Sequence[str] = ()) -> None:
-        """Raises `ValueError` at the first name that is no argument.
+    def names(self) -> list[str]:
+        """All arguments of the dataclasses."""
+        return [f.name for kind in self.dataclass_types for f in fields(kind) if f.init]
+
+    def refuse(self, name: str, what: str = "argument") -> NoReturn:
+        """Raises `ValueError` for something that is no argument.
 
         Args:
-            names (`Iterable[str]`): Names, or arguments as they were given.
-            what (`str`, *optional*, defaults to `"argument"`): What they ought to be.
-            others (`Sequence[str]`, *optional*): Known arguments that belong to no dataclass.
+            name (`str`): What was given.
+            what (`str`, *optional*, defaults to `"argument"`): What it ought to be.
         """
-        known = [f.name for kind in self.dataclass_types for f in fields(kind) if f.init] + list(others)
-        for name in names:
-            name = name.lstrip("-").split("=")[0]
+        name = name.lstrip("-").split("=")[0]
+        hint = did_you_mean(name, self.names(), f"`{self.prog} --help` lists them all.")
+        raise ValueError(f"{name!r} is no {what}.{hint}")
+
+    def read_file(self, file: str) -> dict[str, Any]:
+        """Reads a file of arguments, as [`read_arguments_file`], and raises `ValueError` if one is unknown.
+
+        Args:
+            file (`str`): A JSON or YAML file.
+
+        Returns:
+            `dict[str, Any]`: argument to value.
+        """
+        values, known = read_arguments_file(file), self.names()
+        for name in values:
             if name not in known:
-                hint = did_you_mean(name, known, f"`{self.prog} --help` lists them all.")
-                raise ValueError(f"{name!r} is no {what}.{hint}")
+                self.refuse(name, f"argument in {file!r}")
+        return values
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """Reads all dataclasses.
@@ -115,7 +143,8 @@ class CommandParser(HfArgumentParser):
         *parsed, rest = self.parse_args_into_dataclasses(
             list(argv), look_for_args_file=False, return_remaining_strings=True
         )
-        self.check_known(rest)
+        if rest:
+            self.refuse(rest[0])
         return tuple(parsed)
 
 
@@ -143,7 +172,7 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
 
     ```
     """
-    kinds: Any = (ModelArguments, DataArguments, MetaLRTrainingArguments)
+    kinds: Any = (ModelArguments, DataArguments, MetaLRTrainingArguments, OutputArguments)
     parser = CommandParser(
         kinds,
         prog="metalr-hf train",
@@ -151,20 +180,16 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
         "JSON or YAML file may be given: metalr-hf train run.yaml --seed 1",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--overwrite_output_dir", action="store_true", help="Delete the files of an earlier run in output_dir."
-    )
-    others_known = ["overwrite_output_dir"]
     from_file: dict[str, Any] = {}
     if argv and not argv[0].startswith("-"):
         file, *argv = argv
-        from_file = read_arguments_file(file)
-        parser.check_known(from_file, f"argument in {file!r}", others_known)
+        from_file = parser.read_file(file)
     # Pinning memory without an accelerator only warns.
     parser.set_defaults(remove_unused_columns=False, dataloader_pin_memory=torch.accelerator.is_available())
     parser.set_defaults(**from_file)
     given, rest = parser.parse_known_args(argv)
-    parser.check_known(rest, others=others_known)
+    if rest:
+        parser.refuse(rest[0])
     if given.output_dir is None:
         raise ValueError("output_dir is missing: name the folder for the model and its files with --output_dir.")
     if given.dataset_name is None and given.data_dir is None:
@@ -179,14 +204,14 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
         parser.set_defaults(image_size=224)
     parser.set_defaults(**from_file)
     try:
-        model, data, training, others = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        model, data, training, output = parser.parse(argv)
     except (ValueError, TypeError) as error:
         raise ValueError(str(error)) from error
     if data.streaming and training.max_steps <= 0:
         raise ValueError("A stream does not say how long it is: set how many steps to train with --max_steps.")
     # The columns of images are needed until they are prepared, which happens when they are read.
     training.remove_unused_columns = False
-    return TrainArguments(model, data, training, others.overwrite_output_dir)
+    return TrainArguments(model, data, training, output.overwrite_output_dir)
 
 
 def read_arguments_file(file: str) -> dict[str, Any]:

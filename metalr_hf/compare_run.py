@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import TrainingArguments
 
-from .arguments import CommandParser, ModelArguments, read_arguments_file
+from .arguments import CommandParser, ModelArguments
 from .compare import Cell, Comparison, compare
 from .data import DataArguments, load_images
 from .models import load_model, load_processor
@@ -122,9 +122,7 @@ def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         file, *argv = argv
-        from_file = read_arguments_file(file)
-        parser.check_known(from_file, f"argument in {file!r}")
-        argv = _as_argv(from_file) + argv
+        argv = _as_argv(parser.read_file(file)) + argv
     arguments, tuning = parser.parse(argv)
     given = {name: value for name, value in vars(tuning).items() if value is not None}
     return arguments, given

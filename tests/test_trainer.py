@@ -91,6 +91,13 @@ def test_meta_every_pulls_a_batch_at_each_kth_step_only(tmp_path):
     assert [not math.isnan(loss) for loss in run.lr_history.meta_losses] == [step % 4 == 0 for step in range(6)]
 
 
+def test_a_step_of_length_zero_pulls_no_batch(tmp_path):
+    warmup = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}
+    run = trainer(tmp_path, meta_source="stream", calibrate=True, max_steps=6, **warmup)
+    run.train()
+    assert run._meta_stream.state_dict()["position"] == 5
+
+
 def reference_first_step(model, loss_of, train_batch, meta_batch, args):
     """h of every parameter at the first AdamW step, by hand: <grad of the meta loss after the step, step> / lr."""
     model = copy.deepcopy(model).train()

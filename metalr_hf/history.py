@@ -132,8 +132,9 @@ class LRHistory:
         }
         if every_layer:
             row |= {f"lr/{layer}": rate for layer, rate in zip(self.layers, rates, strict=True)}
-            hypergradients = self._hypergradients.get(len(self) - 1, [])
-            row |= {f"hypergradient/{layer}": value for layer, value in zip(self.layers, hypergradients, strict=False)}
+            if (hypergradients := self._hypergradients.get(len(self) - 1)) is not None:
+                tuned = zip(self.layers, hypergradients, strict=True)
+                row |= {f"hypergradient/{layer}": value for layer, value in tuned}
         return {name: value for name, value in row.items() if math.isfinite(value)}
 
     def to_pandas(self) -> pd.DataFrame:

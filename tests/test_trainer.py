@@ -37,7 +37,9 @@ class StockWithLayers(Trainer):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"hyper_lr": 0.0},
+        {"hyper_lr": 0.0, "meta_source": "stream"},
+        {"hyper_lr": 0.0, "meta_source": "next_batch"},
+        {"hyper_lr": 0.0, "meta_source": "stream", "meta_mode": "eval"},
         {"lr_rule": "keep", "meta_source": "stream"},
         {"lr_rule": "keep", "meta_source": "next_batch"},
         {"lr_rule": "keep", "meta_source": "stream", "meta_mode": "eval"},

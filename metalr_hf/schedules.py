@@ -16,8 +16,8 @@ def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable
 
     Args:
         args (`TrainingArguments`): Their `lr_scheduler_type`, `lr_scheduler_kwargs` and warm-up say which.
-            `warmup_stable_decay` decays along half a cosine over the last 70 % of the steps, or from the end of a
-            longer warm-up on, unless `num_decay_steps` or `decay_type` are given.
+            `warmup_stable_decay` decays linearly over the last 70 % of the steps, or from the end of a longer warm-up
+            on, unless `num_decay_steps` or `decay_type` (transformers' own is `cosine`) are given.
         num_training_steps (`int`): Length of the run in optimizer steps.
 
     Returns:
@@ -39,7 +39,7 @@ def schedule_shape(args: TrainingArguments, num_training_steps: int) -> Callable
     warmup_steps = args.get_warmup_steps(num_training_steps)
     if SchedulerType(args.lr_scheduler_type) == SchedulerType.WARMUP_STABLE_DECAY:
         decay_steps = min(round(DECAY_SHARE * num_training_steps), num_training_steps - warmup_steps)
-        options.setdefault("num_decay_steps", decay_steps)
+        options = {"num_decay_steps": decay_steps, "decay_type": "linear"} | options
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     schedule = get_scheduler(
         args.lr_scheduler_type,

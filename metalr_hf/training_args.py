@@ -41,10 +41,10 @@ class MetaLRTrainingArguments(TrainingArguments):
     """Arguments of [`MetaLRTrainer`]: all of [`~transformers.TrainingArguments`], and the following.
 
     `learning_rate` is where every layer starts if `calibrate` is off. `lr_scheduler_type` and warm-up are the shape
-    that multiplies the tuned rates: by default `warmup_stable_decay`, constant and then down half a cosine over
-    the last 70 % of the steps (`lr_scheduler_kwargs={"num_decay_steps": ..., "decay_type": "linear"}` changes its
-    length and its form). `layer_granularity` and `head_module` (names as in `model.named_modules()`) are handed to
-    [`layer_groups`]; a map of layers given to the trainer goes before them.
+    that multiplies the tuned rates: by default `warmup_stable_decay`, constant and then linear decay over the last 70 %
+    of the steps (`lr_scheduler_kwargs={"num_decay_steps": ..., "decay_type": "cosine"}` changes its length and form).
+    `layer_granularity` and `head_module` (names as in `model.named_modules()`) are handed to [`layer_groups`]; a map of
+    layers given to the trainer goes before them.
 
     Args:
         hyper_lr (`float`, *optional*, defaults to 0.1):
@@ -107,8 +107,8 @@ class MetaLRTrainingArguments(TrainingArguments):
     lr_scheduler_type: SchedulerType | str = field(
         default="warmup_stable_decay",
         metadata={
-            "help": "The shape that multiplies the tuned rates; `warmup_stable_decay` goes down half a cosine over "
-            "the last seven tenths of the steps unless `lr_scheduler_kwargs` says otherwise."
+            "help": "The shape that multiplies the tuned rates; `warmup_stable_decay` goes down linearly over the "
+            "last seven tenths of the steps unless `lr_scheduler_kwargs` says otherwise."
         },
     )
     hyper_lr: float = field(default=0.1, metadata={"help": "Step size η of the learning rates; 0 switches tuning off."})

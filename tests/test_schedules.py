@@ -8,8 +8,8 @@ from metalr_hf.schedules import schedule_shape
 def test_the_default_decays_over_the_last_seventy_percent(tmp_path):
     shape = schedule_shape(MetaLRTrainingArguments(str(tmp_path)), 100)
     assert [shape(step) for step in (0, 15, 30)] == [1.0, 1.0, 1.0]
-    # Half a cosine, which a straight line meets in the middle only.
-    assert [shape(step) for step in (47.5, 65, 82.5)] == pytest.approx([0.853553, 0.5, 0.146447], abs=1e-6)
+    # A straight line: half a cosine, transformers' own, would meet it in the middle only.
+    assert [shape(step) for step in (47.5, 65, 82.5)] == pytest.approx([0.75, 0.5, 0.25])
     assert shape(100) == 0.0
 
 
@@ -19,8 +19,8 @@ def test_the_decay_can_be_given(tmp_path):
     assert shape(0) == 0.0
     assert shape(49) == 1.0
     assert shape(75) == pytest.approx(0.5)
-    args.lr_scheduler_kwargs |= {"decay_type": "linear"}
-    assert schedule_shape(args, 100)(60) == pytest.approx(0.8)
+    args.lr_scheduler_kwargs |= {"decay_type": "cosine"}
+    assert schedule_shape(args, 100)(62.5) == pytest.approx(0.853553, abs=1e-6)
 
 
 def test_after_a_long_warmup_the_decay_begins_at_its_end(tmp_path):

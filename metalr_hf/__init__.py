@@ -4,12 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .history import LRHistory
     from .layers import layer_groups
     from .plots import plot_learning_rates
-    from .scheduler import MetaLRScheduler
-    from .trainer import MetaLRTrainer
-    from .training_args import MetaLRTrainingArguments
+    from .trainer import MetaLRTrainer, MetaLRTrainingArguments
+    from .tuning import LRHistory, MetaLRScheduler
 
 __version__ = "0.1.0"
 
@@ -22,11 +20,11 @@ __all__ = [
     "plot_learning_rates",
 ]
 
-_ROOMS = {
-    "LRHistory": "history",
-    "MetaLRScheduler": "scheduler",
+_HOMES = {
+    "LRHistory": "tuning",
+    "MetaLRScheduler": "tuning",
     "MetaLRTrainer": "trainer",
-    "MetaLRTrainingArguments": "training_args",
+    "MetaLRTrainingArguments": "trainer",
     "layer_groups": "layers",
     "plot_learning_rates": "plots",
 }
@@ -34,6 +32,6 @@ _ROOMS = {
 
 def __getattr__(name: str) -> Any:
     # Imported at first use: the Trainer takes seconds, and most users need neither timm nor matplotlib.
-    if name in _ROOMS:
-        return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ import torch
 from small_runs import Keep
 from stand_in_hub import HubUser, StandInHub
 
-from metalr_hf.rules import RULES
+from metalr_hf.tuning.rules import RULES
 
 torch.set_num_threads(1)
 

@@ -8,19 +8,23 @@ from importlib import import_module
 import pytest
 
 import metalr_hf
-from metalr_hf.rules import RULES
-from metalr_hf.strategies import STRATEGIES
+from metalr_hf.compare.strategies import STRATEGIES
+from metalr_hf.tuning.rules import RULES
 
-ROOMS = [module.name for module in pkgutil.iter_modules(metalr_hf.__path__)]
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(metalr_hf.__path__, "metalr_hf.")
+    if not module.name.endswith("__main__")
+]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_examples_run(room, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name, monkeypatch, tmp_path):
     # What an example registers or writes is gone after it.
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("metalr_hf.rules.RULES", {**RULES})
-    monkeypatch.setattr("metalr_hf.strategies.STRATEGIES", {**STRATEGIES})
-    failures, _ = doctest.testmod(import_module(f"metalr_hf.{room}"), optionflags=doctest.NORMALIZE_WHITESPACE)
+    monkeypatch.setattr("metalr_hf.tuning.rules.RULES", {**RULES})
+    monkeypatch.setattr("metalr_hf.compare.strategies.STRATEGIES", {**STRATEGIES})
+    failures, _ = doctest.testmod(import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failures == 0
 
 
@@ -29,50 +33,50 @@ def test_public_names_have_an_example_that_runs(name):
     assert ">>> " in inspect.getdoc(getattr(metalr_hf, name)).partition("Example:")[2]
 
 
-# Rooms in which everything public has one: what users and those who extend the package call. The others serve these,
+# Modules in which everything public has one: what users and those who extend the package call. The others serve these,
 # or could show nothing without a network or a long run.
 SHOWN = (
-    "bare_modules",
-    "calibration",
-    "collapse",
-    "columns",
-    "contexts",
-    "demo",
-    "demo_cells",
-    "displacement",
-    "drawing",
-    "folds",
-    "guard",
-    "history",
-    "hypergradient",
-    "layer_names",
-    "layer_rates",
-    "layer_sources",
-    "layer_structure",
-    "layers",
-    "linearity",
-    "losses",
-    "markdown",
-    "messages",
-    "meta_stream",
-    "metrics",
-    "plots",
-    "report",
-    "results",
-    "rules",
-    "scheduler",
-    "schedules",
-    "timm_models",
-    "trainer",
-    "training_args",
-    "unet",
-    "unet3d",
+    "metalr_hf.compare.report",
+    "metalr_hf.compare.results",
+    "metalr_hf.data.columns",
+    "metalr_hf.data.folds",
+    "metalr_hf.hub.markdown",
+    "metalr_hf.layers.groups",
+    "metalr_hf.layers.names",
+    "metalr_hf.layers.sources",
+    "metalr_hf.layers.structure",
+    "metalr_hf.messages",
+    "metalr_hf.models.bare",
+    "metalr_hf.models.losses",
+    "metalr_hf.models.timm",
+    "metalr_hf.models.unet",
+    "metalr_hf.models.unet3d",
+    "metalr_hf.plots.drawing",
+    "metalr_hf.plots.learning_rates",
+    "metalr_hf.tasks.demo",
+    "metalr_hf.tasks.demo_cells",
+    "metalr_hf.tasks.metrics",
+    "metalr_hf.trainer.arguments",
+    "metalr_hf.trainer.collapse",
+    "metalr_hf.trainer.meta_stream",
+    "metalr_hf.trainer.metalr",
+    "metalr_hf.trainer.schedules",
+    "metalr_hf.tuning.calibration",
+    "metalr_hf.tuning.contexts",
+    "metalr_hf.tuning.displacement",
+    "metalr_hf.tuning.guard",
+    "metalr_hf.tuning.history",
+    "metalr_hf.tuning.hypergradient",
+    "metalr_hf.tuning.linearity",
+    "metalr_hf.tuning.rates",
+    "metalr_hf.tuning.rules",
+    "metalr_hf.tuning.scheduler",
 )
 
 
-@pytest.mark.parametrize("room", SHOWN)
-def test_functions_and_classes_have_an_example(room):
-    module = import_module(f"metalr_hf.{room}")
+@pytest.mark.parametrize("name", SHOWN)
+def test_functions_and_classes_have_an_example(name):
+    module = import_module(name)
     things = [thing for thing in vars(module).values() if inspect.isfunction(thing) or inspect.isclass(thing)]
     public = [one for one in things if one.__module__ == module.__name__ and not one.__name__.startswith("_")]
     assert public
@@ -88,9 +92,9 @@ def said_of(function):
     return [head for head, wanted in {"Args:": signature.parameters, "Returns:": returns}.items() if wanted]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_functions_say_what_they_take_and_return(room):
-    module = import_module(f"metalr_hf.{room}")
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_say_what_they_take_and_return(name):
+    module = import_module(name)
     own = [
         thing for thing in vars(module).values() if inspect.isfunction(thing) and thing.__module__ == module.__name__
     ]

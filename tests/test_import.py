@@ -28,27 +28,66 @@ def test_every_public_name_is_there():
     assert not hasattr(metalr_hf, "no_such_name")
 
 
-ROOMS = Path(metalr_hf.__file__).parent
+PACKAGE = Path(metalr_hf.__file__).parent
+# From the ground up: a module imports from its own folder and from those above it in this list.
+ORDER = ["layers", "tuning", "models", "plots", "data", "tasks", "hub", "trainer", "compare", "benchmark", "cli"]
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+LONGEST = 400
 
 
-def rooms_below(room, found=()):
-    """The rooms that a room imports, in a function too, and those that they import."""
-    tree = ast.parse((ROOMS / f"{room}.py").read_text(encoding="utf-8"))
-    found = set(found)
+def for_type_checkers(tree):
+    """The imports that are not run."""
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    return {id(inner) for block in blocks for inner in ast.walk(block)}
+
+
+def imported_by(module):
+    """The modules of the package that a module imports, in functions too."""
+    tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
+    home, skipped = Path(module).parent, for_type_checkers(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            # `from .room import name`, or `from . import room`.
-            for other in [node.module] if node.module else [name.name for name in node.names]:
-                if other not in found and (ROOMS / f"{other}.py").exists():
-                    found = {other} | rooms_below(other, {*found, other})
-    return found
+        if not isinstance(node, ast.ImportFrom) or not node.level or id(node) in skipped:
+            continue
+        base = home
+        for _ in range(node.level - 1):
+            base = base.parent
+        base = base / (node.module or "").replace(".", "/")
+        for name in node.names:
+            for path in (base / f"{name.name}.py", base.parent / f"{base.name}.py", base / "__init__.py"):
+                if (PACKAGE / path).is_file():
+                    yield path.as_posix()
+                    break
 
 
-TUNING = ["hypergradient", "rules", "layers", "history", "scheduler", "calibration", "guard"]
+def folder(module):
+    return module.partition("/")[0] if "/" in module else ""
 
 
-@pytest.mark.parametrize("room", [*TUNING, "trainer"])
-def test_arrows_point_one_way(room):
-    below = rooms_below(room)
-    assert "trainer" not in below
-    assert room == "trainer" or not {"training_args", "checkpoints", "hub_trainer", "collapse"} & below
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_to_what_lies_below(module):
+    height = ["", *ORDER].index(folder(module))
+    above = [other for other in imported_by(module) if ["", *ORDER].index(folder(other)) > height]
+    assert not above
+
+
+def test_no_two_modules_import_each_other():
+    below = {module: {other for other in imported_by(module) if other != module} for module in MODULES}
+    for _ in MODULES:
+        leaves = {module for module, others in below.items() if not others}
+        below = {module: others - leaves for module, others in below.items() if module not in leaves}
+    assert not {module: others for module, others in below.items() if not module.endswith("__init__.py")}
+
+
+def test_tuning_needs_no_transformers():
+    assert not {"transformers", "datasets", "timm", "accelerate"} & loaded_after("import metalr_hf.tuning")
+
+
+def test_the_folders_are_those_of_the_plan():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ORDER)
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "settings.py", "messages.py"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_short_and_its_name_does_not_repeat_its_folder(module):
+    assert len((PACKAGE / module).read_text(encoding="utf-8").splitlines()) <= LONGEST
+    assert folder(module).rstrip("s") not in Path(module).stem or not folder(module)

@@ -1,0 +1,242 @@
+"""The arguments of a training run: from the command line, a JSON or YAML file, or both."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+from ..data.loading import DataArguments
+from ..messages import did_you_mean
+from ..trainer.arguments import PRESETS, MetaLRTrainingArguments
+
+# For the run without a model or a data set of the user's; each only where the user did not say otherwise.
+DEMO_DEFAULTS: dict[str, Any] = {
+    # Too low on purpose, and of no consequence: that it makes no difference is what the demo shows.
+    "learning_rate": 1e-4,
+    "num_train_epochs": 10.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "max_train_samples": 500,
+    "logging_steps": 16,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+}
+# The same for segmentation.
+SEGMENTATION_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 10.0,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "logging_steps": 12,
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which model is fine-tuned.
+
+    Args:
+        model_name_or_path (`str`, *optional*):
+            Hub id, local folder or `timm/...`. By default EfficientNet-Lite0 with ImageNet weights that come with pip.
+            For segmentation, timm models become the encoder of a U-Net.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Run the model code that the repository brings along.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local folder or `timm/...`. By default EfficientNet-Lite0 with ImageNet weights that come "
+            "with pip. For segmentation, timm models become the encoder of a U-Net."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the model code that the repository brings along."}
+    )
+
+
+@dataclass
+class OutputArguments:
+    """What becomes of an earlier run.
+
+    Args:
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`): Whether its files may be deleted.
+    """
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the files of an earlier run in output_dir."}
+    )
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """All arguments of `metalr-hf train`.
+
+    Args:
+        model ([`ModelArguments`]): Which model.
+        data ([`DataArguments`]): Which images.
+        training ([`MetaLRTrainingArguments`]): How to train.
+        overwrite_output_dir (`bool`): Whether the files of an earlier run may be deleted.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: MetaLRTrainingArguments
+    overwrite_output_dir: bool = False
+
+
+class CommandParser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are one line: argparse would print its usage first, up to 200 arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (`{self.prog} --help` lists the arguments)")
+
+    def names(self) -> list[str]:
+        """All arguments of the dataclasses."""
+        return [f.name for kind in self.dataclass_types for f in fields(kind) if f.init]
+
+    def refuse(self, name: str, what: str = "argument") -> NoReturn:
+        """Raises `ValueError` for something that is no argument.
+
+        Args:
+            name (`str`): What was given.
+            what (`str`, *optional*, defaults to `"argument"`): What it ought to be.
+        """
+        name = name.lstrip("-").split("=")[0]
+        hint = did_you_mean(name, self.names(), f"`{self.prog} --help` lists them all.")
+        raise ValueError(f"{name!r} is no {what}.{hint}")
+
+    def read_file(self, file: str) -> dict[str, Any]:
+        """Reads a file of arguments, as [`read_arguments_file`], and raises `ValueError` if one is unknown.
+
+        Args:
+            file (`str`): A JSON or YAML file.
+
+        Returns:
+            `dict[str, Any]`: argument to value.
+        """
+        values, known = read_arguments_file(file), self.names()
+        for name in values:
+            if name not in known:
+                self.refuse(name, f"argument in {file!r}")
+        return values
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """Reads all dataclasses.
+
+        Args:
+            argv (`Sequence[str]`): The arguments.
+
+        Returns:
+            `tuple`: one of each dataclass.
+
+        Raises:
+            ValueError: if an argument is unknown or its value is none it can have.
+        """
+        *parsed, rest = self.parse_args_into_dataclasses(
+            list(argv), look_for_args_file=False, return_remaining_strings=True
+        )
+        if rest:
+            self.refuse(rest[0])
+        return tuple(parsed)
+
+
+def parse_train_arguments(argv: list[str]) -> TrainArguments:
+    """Reads the arguments of `metalr-hf train`.
+
+    Args:
+        argv (`list[str]`):
+            Arguments, or a JSON or YAML file with them, possibly followed by arguments that override it.
+
+    Returns:
+        [`TrainArguments`]: with the demo's settings where neither a model nor a data set is named.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: if an argument is unknown or its value is none it can have.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.cli.arguments import parse_train_arguments
+    >>> arguments = parse_train_arguments(["--output_dir", "runs/demo", "--hyper_lr", "0.05"])
+    >>> arguments.training.hyper_lr
+    0.05
+
+    ```
+    """
+    kinds: Any = (ModelArguments, DataArguments, MetaLRTrainingArguments, OutputArguments)
+    parser = CommandParser(
+        kinds,
+        prog="metalr-hf train",
+        description="Fine-tunes an image classifier or a segmentation network. Instead of arguments, or before them, a "
+        "JSON or YAML file may be given: metalr-hf train run.yaml --seed 1",
+        allow_abbrev=False,
+    )
+    from_file: dict[str, Any] = {}
+    if argv and not argv[0].startswith("-"):
+        file, *argv = argv
+        from_file = parser.read_file(file)
+    # Pinning memory without an accelerator only warns.
+    parser.set_defaults(remove_unused_columns=False, dataloader_pin_memory=torch.accelerator.is_available())
+    parser.set_defaults(**from_file)
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        parser.refuse(rest[0])
+    if given.output_dir is None:
+        raise ValueError("output_dir is missing: name the folder for the model and its files with --output_dir.")
+    if given.dataset_name is None and given.data_dir is None:
+        segmentation = given.task == "segmentation"
+        parser.set_defaults(augment="flip" if segmentation else "crop")
+        if given.model_name_or_path is None:
+            defaults = DEMO_DEFAULTS | (SEGMENTATION_DEFAULTS if segmentation else {})
+            preset = PRESETS.get(given.preset, {})
+            parser.set_defaults(**{name: value for name, value in defaults.items() if name not in preset})
+    elif given.model_name_or_path is None:
+        # What EfficientNet-Lite0 was pretrained on; the digits need less.
+        parser.set_defaults(image_size=224)
+    parser.set_defaults(**from_file)
+    try:
+        model, data, training, output = parser.parse(argv)
+    except (ValueError, TypeError) as error:
+        raise ValueError(str(error)) from error
+    if data.streaming and training.max_steps <= 0:
+        raise ValueError("A stream does not say how long it is: set how many steps to train with --max_steps.")
+    # The columns of images are needed until they are prepared, which happens when they are read.
+    training.remove_unused_columns = False
+    return TrainArguments(model, data, training, output.overwrite_output_dir)
+
+
+def read_arguments_file(file: str) -> dict[str, Any]:
+    """Reads a file of arguments.
+
+    Args:
+        file (`str`): A JSON or YAML file with arguments and their values.
+
+    Returns:
+        `dict[str, Any]`: argument to value.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it holds something else.
+    """
+    if not os.path.isfile(file):
+        raise FileNotFoundError(
+            f"{file!r} does not exist. The first argument is a JSON or YAML file or an argument that starts with --."
+        )
+    text = Path(file).read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file!r} is not valid JSON or YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file!r} must hold arguments and their values, not a {type(values).__name__}.")
+    # YAML reads a bare `no` as false.
+    return {str(k): "no" if str(k).endswith("_strategy") and v is False else v for k, v in values.items()}

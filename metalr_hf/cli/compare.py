@@ -1,0 +1,212 @@
+"""One comparison: from the arguments of the command line to the report that it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import TrainingArguments
+
+from ..compare.report import write_report
+from ..compare.results import read_results
+from ..compare.runs import Cell, Comparison, compare
+from ..data.loading import DataArguments, load_images
+from ..data.transforms import ImageTransform
+from ..tasks.models import load_model, load_processor
+from ..trainer.arguments import MetaLRTrainingArguments
+from .arguments import CommandParser, ModelArguments
+
+DEMO = "demo"
+
+
+@dataclass
+class CompareArguments:
+    """Arguments of `metalr-hf compare`.
+
+    Args:
+        output_dir (`str`): Folder of the comparison. Started again with the same folder, only what is missing runs.
+        model (`list[str]`, *optional*): Hub ids, local folders or `timm/...`; `demo` is EfficientNet-Lite0.
+        dataset (`list[str]`, *optional*): Hub ids or local folders; `demo` is scikit-learn's digits.
+        strategies (`list[str]`, *optional*): Names of strategies.
+        learning_rates (`list[float]`, *optional*): Start learning rates.
+        seeds (`list[int]`, *optional*): Seeds.
+        steps (`int`, *optional*, defaults to 60): Optimizer steps of a run.
+        batch_size (`int`, *optional*, defaults to 32): Images a step.
+        train_size (`int`, *optional*): Size of a stratified training subset.
+        noise (`float`, *optional*, defaults to 0.0): Share of training labels to flip.
+        folds (`int`, *optional*, defaults to 0): Stratified cross-validation over the training split.
+        group_column (`str`, *optional*): Rows that share a value of it stay in one fold.
+        weight_decay (`float`, *optional*, defaults to 0.01): Of every strategy.
+        image_size (`int`, *optional*): Height and width of the model's input in pixels.
+        augment (`str`, *optional*, defaults to `"none"`): Augmentation of the training images.
+        image_column_name (`str`, *optional*): Column of the images.
+        label_column_name (`str`, *optional*): Column of the classes.
+        test_split (`str`, *optional*): Split to test on.
+    """
+
+    output_dir: str = field(
+        metadata={"help": "Folder of the comparison. Started again with the same folder, only what is missing runs."}
+    )
+    model: list[str] = field(
+        default_factory=lambda: [DEMO],
+        metadata={"help": "Hub ids, local folders or `timm/...`; `demo` is EfficientNet-Lite0."},
+    )
+    dataset: list[str] = field(
+        default_factory=lambda: [DEMO],
+        metadata={"help": "Hub ids or local folders; `demo` is scikit-learn's digits. Each model meets each data set."},
+    )
+    strategies: list[str] = field(
+        default_factory=lambda: ["cosine", "constant", "layer_decay", "metalr"],
+        metadata={"help": "Names of strategies."},
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-5, 1e-4, 1e-3, 1e-2], metadata={"help": "Start learning rates."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
+    steps: int = field(default=60, metadata={"help": "Optimizer steps of a run."})
+    batch_size: int = field(default=32, metadata={"help": "Images a step."})
+    train_size: int | None = field(default=None, metadata={"help": "Size of a stratified training subset."})
+    noise: float = field(default=0.0, metadata={"help": "Share of training labels to flip."})
+    folds: int = field(default=0, metadata={"help": "Stratified cross-validation over the training split."})
+    group_column: str | None = field(default=None, metadata={"help": "Rows that share a value of it stay in one fold."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Of every strategy."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width of the model's input in pixels; by default the model's own."}
+    )
+    augment: str = field(default="none", metadata={"help": "`none`, `flip`, `crop` or `crop_flip`."})
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images."})
+    label_column_name: str | None = field(default=None, metadata={"help": "Column of the classes."})
+    test_split: str | None = field(default=None, metadata={"help": "Split to test on."})
+
+
+def _tuning_fields() -> list[dataclasses.Field[Any]]:
+    stock = {f.name for f in dataclasses.fields(TrainingArguments)}
+    return [f for f in dataclasses.fields(MetaLRTrainingArguments) if f.name not in stock]
+
+
+# Every argument that tuning adds, each left out unless given.
+TuningArguments = dataclasses.make_dataclass(
+    "TuningArguments",
+    [(f.name, f.type, field(default=None, metadata=f.metadata)) for f in _tuning_fields()],
+)
+
+
+def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict[str, Any]]:
+    """Reads the arguments of `metalr-hf compare`.
+
+    Args:
+        argv (`Sequence[str]`): Arguments, or a YAML or JSON file with them, which further arguments override.
+
+    Returns:
+        `tuple`: the [`CompareArguments`] and the tuning arguments that were given.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: if an argument is unknown, its value is none it can have, or the file holds something else.
+    """
+    kinds: Any = (CompareArguments, TuningArguments)
+    parser = CommandParser(
+        kinds,
+        prog="metalr-hf compare",
+        description="Runs fine-tuning strategies side by side on equal budgets. Instead of arguments, or before them, "
+        "a YAML or JSON file may be given.",
+        allow_abbrev=False,
+    )
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        file, *argv = argv
+        argv = _as_argv(parser.read_file(file)) + argv
+    arguments, tuning = parser.parse(argv)
+    given = {name: value for name, value in vars(tuning).items() if value is not None}
+    return arguments, given
+
+
+def run_comparison(arguments: CompareArguments, tuning: dict[str, Any]) -> None:
+    """Runs what is missing of a comparison, writes its report and shows it.
+
+    Args:
+        arguments ([`CompareArguments`]): What to compare.
+        tuning (`dict`): Arguments of `MetaLRTrainingArguments` for the strategies that tune.
+    """
+    comparison = Comparison(
+        **{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Comparison) if hasattr(arguments, f.name)},
+        tuning=tuning,
+        preparation={"image_size": arguments.image_size, "augment": arguments.augment},
+    )
+    if tuning:
+        # Refuses a bad one now rather than in each run.
+        MetaLRTrainingArguments(arguments.output_dir, **tuning)
+    cells = [make_cell(model, dataset, arguments) for model in arguments.model for dataset in arguments.dataset]
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("runs", total=None)
+        try:
+            compare(
+                cells,
+                comparison,
+                arguments.output_dir,
+                lambda done, total, _: bar.update(task, completed=done, total=total),
+            )
+        except KeyboardInterrupt:
+            if read_results(arguments.output_dir):
+                write_report(arguments.output_dir)
+            raise
+    report = write_report(arguments.output_dir)
+    console.print(Markdown(report.read_text(encoding="utf-8")))
+    console.print(f"The report is {report}", soft_wrap=True)
+
+
+def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments) -> Cell:
+    """A cell of a comparison, from names.
+
+    Args:
+        model_name (`str`): Hub id, local folder, `timm/...` or `demo`.
+        dataset_name (`str`): Hub id, local folder or `demo`.
+        arguments ([`CompareArguments`]): Columns, image size and augmentation.
+
+    Returns:
+        [`~metalr_hf.compare.runs.Cell`]
+    """
+    data = DataArguments(
+        dataset_name=None if dataset_name == DEMO else dataset_name,
+        image_column_name=arguments.image_column_name,
+        label_column_name=arguments.label_column_name,
+        test_split=arguments.test_split,
+        image_size=arguments.image_size,
+        augment=arguments.augment,
+    )
+    splits = load_images(data, keep_columns=[arguments.group_column] if arguments.group_column else [])
+    model_arguments = ModelArguments(None if model_name == DEMO else model_name)
+
+    def make_model(classes: Sequence[str]) -> nn.Module:
+        return load_model(model_arguments, dict(enumerate(classes)))
+
+    processor = load_processor(model_arguments, data, load_model(model_arguments, splits.id2label))
+    return Cell(
+        name=f"{_short(model_name, 'EfficientNet-Lite0')} → {_short(dataset_name, 'digits')}",
+        make_model=make_model,
+        train=splits.train,
+        test=splits.test,
+        train_transform=ImageTransform(processor, arguments.augment),
+        test_transform=ImageTransform(processor, "none"),
+    )
+
+
+def _short(name: str, demo: str) -> str:
+    return demo if name == DEMO else Path(name).name
+
+
+def _as_argv(values: Mapping[str, Any]) -> list[str]:
+    argv: list[str] = []
+    for name, value in values.items():
+        if value is not None:
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return argv

@@ -1,0 +1,171 @@
+"""One training run: from the arguments of the command line to the files that it leaves."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import default_data_collator, set_seed
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
+
+from ..data.loading import ImageSplits, load_images
+from ..data.mask_transforms import prepare_masks
+from ..data.masks import MaskSplits, load_masks
+from ..data.transforms import prepare_images
+from ..hub.publish import BESIDE_THE_MODEL
+from ..tasks.metrics import build_compute_metrics
+from ..tasks.models import load_model, load_processor
+from ..tasks.segmentation import segmentation_trainer_arguments
+from ..trainer.checkpoints import checkpoints, is_complete, usable_checkpoint
+from ..trainer.meta_batches import UnusableRowError
+from ..trainer.metalr import MetaLRTrainer
+from .arguments import TrainArguments
+from .broken_images import name_broken_image
+
+RUN_FILES = (SAFE_WEIGHTS_NAME, CONFIG_NAME, IMAGE_PROCESSOR_NAME, *BESIDE_THE_MODEL, TRAINER_STATE_NAME)
+
+
+def prepare_output_dir(arguments: TrainArguments) -> str | None:
+    """Makes sure that a run starts in a folder of its own, or finds the checkpoint that it goes on from.
+
+    Args:
+        arguments ([`TrainArguments`]): The run's arguments.
+
+    Returns:
+        `str`, *optional*: the checkpoint to resume from.
+
+    Raises:
+        FileExistsError: if the folder holds another run.
+        FileNotFoundError: if there is no checkpoint to resume from.
+    """
+    folder, resume = str(arguments.training.output_dir), arguments.training.resume_from_checkpoint
+    wanted = str(resume).lower() if resume is not None else "false"
+    if wanted == "true":
+        checkpoint = usable_checkpoint(folder)
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"resume_from_checkpoint: there is no complete checkpoint in output_dir={folder!r}. Leave out "
+                "--resume_from_checkpoint to start from the beginning."
+            )
+        return checkpoint
+    if wanted != "false":
+        if not is_complete(Path(str(resume))):
+            raise FileNotFoundError(f"resume_from_checkpoint={resume!r} is not the folder of a complete checkpoint.")
+        return str(resume)
+    with arguments.training.main_process_first(desc="looking at the output folder"):
+        left = _left_by_a_run(Path(folder))
+        if left and not arguments.overwrite_output_dir:
+            raise FileExistsError(
+                f"output_dir={folder!r} holds another run ({', '.join(path.name for path in left[:3])}). Give another "
+                "folder with --output_dir, go on with that run with --resume_from_checkpoint true, or delete its files "
+                "with --overwrite_output_dir."
+            )
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return None
+
+
+def _left_by_a_run(folder: Path) -> list[Path]:
+    files = [folder / name for name in (*RUN_FILES, TRAINING_ARGS_NAME)]
+    return [path for path in files if path.exists()] + checkpoints(folder)
+
+
+def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> dict[str, float]:
+    """Trains, measures the test split once, writes the run's files and shows what came out.
+
+    Args:
+        arguments ([`TrainArguments`]): The run's arguments.
+        checkpoint (`str`, *optional*): Checkpoint to resume from.
+
+    Returns:
+        `dict[str, float]`: what `all_results.json` holds: `test_accuracy` and so on.
+
+    Raises:
+        ValueError: if an image cannot be read. It names the split, the row and the file. Of a test image, the run's
+            files are written before, without test results.
+    """
+    training, data = arguments.training, arguments.data
+    load = load_masks if data.task == "segmentation" else load_images
+    with training.main_process_first(desc="loading the images"):
+        splits = load(data, seed=training.seed)
+    set_seed(training.seed)
+    model = load_model(arguments.model, splits.id2label, data.task, data.image_size)
+    processor = load_processor(arguments.model, data, model)
+    prepared: ImageSplits
+    if isinstance(splits, MaskSplits):
+        prepared = prepare_masks(splits, processor, data.augment, seed=training.seed)
+        of_task = segmentation_trainer_arguments(splits.class_names)
+        # Masks are counted as they come: those of a whole test split need not fit into memory.
+        training.batch_eval_metrics = True
+    else:
+        prepared = prepare_images(splits, processor, data.augment, seed=training.seed)
+        of_task = {"data_collator": default_data_collator, "compute_metrics": build_compute_metrics(data.metrics)}
+    trainer = MetaLRTrainer(
+        model=model,
+        args=training,
+        train_dataset=prepared.train,
+        eval_dataset=None if training.eval_strategy == IntervalStrategy.NO else prepared.test,
+        meta_dataset=prepared.meta,
+        processing_class=processor,
+        **of_task,
+    )
+    demo = "generated micrographs of cells" if data.task == "segmentation" else "scikit-learn's digits"
+    trainer.dataset_name = demo if data.is_demo else data.hub_id
+    try:
+        results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        # It is pushed when it has been tested.
+        trainer.save_model(_internal_call=True)
+        try:
+            results |= trainer.evaluate(prepared.test, metric_key_prefix="test")
+        finally:
+            # What a run has learnt is not lost with a test that fails.
+            trainer.save_metrics("all", results, combined=False)
+            trainer.save_state()
+            trainer.create_model_card()
+    except (OSError, UnusableRowError) as error:
+        meta = {} if splits.meta is None else {"meta": splits.meta}
+        name_broken_image(error, {"training": splits.train, "test": splits.test, **meta})
+        raise
+    if trainer.is_world_process_zero():
+        _show(trainer, results)
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
+    console = Console()
+    table = Table(title="On the test split")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in results.items():
+        if name.startswith("test_") and not name.endswith(("_runtime", "_per_second")):
+            table.add_row(name.removeprefix("test_"), f"{value:.4f}")
+    console.print(table)
+    table = Table(title="Learning rates")
+    for title in ("layer", "start", "final"):
+        table.add_column(title, justify="left" if title == "layer" else "right")
+    scheduler: Any = trainer.lr_scheduler
+    rates = zip(
+        scheduler.layers, scheduler.start_learning_rates.tolist(), scheduler.learning_rates.tolist(), strict=True
+    )
+    for layer, start, final in rates:
+        table.add_row(layer, f"{start:.1e}", f"{final:.1e}")
+    console.print(table)
+    if scheduler.calibration is not None:
+        console.print("The start rates were calibrated at the first step; the learning rate given made no difference.")
+    schedule = SchedulerType(trainer.args.lr_scheduler_type).value
+    if schedule != "constant":
+        console.print(f"The {schedule} schedule multiplies these rates.")
+    if scheduler.guard.non_finite:
+        console.print(
+            f"Steps not tuned, because a validation loss or hypergradient was not finite: {scheduler.guard.non_finite}"
+        )
+    if scheduler.guard.refused:
+        console.print(f"Harmful steps taken back: {scheduler.guard.refused}")
+    console.print(f"The model, its learning rates and its results are in {trainer.args.output_dir}", soft_wrap=True)

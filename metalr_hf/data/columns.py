@@ -1,0 +1,45 @@
+"""Which columns of a data set are meant."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def find_column(
+    columns: Collection[str], what: str, wanted: str | None, candidates: Sequence[str], hint: str = ""
+) -> str:
+    """The column that is named, or the only one that it can be.
+
+    Args:
+        columns (`Collection[str]`): The names of all columns.
+        what (`str`): What it holds; the argument that names it is `<what>_column_name`.
+        wanted (`str`, *optional*): The name that was given.
+        candidates (`Sequence[str]`): Those that it can be where none is named.
+        hint (`str`, *optional*): A further sentence for who has too many or none.
+
+    Returns:
+        `str`: the column's name.
+
+    Raises:
+        ValueError: if the column that is named is not there, or there is not one candidate.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.columns import find_column
+    >>> find_column(["photo", "class"], "image", None, candidates=["photo"])
+    'photo'
+
+    ```
+    """
+    argument, there = f"{what}_column_name", ", ".join(map(repr, columns))
+    if wanted is not None:
+        if wanted not in columns:
+            raise ValueError(f"{argument}={wanted!r} is not a column of the data set. Its columns: {there}.")
+        return wanted
+    if len(candidates) != 1:
+        names = ", ".join(map(repr, candidates))
+        seen = f"{len(candidates)} {what} columns ({names})" if candidates else f"no {what} column"
+        message = f"The data set has {seen}. Name the one to use with {argument}. Its columns: {there}. {hint}"
+        raise ValueError(message.rstrip())
+    return candidates[0]

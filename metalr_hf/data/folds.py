@@ -1,0 +1,102 @@
+"""Which rows a run trains and tests on: folds, subsets and label noise."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
+
+from .loading import LABEL
+
+
+def fold_rows(
+    data: datasets.Dataset, folds: int, seed: int, group_column: str | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows of every fold, stratified by label.
+
+    Args:
+        data (`datasets.Dataset`): Rows with `label`.
+        folds (`int`): How many.
+        seed (`int`): Of the shuffling.
+        group_column (`str`, *optional*): Rows that share a value of it stay in one fold.
+
+    Returns:
+        `list[tuple[numpy.ndarray, numpy.ndarray]]`: training and test rows of every fold.
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from metalr_hf.data.folds import fold_rows
+    >>> data = datasets.Dataset.from_dict({"label": [0, 1] * 4, "patient": ["a", "a", "b", "b", "c", "c", "d", "d"]})
+    >>> for train, test in fold_rows(data, folds=2, seed=0, group_column="patient"):
+    ...     print(len(train), len(test), {*data[train]["patient"]} & {*data[test]["patient"]})
+    4 4 set()
+    4 4 set()
+
+    ```
+    """
+    labels = np.array(data.with_format(None)[LABEL])
+    if group_column is None:
+        return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels))
+    groups = np.array(data.with_format(None)[group_column])
+    return list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups))
+
+
+def stratified_subset(data: datasets.Dataset, size: int, seed: int) -> datasets.Dataset:
+    """Some rows, each class in its share.
+
+    Args:
+        data (`datasets.Dataset`): Rows with `label`.
+        size (`int`): How many to take; all if there are not more.
+        seed (`int`): Of the choice.
+
+    Returns:
+        `datasets.Dataset`
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from metalr_hf.data.folds import stratified_subset
+    >>> data = datasets.Dataset.from_dict({"label": [0] * 30 + [1] * 10})
+    >>> sorted(stratified_subset(data, 4, seed=0)["label"])
+    [0, 0, 0, 1]
+
+    ```
+    """
+    if size >= len(data):
+        return data
+    labels = np.array(data.with_format(None)[LABEL])
+    rows, _ = train_test_split(np.arange(len(data)), train_size=size, stratify=labels, random_state=seed)
+    return data.select(rows)
+
+
+def flip_labels(data: datasets.Dataset, share: float, seed: int) -> datasets.Dataset:
+    """Gives a share of the rows the label of another class.
+
+    Args:
+        data (`datasets.Dataset`): Rows with `label`, a `ClassLabel`.
+        share (`float`): In [0, 1).
+        seed (`int`): Of the choice of rows and classes.
+
+    Returns:
+        `datasets.Dataset`
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from metalr_hf.data.folds import flip_labels
+    >>> features = datasets.Features(label=datasets.ClassLabel(names=["benign", "malignant"]))
+    >>> data = datasets.Dataset.from_dict({"label": [0] * 10}, features=features).add_column("row", [*range(10)])
+    >>> sum(flip_labels(data, 0.3, seed=0)["label"])
+    3
+
+    ```
+    """
+    labels, feature = np.array(data.with_format(None)[LABEL]), data.features[LABEL]
+    generator = np.random.default_rng(seed)
+    flipped = generator.permutation(len(labels))[: round(share * len(labels))]
+    labels[flipped] = (labels[flipped] + generator.integers(1, feature.num_classes, len(flipped))) % feature.num_classes
+    return data.remove_columns(LABEL).add_column(LABEL, labels, feature=feature)

@@ -1,0 +1,387 @@
+"""Images in: from a Hub id, a folder or the demo to prepared training, meta and test sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+
+from ..messages import first_line
+from ..settings import check_choice
+from .columns import find_column
+
+TASKS = ("classification", "segmentation")
+AUGMENTATIONS = ("none", "flip", "crop", "crop_flip")
+IMAGE, LABEL = "image", "label"
+SHUFFLE_BUFFER_SIZE = 1000
+
+
+@dataclass
+class DataArguments:
+    """Where the images come from and how they are prepared.
+
+    Args:
+        task (`str`, *optional*, defaults to `"classification"`):
+            `classification` of images, or `segmentation`, which needs a column of masks.
+        dataset_name (`str`, *optional*):
+            Hub id, local folder (class folders of images, parquet or arrow files, or one written by `save_to_disk`),
+            or `imagefolder` with `data_dir`. By default scikit-learn's handwritten digits, for segmentation generated
+            micrographs of cells.
+        dataset_config_name (`str`, *optional*): Configuration of the data set, where it has several.
+        data_dir (`str`, *optional*): Folder inside the data set, or the folder of images for `imagefolder`.
+        image_column_name (`str`, *optional*): Column of the images; by default the only image column.
+        label_column_name (`str`, *optional*): Column of the classes; by default the only column of class labels.
+        mask_column_name (`str`, *optional*):
+            Column of the masks, images of one channel that hold class ids; by default the one called `mask`, `label`,
+            `annotation` or similar.
+        class_names (`list[str]`, *optional*):
+            Names of the classes of the masks, from id 0 on. By default numbers, as many as the training masks hold.
+        ignore_index (`int`, *optional*):
+            Id in the masks of pixels that do not count. By default 255, unless the masks are black and white (0 and 255
+            only), which makes it a class.
+        train_split (`str`, *optional*, defaults to `"train"`): Split to train on.
+        test_split (`str`, *optional*):
+            Split that the result is measured on, once, after training. By default `test`, else `validation`, else a
+            share of the training split that is then not trained on.
+        test_share (`float`, *optional*, defaults to 0.2):
+            Share of the training split, stratified by class, to test on where there is no split for it.
+        meta_split_name (`str`, *optional*): Split to take the validation batches from that tune the learning rates.
+        max_train_samples (`int`, *optional*):
+            Train on so many images only, stratified by class; of a stream the first ones.
+        streaming (`bool`, *optional*, defaults to `False`): Read the images while training, without a copy on disk.
+        image_size (`int`, *optional*): Height and width of the model's input in pixels; by default the model's own.
+        augment (`str`, *optional*, defaults to `"crop_flip"`):
+            Augmentation of the training images: `none`, `flip`, `crop` or `crop_flip`. The demo's digits are only
+            cropped, for a mirrored digit is no digit.
+        metrics (`list[str]`, *optional*):
+            Metrics of the test split. By default `accuracy` and `macro_f1`, of segmentation `dice`.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.loading import DataArguments
+    >>> args = DataArguments(dataset_name="imagefolder", data_dir="photos")
+    >>> args.metrics, args.is_demo
+    (['accuracy', 'macro_f1'], False)
+
+    ```
+    """
+
+    task: str = field(
+        default="classification",
+        metadata={"help": "`classification` of images, or `segmentation`, which needs a column of masks."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local folder (class folders of images, parquet or arrow files, or one written by "
+            "`save_to_disk`), or `imagefolder` with `--data_dir`. By default scikit-learn's handwritten digits, for "
+            "segmentation generated micrographs of cells."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set, where it has several."}
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder inside the data set, or the folder of images for `imagefolder`."}
+    )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the images; by default the only image column."}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the classes; by default the only column of class labels."}
+    )
+    mask_column_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the masks, images of one channel that hold class ids; by default the one called `mask`, "
+            "`label`, `annotation` or similar."
+        },
+    )
+    class_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the classes of the masks, from id 0 on. By default numbers, as many as the training "
+            "masks hold."
+        },
+    )
+    ignore_index: int | None = field(
+        default=None,
+        metadata={
+            "help": "Id in the masks of pixels that do not count. By default 255, unless the masks are black and white "
+            "(0 and 255 only), which makes it a class."
+        },
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split that the result is measured on, once, after training. By default `test`, else "
+            "`validation`, else a share of the training split that is then not trained on."
+        },
+    )
+    test_share: float = field(
+        default=0.2,
+        metadata={
+            "help": "Share of the training split, stratified by class, to test on where there is no split for it."
+        },
+    )
+    meta_split_name: str | None = field(
+        default=None,
+        metadata={"help": "Split to take the validation batches from that tune the learning rates."},
+    )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={"help": "Train on so many images only, stratified by class; of a stream the first ones."},
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the images while training, without a copy on disk."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Height and width of the model's input in pixels; by default the model's own."},
+    )
+    augment: str = field(
+        default="crop_flip",
+        metadata={
+            "help": "Augmentation of the training images: `none`, `flip`, `crop` or `crop_flip`. The demo's digits are "
+            "only cropped, for a mirrored digit is no digit."
+        },
+    )
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Metrics of the test split. By default `accuracy` and `macro_f1`, of segmentation `dice`."},
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("task", self.task, TASKS)
+        check_choice("augment", self.augment, AUGMENTATIONS)
+        if isinstance(self.metrics, str):
+            self.metrics = [self.metrics]
+        self.metrics = self.metrics or (["dice"] if self.task == "segmentation" else ["accuracy", "macro_f1"])
+        if self.task == "segmentation" and self.metrics != ["dice"]:
+            raise ValueError(f"metrics={self.metrics}: segmentation is measured by dice. Leave the argument out.")
+        if not 0 < self.test_share < 1:
+            raise ValueError(f"test_share={self.test_share!r} must be between 0 and 1.")
+        for name in ("max_train_samples", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} must be 1 or more.")
+        if self.dataset_name == "imagefolder" and self.data_dir is None:
+            raise ValueError("dataset_name='imagefolder' needs data_dir: the folder with a folder of images a class.")
+
+    @property
+    def hub_id(self) -> str | None:
+        """The data set's name on the Hub, if it comes from there."""
+        name = self.dataset_name
+        return name if name and "/" in name and not os.path.exists(name) else None
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether no data set is named, so that it is one that comes along."""
+        return self.dataset_name is None and self.data_dir is None
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """Images in splits, with the columns `image` and `label`, or prepared by [`prepare_images`].
+
+    Args:
+        train (`datasets.Dataset` or `datasets.IterableDataset`): To train on.
+        test (`datasets.Dataset` or `datasets.IterableDataset`): To measure the result on.
+        meta (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): To tune the learning rates on.
+        class_names (`tuple[str, ...]`): Name of class 0, 1, ...
+    """
+
+    train: Any
+    test: Any
+    meta: Any
+    class_names: tuple[str, ...]
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class number to class name, as model configurations have it."""
+        return dict(enumerate(self.class_names))
+
+
+def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
+    """Loads a data set of labelled images and brings it into one form.
+
+    Args:
+        args ([`DataArguments`]): Which data set, columns and splits.
+        seed (`int`, *optional*, defaults to 42): Of the held-out share and of the subset.
+        keep_columns (`Sequence[str]`, *optional*): Other columns to keep.
+
+    Returns:
+        [`ImageSplits`]: with the columns `image` (`datasets.Image`) and `label` (`datasets.ClassLabel`).
+
+    Raises:
+        FileNotFoundError: if there is no such data set, or no network to fetch it.
+        ValueError: if a column or a split is missing, naming those that are there.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.loading import DataArguments, load_images
+    >>> splits = load_images(DataArguments(max_train_samples=500))
+    >>> splits.train.num_rows, splits.test.num_rows, splits.class_names[:3]
+    (500, 797, ('0', '1', '2'))
+
+    ```
+    """
+    splits, train_name, test_name = load_splits(args)
+    used = [name for name in (train_name, test_name, args.meta_split_name) if name is not None]
+    chosen = {name: _choose_columns(splits[name], args, keep_columns) for name in used}
+    class_names, chosen = _class_labels(chosen, train_name, args)
+    train = chosen[train_name]
+    if test_name is None:
+        train, test = _stratified_split(train, "test_share", round(args.test_share * len(train)), seed)
+    else:
+        test = chosen[test_name]
+    if args.max_train_samples is not None:
+        if args.streaming:
+            train = train.take(args.max_train_samples)
+        elif args.max_train_samples < len(train):
+            _, train = _stratified_split(train, "max_train_samples", args.max_train_samples, seed)
+    meta = None if args.meta_split_name is None else chosen[args.meta_split_name]
+    return ImageSplits(train, test, meta, class_names)
+
+
+def load_splits(args: DataArguments) -> tuple[Mapping[str, Any], str, str | None]:
+    """Loads a data set as it is, and finds the splits to train and to test on.
+
+    Args:
+        args ([`DataArguments`]): Which data set and splits.
+
+    Returns:
+        `tuple`: the splits by name, the name of the one to train on and of the one to test on, `None` for a share of
+            the training split.
+
+    Raises:
+        FileNotFoundError: if there is no such data set, or no network to fetch it.
+        ValueError: if a split is missing, naming those that are there.
+    """
+    splits = _read_splits(args)
+    train_name, test_name = args.train_split, args.test_split
+    if test_name is None:
+        usual = [name for name in ("test", "validation") if name in splits and name != args.meta_split_name]
+        test_name = next((name for name in usual if name != train_name), None)
+    used = {"train_split": train_name, "test_split": test_name, "meta_split_name": args.meta_split_name}
+    for argument, name in used.items():
+        if name is not None and name not in splits:
+            raise ValueError(
+                f"{argument}={name!r} is not a split of the data set. Its splits: {', '.join(map(repr, splits))}."
+            )
+    if test_name is None and args.streaming:
+        raise ValueError(
+            f"A stream has no share to hold out for the test. Name a split with test_split, of {list(splits)}, or "
+            "leave out streaming."
+        )
+    return splits, train_name, test_name
+
+
+def _read_splits(args: DataArguments) -> Mapping[str, Any]:
+    if args.is_demo:
+        splits = _demo_splits(args.task)
+        return {name: split.to_iterable_dataset() for name, split in splits.items()} if args.streaming else splits
+    name = args.dataset_name or "imagefolder"
+    if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
+        saved = datasets.load_from_disk(name)
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {args.train_split: saved}
+        return {name: split.to_iterable_dataset() for name, split in splits.items()} if args.streaming else splits
+    try:
+        return datasets.load_dataset(name, args.dataset_config_name, data_dir=args.data_dir, streaming=args.streaming)
+    except (FileNotFoundError, ConnectionError) as error:
+        where = f" with data_dir={args.data_dir!r}" if args.data_dir else ""
+        raise FileNotFoundError(
+            f"dataset_name={name!r}{where} could not be loaded: it is neither a folder with images, parquet or arrow "
+            "files nor a data set that can be reached on the Hub. Check the name and the network; private ones need "
+            f"`hf auth login`. ({first_line(error)})"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"dataset_name={name!r} could not be loaded: {error}") from error
+
+
+def _demo_splits(task: str) -> datasets.DatasetDict:
+    if task == "segmentation":
+        from ..tasks.demo_cells import demo_cells
+
+        return demo_cells()
+    from ..tasks.demo import demo_dataset
+
+    return demo_dataset()
+
+
+def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]) -> Any:
+    features = split.features or dict.fromkeys(next(iter(split)))
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    image = find_column(features, "image", args.image_column_name, images)
+    label = find_column(
+        features, "label", args.label_column_name, classes or [name for name in ("label", "labels") if name in features]
+    )
+    kept = [name for name in keep_columns if name in features]
+    split = split.select_columns([image, label, *kept]).rename_columns(
+        {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old != new}
+    )
+    if not isinstance(features[image], datasets.Image):
+        # Paths or encoded bytes.
+        split = split.cast_column(IMAGE, datasets.Image())
+    return split
+
+
+def _class_labels(
+    splits: Mapping[str, Any], train_name: str, args: DataArguments
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    feature = splits[train_name].features[LABEL] if splits[train_name].features else None
+    if isinstance(feature, datasets.ClassLabel):
+        names = tuple(feature.names)
+    elif args.streaming:
+        raise ValueError(
+            f"The labels of the data set are no class labels but {feature}, so the classes of a stream are not known "
+            "before its end. Leave out streaming."
+        )
+    else:
+        values = splits[train_name].unique(LABEL)
+        if any(value is None or isinstance(value, (float, list, dict)) for value in values):
+            raise ValueError(
+                f"The labels of the training split are no classes: {values[:3]}. Name the column of the classes with "
+                "label_column_name."
+            )
+        names = tuple(str(value) for value in sorted(values))
+    return names, {name: _cast_labels(name, split, names) for name, split in splits.items()}
+
+
+def _cast_labels(name: str, split: Any, class_names: tuple[str, ...]) -> Any:
+    target = datasets.ClassLabel(names=list(class_names))
+    if isinstance(split, datasets.IterableDataset):
+        return split
+    feature = split.features[LABEL]
+    if not isinstance(feature, datasets.ClassLabel):
+        values = {str(value) for value in split.unique(LABEL)}
+        if values - set(class_names):
+            raise ValueError(
+                f"Split {name!r} has the labels {sorted(values - set(class_names))[:5]}, which the training split does "
+                f"not have. Its classes: {', '.join(class_names[:10])}."
+            )
+        return split.cast_column(LABEL, datasets.Value("string")).cast_column(LABEL, target)
+    if tuple(feature.names) != class_names:
+        raise ValueError(
+            f"Split {name!r} has other classes than the training split: {feature.names[:10]} and "
+            f"{list(class_names[:10])}."
+        )
+    if any(value is None or value < 0 for value in split.unique(LABEL)):
+        raise ValueError(f"Split {name!r} has images without a label. Use another split.")
+    return split
+
+
+def _stratified_split(dataset: Any, argument: str, size: int, seed: int) -> tuple[Any, Any]:
+    try:
+        parts = dataset.train_test_split(test_size=size, stratify_by_column=LABEL, seed=seed)
+    except ValueError as error:
+        raise ValueError(
+            f"{argument}: {size} of {len(dataset)} training images cannot be taken with every class in both parts "
+            f"({first_line(error)})."
+        ) from error
+    return parts["train"], parts["test"]

@@ -1,0 +1,334 @@
+"""Images with masks: from a Hub id, a folder or the demo to checked training, meta and test sets."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import ExifTags, Image
+
+from ..models.losses import IGNORE_INDEX
+from .columns import find_column
+from .loading import IMAGE, LABEL, SHUFFLE_BUFFER_SIZE, DataArguments, ImageSplits, load_splits
+
+MASK_NAME = re.compile(
+    r"(.*_)?(masks?|labels?|annotations?|segmentations?(_maps?)?|seg|targets?|ground_truth|gt)(_.*)?", re.IGNORECASE
+)
+# Masks of one channel; in `P` the colours stand for the ids.
+MASK_MODES = ("1", "L", "P", "I", "I;16")
+# As an 8-bit image of 0 and 1 shows nothing, masks of two classes are often written so.
+BLACK_AND_WHITE = (0, 255)
+WHITE = BLACK_AND_WHITE[-1]
+# Masks of a stream that are looked at before it is trained on, at the least.
+FIRST_MASKS = 16
+FOLDER_OF_MASKS = "A folder of images names its masks in a metadata.csv with the columns file_name and mask_file_name."
+
+
+@dataclass(frozen=True)
+class MaskClasses:
+    """What the values of the pixels of masks mean.
+
+    Args:
+        names (`tuple[str, ...]`): Name of class 0, 1, ...
+        values (`tuple[int, ...]`): The value that class 0, 1, ... has in the masks.
+        ignore_index (`int`): The value of pixels that do not count; -1 if all do.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from metalr_hf.data.masks import MaskClasses
+    >>> MaskClasses(("background", "vessel"), values=(0, 255), ignore_index=-1).ids(np.array([[0, 255]]))
+    array([[0, 1]], dtype=uint8)
+
+    ```
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    ignore_index: int
+
+    def ids(self, mask: np.ndarray) -> np.ndarray:
+        """Class ids of a mask's values, uint8, 255 for pixels that do not count.
+
+        Args:
+            mask (`numpy.ndarray` of shape `(height, width)`): Values as the file has them.
+
+        Raises:
+            ValueError: if a value is no class.
+        """
+        table = np.full(max(*self.values, self.ignore_index, 0) + 2, -1, dtype=np.int64)
+        if self.ignore_index >= 0:
+            table[self.ignore_index] = IGNORE_INDEX
+        # Second, so that a mask of 0 and 255 has both as classes.
+        table[list(self.values)] = range(len(self.values))
+        # The last entry is that of all other values.
+        last = len(table) - 1
+        ids = table[np.where(mask < 0, last, np.minimum(mask.astype(np.int64), last))]
+        if (ids < 0).any():
+            span = " and " if len(self.values) == 2 else " to "
+            raise ValueError(
+                f"the mask holds the class id {int(mask[ids < 0][0])}, which is none of the {len(self.names)} classes "
+                f"({self.values[0]}{span}{self.values[-1]}; ignore_index={self.ignore_index})"
+            )
+        return ids.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class MaskSplits(ImageSplits):
+    """Images and masks in splits, with the columns `image` and `label`, a mask that is not yet decoded.
+
+    Args:
+        classes ([`MaskClasses`]): What the values of the masks mean.
+    """
+
+    classes: MaskClasses
+
+
+def load_masks(args: DataArguments, *, seed: int = 42) -> MaskSplits:
+    """Loads a data set of images with masks, brings it into one form, and looks at every mask.
+
+    Masks hold a class id a pixel, from 0 on. Masks of 0 and 255 only, black and white, are two classes, unless
+    `ignore_index=255` is given. Of a stream the first masks tell whether they are black and white, and the rest is
+    looked at as it comes.
+
+    Args:
+        args ([`DataArguments`]): Which data set, columns and splits.
+        seed (`int`, *optional*, defaults to 42): Of the held-out share and of the subset.
+
+    Returns:
+        [`MaskSplits`]
+
+    Raises:
+        FileNotFoundError: if there is no such data set, or no network to fetch it.
+        ValueError: if a column or a split is missing, or a mask is of another size than its image or holds a value that
+            is no class, naming the row, the file and the value; or if the first masks of a stream leave open what 255
+            is.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.loading import DataArguments
+    >>> from metalr_hf.data.masks import load_masks
+    >>> load_masks(DataArguments(task="segmentation")).class_names
+    ('inside', 'membrane')
+
+    ```
+    """
+    if args.is_demo and args.class_names is None:
+        from ..tasks.demo_cells import CLASS_NAMES
+
+        args = replace(args, class_names=list(CLASS_NAMES))
+    splits, train_name, test_name = load_splits(args)
+    used = [name for name in (train_name, test_name, args.meta_split_name) if name is not None]
+    chosen = {name: _choose_columns(splits[name], args) for name in used}
+    if args.streaming:
+        if args.class_names is None:
+            raise ValueError(
+                "The classes of a stream of masks are not known before its end. Name them with class_names, or leave "
+                "out streaming."
+            )
+        classes = _named_classes(args, _first_values(chosen[train_name], train_name, args))
+    else:
+        classes = _check_masks(chosen, train_name, args)
+    train = chosen[train_name]
+    if test_name is None:
+        parts = train.train_test_split(test_size=args.test_share, seed=seed)
+        train, test = parts["train"], parts["test"]
+    else:
+        test = chosen[test_name]
+    if args.max_train_samples is not None:
+        if args.streaming:
+            train = train.take(args.max_train_samples)
+        elif args.max_train_samples < len(train):
+            train = train.shuffle(seed=seed).select(range(args.max_train_samples))
+    meta = None if args.meta_split_name is None else chosen[args.meta_split_name]
+    return MaskSplits(train, test, meta, classes.names, classes)
+
+
+def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
+    """The values of a mask.
+
+    Args:
+        entry (`Mapping[str, Any]`): `bytes` or `path` of its file, as `datasets.Image(decode=False)` gives them.
+
+    Returns:
+        `numpy.ndarray` of shape `(height, width)`, an integer type
+
+    Raises:
+        ValueError: if it is a picture with colours.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.loading import DataArguments
+    >>> from metalr_hf.data.masks import load_masks, read_mask
+    >>> mask = read_mask(load_masks(DataArguments(task="segmentation")).train[0]["label"])
+    >>> mask.shape, sorted(set(mask.ravel().tolist()))
+    ((96, 96), [0, 1])
+
+    ```
+    """
+    with open_image(entry) as picture:
+        if picture.mode not in MASK_MODES:
+            raise ValueError(
+                f"the mask has colours (mode {picture.mode}), but a mask has one channel that holds class ids. Convert "
+                "the colours to ids"
+            )
+        values = np.asarray(picture)
+    return values.astype(np.uint8) if values.dtype == bool else values
+
+
+def open_image(entry: Mapping[str, Any]) -> Image.Image:
+    """Opens the image of `bytes` or a `path`, without decoding it where that can wait.
+
+    Args:
+        entry (`Mapping`): What an undecoded `datasets.Image` column holds: `bytes` and `path`.
+
+    Returns:
+        `PIL.Image.Image`
+    """
+    if entry["bytes"] is not None:
+        return Image.open(io.BytesIO(entry["bytes"]))
+    path = str(entry["path"])
+    # Others are in archives or on the Hub.
+    return Image.open(path) if os.path.isfile(path) else datasets.Image().decode_example(dict(entry))
+
+
+def _size(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of an image as it will be decoded, from its header."""
+    with open_image(entry) as picture:
+        width, height = picture.size
+        # The orientations from 5 on lie on their side, and `datasets` turns them when it decodes.
+        return (width, height) if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (height, width)
+
+
+def _choose_columns(split: Any, args: DataArguments) -> Any:
+    features = split.features or dict.fromkeys(next(iter(split)))
+    given = (args.image_column_name, args.mask_column_name)
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image) and name not in given]
+    masks = [name for name in images if MASK_NAME.fullmatch(name)]
+    others = [name for name in images if name not in masks]
+    wanted = [("image", args.image_column_name, others), ("mask", args.mask_column_name, masks)]
+    # A name that was given and is not there is told before anything is guessed.
+    wanted.sort(key=lambda column: column[1] is None)
+    found = {what: find_column(features, what, name, there, FOLDER_OF_MASKS) for what, name, there in wanted}
+    image, mask = found["image"], found["mask"]
+    split = split.select_columns([image, mask])
+    # By way of names that no data set has: an image column may be called `label`.
+    split = split.rename_columns({image: "_image", mask: "_mask"}).rename_columns({"_image": IMAGE, "_mask": LABEL})
+    split = split.cast_column(IMAGE, datasets.Image())
+    return split.cast_column(LABEL, datasets.Image(decode=False))
+
+
+def _check_masks(splits: Mapping[str, Any], train_name: str, args: DataArguments) -> MaskClasses:
+    """Looks at the size and the values of every mask, and says which classes the training masks hold."""
+    first: dict[str, dict[int, str]] = {}
+    for name, split in splits.items():
+        first[name] = {}
+        for row, entry in enumerate(split.cast_column(IMAGE, datasets.Image(decode=False))):
+            where = place(f"Split {name!r}, row {row}", entry[LABEL])
+            if entry[LABEL] is None or entry[IMAGE] is None:
+                raise ValueError(f"{where}: there is no {'mask' if entry[LABEL] is None else 'image'}.")
+            mask = _named(where, read_mask, entry[LABEL])
+            check_size(where, mask.shape, _named(where, _size, entry[IMAGE]))
+            for value in _values(mask):
+                first[name].setdefault(value, where)
+    classes = _named_classes(args, set(first[train_name]), first[train_name])
+    for seen in first.values():
+        for value, where in seen.items():
+            _named(where, classes.ids, np.array([[value]]))
+    return classes
+
+
+def _first_values(stream: Any, name: str, args: DataArguments) -> set[int]:
+    """The values of a stream's first masks, of as many as it takes to tell whether they are black and white."""
+    values: set[int] = set()
+    if len(args.class_names or ()) != 2 or args.ignore_index == WHITE:
+        return values
+    # Not more than are read before the first step anyway.
+    for row, entry in enumerate(stream.select_columns([LABEL]).take(SHUFFLE_BUFFER_SIZE)):
+        if row >= FIRST_MASKS and len(values) > 1:
+            break
+        where = place(f"Split {name!r}, row {row}", entry[LABEL])
+        if entry[LABEL] is None:
+            raise ValueError(f"{where}: there is no mask.")
+        values.update(_values(_named(where, read_mask, entry[LABEL])))
+    if args.ignore_index is None and len(values) == 1 and values < set(BLACK_AND_WHITE):
+        raise ValueError(
+            f"The first masks of the stream hold the value {values.pop()} only, which leaves open whether {WHITE} is a "
+            "class (black-and-white masks) or pixels that do not count. If these do not count, say so with "
+            f"ignore_index={WHITE}; else leave out streaming, or put masks with both classes first."
+        )
+    return values
+
+
+def _values(mask: np.ndarray) -> list[int]:
+    # Much quicker than sorting, which would take longer than decoding.
+    values = np.flatnonzero(np.bincount(mask.ravel())) if mask.dtype == np.uint8 else np.unique(mask)
+    return values.tolist()
+
+
+def _named_classes(args: DataArguments, values: Iterable[int], first: Mapping[int, str] | None = None) -> MaskClasses:
+    found, names, ignored = sorted(values), args.class_names, args.ignore_index
+    if tuple(found) == BLACK_AND_WHITE and ignored != WHITE and (names is None or len(names) == 2):
+        return MaskClasses(tuple(names or ("0", "255")), BLACK_AND_WHITE, -1 if ignored is None else ignored)
+    ignored = IGNORE_INDEX if ignored is None else ignored
+    if names is None:
+        ids = [value for value in found if value != ignored]
+        gap = next((value for i, value in enumerate(ids) if value != i), None)
+        if gap is not None:
+            assert first is not None
+            raise ValueError(
+                f"{first[gap]}: the mask holds the class id {gap}, but the ids of the training masks are not 0, 1, 2 "
+                f"... without a gap: {ids[:8]}{' ...' if len(ids) > 8 else ''}. Name the classes with class_names, or "
+                "mend the mask."
+            )
+        names = [str(value) for value in ids]
+    if not 2 <= len(names) <= IGNORE_INDEX:
+        raise ValueError(
+            f"The masks have {len(names)} classes ({', '.join(names[:5])}); from 2 to {IGNORE_INDEX} are possible. "
+            f"Pixels of the value ignore_index={ignored} do not count."
+        )
+    return MaskClasses(tuple(names), tuple(range(len(names))), ignored)
+
+
+def check_size(where: str, mask: tuple[int, ...], image: tuple[int, ...]) -> None:
+    """Raises `ValueError` if a mask is of another size (height, width) than its image.
+
+    Args:
+        where (`str`): Which row, for the message.
+        mask (`tuple[int, ...]`): Height and width of the mask in pixels.
+        image (`tuple[int, ...]`): Those of the image.
+    """
+    if mask != image:
+        raise ValueError(
+            f"{where}: the mask is {mask[1]} × {mask[0]} pixels (width × height), its image {image[1]} × {image[0]}."
+        )
+
+
+def place(where: str, entry: Mapping[str, Any] | None) -> str:
+    """A place with the path of a file, where that is known.
+
+    Args:
+        where (`str`): Which row.
+        entry (`Mapping`, *optional*): What an undecoded `datasets.Image` column holds.
+
+    Returns:
+        `str`
+    """
+    path = None if entry is None else entry.get("path")
+    return f"{where} ({path})" if path else where
+
+
+def _named(where: str, read: Any, argument: Any) -> Any:
+    try:
+        return read(argument)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}: {error}.") from error

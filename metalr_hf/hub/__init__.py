@@ -1,0 +1,1 @@
+"""What a published model says, and what goes up."""

@@ -1,0 +1,38 @@
+"""Networks: timm's and bare modules in the Trainer, U-Nets and their loss."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bare import Classifier
+    from .losses import segmentation_loss
+    from .timm import wrap_timm_model
+    from .unet import TimmUNetConfig, TimmUNetForSemanticSegmentation
+    from .unet3d import UNet3DConfig, UNet3DForSemanticSegmentation
+
+__all__ = [
+    "Classifier",
+    "TimmUNetConfig",
+    "TimmUNetForSemanticSegmentation",
+    "UNet3DConfig",
+    "UNet3DForSemanticSegmentation",
+    "segmentation_loss",
+    "wrap_timm_model",
+]
+
+_HOMES = {
+    "Classifier": "bare",
+    "TimmUNetConfig": "unet",
+    "TimmUNetForSemanticSegmentation": "unet",
+    "UNet3DConfig": "unet3d",
+    "UNet3DForSemanticSegmentation": "unet3d",
+    "segmentation_loss": "losses",
+    "wrap_timm_model": "timm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: the Trainer looks into this package, and most users need neither timm nor a U-Net.
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

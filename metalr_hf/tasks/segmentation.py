@@ -1,0 +1,143 @@
+"""Segmentation in the Trainer: pretrained networks with a head for given classes, and what the Trainer needs for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForSemanticSegmentation,
+    BaseImageProcessor,
+    PreTrainedModel,
+    SegformerImageProcessor,
+    TimmWrapperConfig,
+)
+
+from ..data.mask_transforms import collate_masks
+from ..data.transforms import load_image_processor
+
+# The 3-D U-Net for its entry in transformers' Auto classes.
+from ..models import unet3d as unet3d
+from ..models.losses import segmentation_loss
+from ..models.unet import TimmUNetForSemanticSegmentation
+from .metrics import build_dice_metrics, predicted_classes
+
+DEMO_IMAGE_SIZE = 96
+
+
+def segmentation_trainer_arguments(class_names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a Trainer for segmentation: cross-entropy plus Dice as the loss, Dice as the metric.
+
+    Args:
+        class_names (`Sequence[str]`): Name of class 0, 1, ...
+
+    Returns:
+        `dict[str, Any]`: `data_collator`, `compute_loss_func`, `compute_metrics` and `preprocess_logits_for_metrics`.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tasks.segmentation import segmentation_trainer_arguments
+    >>> list(segmentation_trainer_arguments(["background", "lesion"]))  # MetaLRTrainer(model, args, ..., **these)
+    ['data_collator', 'compute_loss_func', 'compute_metrics', 'preprocess_logits_for_metrics']
+
+    ```
+    """
+    return {
+        "data_collator": collate_masks,
+        "compute_loss_func": segmentation_loss,
+        "compute_metrics": build_dice_metrics(class_names),
+        "preprocess_logits_for_metrics": predicted_classes,
+    }
+
+
+def load_segmentation_model(
+    name: str, id2label: Mapping[int, str], image_size: int | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Loads a pretrained segmentation network with a head for given classes.
+
+    Args:
+        name (`str`):
+            Hub id or local folder: of a model of `AutoModelForSemanticSegmentation`, SegFormer for one, or of a timm
+            model, which becomes the encoder of a U-Net.
+        id2label (`Mapping[int, str]`): Class number to class name.
+        image_size (`int`, *optional*): For timm models that are built for one size of images.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code that the repository brings along.
+
+    Returns:
+        `transformers.PreTrainedModel`
+
+    Raises:
+        OSError, ValueError: if there is no such model.
+    """
+    labels: dict[str, Any] = {"id2label": dict(id2label), "label2id": {label: i for i, label in id2label.items()}}
+    config: Any = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if isinstance(config, TimmWrapperConfig):
+        encoder_args = {
+            key: value for key, value in (config.model_args or {}).items() if key in ("img_size", "in_chans")
+        }
+        if (config.pretrained_cfg or {}).get("fixed_input_size") and image_size is not None:
+            encoder_args["img_size"] = image_size
+        source = "local-dir" if os.path.isdir(name) else "hf-hub"
+        return TimmUNetForSemanticSegmentation.from_encoder(f"{source}:{name}", encoder_args=encoder_args, **labels)
+    config.id2label, config.label2id = labels["id2label"], labels["label2id"]
+    if getattr(config, "use_auxiliary_head", False):
+        # It only takes part in the model's own loss.
+        config.use_auxiliary_head = False
+    return AutoModelForSemanticSegmentation.from_pretrained(
+        name, config=config, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code
+    )
+
+
+def load_mask_processor(
+    model: PreTrainedModel, name_or_path: str | None = None, image_size: int | None = None, **kwargs: Any
+) -> BaseImageProcessor:
+    """Loads the image processor that belongs to a segmentation network.
+
+    A U-Net on a fresh timm encoder gets a `SegformerImageProcessor` with the scale of the encoder's images: it resizes
+    images and masks, and turns outputs into masks (`post_process_semantic_segmentation`).
+
+    Args:
+        model (`transformers.PreTrainedModel`): The model.
+        name_or_path (`str`, *optional*): Hub id or folder to load from; not needed for U-Nets on fresh encoders.
+        image_size (`int`, *optional*): Height and width of the output in pixels; by default the processor's own.
+        **kwargs: To `AutoImageProcessor.from_pretrained`.
+
+    Returns:
+        `transformers.BaseImageProcessor`
+
+    Raises:
+        ValueError: if the processor cannot give the size.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tasks.demo import demo_unet
+    >>> from metalr_hf.tasks.segmentation import load_mask_processor
+    >>> dict(load_mask_processor(demo_unet({0: "inside", 1: "membrane"})).size)
+    {'height': 96, 'width': 96}
+
+    ```
+    """
+    pretrained_cfg = getattr(getattr(model, "encoder", None), "pretrained_cfg", None)
+    saved = name_or_path is not None and not isinstance(
+        AutoConfig.from_pretrained(name_or_path, **kwargs), TimmWrapperConfig
+    )
+    if saved or pretrained_cfg is None:
+        processor: Any = load_image_processor(model, name_or_path, image_size, **kwargs)
+        # Checkpoints trained on ADE20K would take class 0 for pixels that do not count.
+        processor.do_reduce_labels = False
+        return processor
+    if image_size is None:
+        image_size = DEMO_IMAGE_SIZE if name_or_path is None else pretrained_cfg["input_size"][-1]
+    bicubic = pretrained_cfg.get("interpolation") == "bicubic"
+    return SegformerImageProcessor(
+        size={"height": image_size, "width": image_size},
+        resample=Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR,
+        image_mean=list(pretrained_cfg["mean"]),
+        image_std=list(pretrained_cfg["std"]),
+        do_reduce_labels=False,
+    )

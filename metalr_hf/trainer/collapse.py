@@ -1,0 +1,201 @@
+"""A run that has collapsed to a constant output: noticed within a few steps, and undone."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Log-probabilities that differ by less than this from image to image, and by less than this share of what they did at
+# the start, are the same answer to all of them.
+SPREAD, SHARE_OF_SPREAD = 0.02, 0.1
+# A loss this near the one of the best constant answer has learned nothing.
+NOTHING_LEARNED = 0.97
+
+
+class CollapseGuard:
+    """Keeps the first weights of a run in a temporary file, and knows when to go back to them.
+
+    A learning rate that is much too high drives the features of a network to a constant, where gradients vanish and no
+    later learning rate helps. Such a run answers every image alike at the loss of the best constant answer, the entropy
+    of the labels. Both signs together are looked for, at a few steps early in the run; a run that merely learns slowly
+    still answers differently from image to image.
+
+    The file has no name and is gone with the guard or the process, however that ends. If the disk for temporary files
+    (`TMPDIR`) is full, the weights are kept in the CPU's memory.
+
+    Args:
+        model (`torch.nn.Module`): The model. Its weights at the first look are the first weights.
+        every (`int`, *optional*, defaults to 10): How many steps apart it looks, over the mean loss between.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.trainer.collapse import CollapseGuard
+    >>> model = torch.nn.Linear(4, 2)
+    >>> guard = CollapseGuard(model, every=2)
+    >>> images, labels = torch.randn(4, 4), torch.tensor([0, 1, 0, 1])
+    >>> guard.note(torch.tensor(0.75), labels)
+    >>> guard.collapsed(lambda: model(images))
+    False
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> guard.note(torch.tensor(0.69), labels)
+    >>> guard.collapsed(lambda: model(images))
+    True
+    >>> guard.go_back(model)
+    >>> bool((model.weight == 0).any())
+    False
+
+    ```
+    """
+
+    def __init__(self, model: nn.Module, every: int = 10):
+        self.every = every
+        self.active = True
+        self.losses: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.start_spread: float | None = None
+        self._model, self._start = model, _Kept({})
+
+    def note(self, loss: Tensor, labels: Tensor) -> None:
+        """Notes a step, without waiting for the device.
+
+        Args:
+            loss (`torch.Tensor` of shape `()`): The training loss.
+            labels (`torch.Tensor` of shape `(batch,)`, int64): The class of every image.
+        """
+        self.losses.append(loss.detach())
+        self.labels.append(labels.detach().reshape(-1))
+
+    def collapsed(
+        self, logits: Callable[[], Tensor | None], reduce: Callable[[Tensor], Tensor] = lambda values: values
+    ) -> bool:
+        """Whether the run has collapsed. Looks at every few steps only and says `False` between.
+
+        Args:
+            logits (`Callable`): Takes nothing and returns the logits `(batch, classes)` of a batch. Called at the
+                first call, when the weights are written too, and then only if the loss is suspicious. A model that
+                returns none ends the watch.
+            reduce (`Callable`, *optional*): Averages a tensor over all processes.
+        """
+        if self.start_spread is None:
+            answers = logits()
+            if answers is None:
+                self.stop()
+                return False
+            self.start_spread = float(reduce(_spread(answers)))
+            self._start = _Kept(self._model.state_dict())
+        if len(self.losses) < self.every:
+            return False
+        device = self.losses[-1].device
+        loss = torch.stack([loss.to(device, torch.float32) for loss in self.losses]).mean()
+        labels = torch.cat([labels.to(device) for labels in self.labels])
+        # Those below zero are of no class.
+        shares = labels[labels >= 0].bincount().float()
+        shares = shares / shares.sum()
+        entropy = -torch.special.xlogy(shares, shares).sum()
+        self.losses = []
+        loss, entropy = reduce(torch.stack([loss, entropy])).tolist()
+        if not loss >= NOTHING_LEARNED * entropy:
+            return False
+        answers = logits()
+        assert answers is not None
+        return float(reduce(_spread(answers))) < min(SPREAD, SHARE_OF_SPREAD * self.start_spread)
+
+    def go_back(self, model: nn.Module) -> None:
+        """Puts the first weights and buffers back.
+
+        Args:
+            model (`torch.nn.Module`): The model that the guard was made with.
+        """
+        model.load_state_dict(self._start.load())
+
+    def stop(self) -> None:
+        """Gives the room back; there is nothing to watch any more."""
+        self.active = False
+        self.losses, self.labels, self._start = [], [], _Kept({})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, first weights included, in tensors and plain containers."""
+        return {
+            "active": self.active,
+            "losses": [float(loss) for loss in self.losses],
+            "labels": torch.cat(self.labels).cpu() if self.labels else torch.zeros(0, dtype=torch.int64),
+            "start_spread": self.start_spread,
+            "start": self._start.load(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what [`~CollapseGuard.state_dict`] gave.
+
+        Args:
+            state_dict (`dict`): The state.
+        """
+        # The first weights are those of the run, not those that it goes on from.
+        self.active, self.start_spread = state_dict["active"], state_dict["start_spread"]
+        self._start = _Kept(state_dict["start"])
+        self.losses = [torch.tensor(loss) for loss in state_dict["losses"]]
+        self.labels = [state_dict["labels"]]
+
+
+def are_classes(labels: Any) -> bool:
+    """Whether labels are one class per image: not boxes, masks or numbers to be met.
+
+    Args:
+        labels (`Any`): The labels of a batch, as the data collator makes them.
+
+    Returns:
+        `bool`
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.trainer.collapse import are_classes
+    >>> are_classes(torch.tensor([0, 2])), are_classes(torch.zeros(2, 8, 8, dtype=torch.int64)), are_classes(None)
+    (True, False, False)
+
+    ```
+    """
+    return isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+
+
+class _Kept:
+    """Tensors by name, in a temporary file."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.in_memory: dict[str, Tensor] | None = tensors
+        self._file: Any = None
+        if not tensors:
+            return
+        # A copy in memory would be there at the peak of every step, and on a CPU beside the weights themselves.
+        try:
+            # No buffer of its own: one that is left in a forked process, too, would move the place in the file as it
+            # is closed.
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
+            with open(self._file.fileno(), "wb", closefd=False) as file:
+                torch.save(tensors, file)
+            self.in_memory = None
+        except (OSError, RuntimeError):
+            if self._file is not None:
+                # A full disk gets back what was written until then.
+                self._file.close()
+            self.in_memory = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+
+    def load(self) -> dict[str, Tensor]:
+        """The tensors, on the CPU."""
+        if self.in_memory is not None:
+            return self.in_memory
+        with open(self._file.fileno(), "rb", closefd=False) as file:
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _spread(logits: Tensor) -> Tensor:
+    return logits.detach().float().log_softmax(-1).std(0).mean().reshape(1)

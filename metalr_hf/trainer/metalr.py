@@ -1,0 +1,394 @@
+"""MetaLRTrainer: where the learning-rate scheduler, the layers and the meta stream meet transformers' Trainer."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.utils import logging
+
+from ..hub.mixin import HubTrainer
+from ..layers.groups import check_layer_groups, layer_groups, split_optimizer
+from ..layers.names import head_layers
+from ..models.bare import LossAlone, logits_of, wrap_bare_module
+from ..tuning.contexts import untouched
+from ..tuning.history import LRHistory
+from ..tuning.linearity import check_optimizer_name
+from ..tuning.scheduler import MetaLRScheduler
+from ..tuning.sharding import refuse_fsdp1, reshard
+from .arguments import MetaLRTrainingArguments
+from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
+from .collapse import CollapseGuard, are_classes
+from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
+from .schedules import schedule_shape
+
+logger = logging.get_logger(__name__)
+
+COLLAPSE_FACTOR = 0.1
+
+
+class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
+    """[`~transformers.Trainer`] with one meta-tuned learning rate per layer.
+
+    The start rates are calibrated at the first step, so that `args.learning_rate` makes no difference. After each of
+    the first `args.tuning_steps` optimizer steps the learning rate of every layer is tuned by a validation gradient,
+    taken from the next training batch (the default: no extra pass), from `meta_dataset`, or from a held-out share of
+    the training set (`args.meta_split`). Then the schedule alone moves them. `eval_dataset` is never used to tune.
+
+    Every argument of `Trainer` keeps its meaning, except for a scheduler in `optimizers`, which is refused. `args` may
+    be plain `TrainingArguments`, whose schedule (`linear` by default) then shapes the tuned rates.
+
+    Args:
+        model (`PreTrainedModel` or `torch.nn.Module`):
+            The model, or in its place `model_init`. A bare timm model is put into transformers'
+            `TimmWrapperForImageClassification`, a module from images to logits into a
+            [`~metalr_hf.models.bare.Classifier`]. One that takes labels is taken as it is, whether it returns a loss,
+            or a tuple or a dictionary with one.
+        args ([`MetaLRTrainingArguments`] or `TrainingArguments`, *optional*):
+            The arguments.
+        *trainer_args:
+            Further positional arguments of `Trainer`, in its order.
+        meta_dataset (`datasets.Dataset`, `datasets.IterableDataset` or torch dataset, *optional*):
+            Labelled images to take validation batches from, prepared like the training set.
+        layer_groups (`Mapping[str, Sequence[str]]`, *optional*):
+            Layer name to parameter names, input side first and the head last. Defaults to
+            [`layer_groups`]`(model)`.
+        **kwargs:
+            All other arguments of `Trainer`, by keyword.
+
+    Raises:
+        ValueError: if the layers, the meta set or the optimizer cannot be used; see the message.
+
+    Example:
+
+    ```python
+    >>> import timm
+    >>> import torch
+    >>> from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+    >>> images = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 2} for i in range(16)]
+    >>> args = MetaLRTrainingArguments("runs/example", max_steps=2, save_strategy="no", report_to="none", use_cpu=True)
+    >>> trainer = MetaLRTrainer(timm.create_model("test_resnet", num_classes=2), args, train_dataset=images)
+    >>> trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...
+    >>> trainer.lr_history.save("lr_history.csv")
+
+    ```
+    """
+
+    args: MetaLRTrainingArguments
+    optimizer: Any
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *trainer_args: Any,
+        meta_dataset: Any = None,
+        layer_groups: Mapping[str, Sequence[str]] | None = None,
+        **kwargs: Any,
+    ):
+        args = MetaLRTrainingArguments.from_stock(args)
+        args.refuse_deepspeed()
+        refuse_fsdp1((args.fsdp_plugin_args or {}).get("fsdp_version", 2))
+        given = inspect.signature(Trainer.__init__).bind_partial(self, model, args, *trainer_args, **kwargs).arguments
+        # The user's own loss knows what to feed the module and what it returns.
+        changed = type(self).compute_loss is not MetaLRTrainer.compute_loss
+        self._own_loss = changed or given.get("compute_loss_func") is not None
+        # Before Trainer sets it: a module from model_init is wrapped by what the data has.
+        self.train_dataset = given.get("train_dataset")
+        self._given_layer_groups = self._own_layer_groups = layer_groups
+        if model is not None:
+            model = self._wrap(model)
+        optimizer, scheduler = given.get("optimizers") or (None, None)
+        if scheduler is not None:
+            raise ValueError(
+                "optimizers=(optimizer, scheduler): MetaLRTrainer's own scheduler holds the learning rates. Pass "
+                "optimizers=(optimizer, None) and choose the schedule's shape with args.lr_scheduler_type."
+            )
+        if optimizer is None and given.get("optimizer_cls_and_kwargs") is None:
+            check_optimizer_name(args.optim)
+        self.meta_source = args.resolve_meta_source(meta_dataset is not None)
+        self.meta_dataset = meta_dataset
+        self._created_optimizer = False
+        self._meta_stream: MetaStream | None = None
+        self._step_loss: Tensor | float = 0.0
+        self._left_out: dict[str, Tensor] = {}
+        self._collapse_guard: CollapseGuard | None = None
+        super().__init__(model, args, *trainer_args, **kwargs)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            refuse_fsdp1(plugin.fsdp_version)
+        if self.train_dataset is not None:
+            self._prepare_meta_dataset()
+        if self.model_init is None:
+            self._layer_groups(self.model)
+
+    @property
+    def lr_history(self) -> LRHistory:
+        """The learning rate that every layer used at every optimizer step, an [`LRHistory`].
+
+        Raises:
+            ValueError: before `train()`.
+        """
+        if not isinstance(self.lr_scheduler, MetaLRScheduler):
+            raise ValueError("There is no learning-rate history yet: call train() first.")
+        return self.lr_scheduler.history
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; see [`~transformers.Trainer.train`].
+
+        `resume_from_checkpoint=True` goes on from the last complete checkpoint in `args.output_dir`: one whose writing
+        was interrupted does not count.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or it is of a run with other layers.
+        """
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None and self.model_init is None:
+            check_checkpoint(checkpoint, list(self._layer_groups(self.model)))
+        if self.lr_scheduler is not None and self._created_optimizer:
+            # A second run, which Trainer would begin with the moments of the first.
+            self.optimizer = None
+        return super().train(checkpoint, *args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Trainer's, in each run of a search too; a bare module is wrapped as one that is given as `model`."""
+        return self._wrap(super().call_model_init(trial))
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        groups, own_loss = self._given_layer_groups, self._own_loss
+        model, self._own_layer_groups = wrap_bare_module(model, groups, self.train_dataset, own_loss=own_loss)
+        return model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Creates Trainer's optimizer, or takes the one handed in, and splits its param groups by layer."""
+        self._created_optimizer |= self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if not all("layer" in group for group in optimizer.param_groups):
+            model = self.model if model is None else model
+            names = self._layer_groups(model)
+            parameters = dict(model.named_parameters())
+            layers = {layer: [parameters[name] for name in members] for layer, members in names.items()}
+            split_optimizer(optimizer, layers)
+            heads = head_layers(list(layers))
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * (self.args.head_lr_multiplier if group["layer"] in heads else 1)
+        return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> MetaLRScheduler:
+        """Creates the [`MetaLRScheduler`]: a stock scheduler would overwrite the tuned rates at each step."""
+        if self.lr_scheduler is None:
+            args = self.args
+            scheduler = MetaLRScheduler(
+                self.optimizer if optimizer is None else optimizer,
+                rule=args.lr_rule,
+                hyper_lr=args.hyper_lr,
+                meta_source=self.meta_source,
+                meta_every=args.resolve_meta_every(self.meta_source),
+                tuning_steps=args.tuning_steps or None,
+                calibrate=args.resolve_calibrate(),
+                lookahead=args.lookahead,
+                shape=schedule_shape(args, num_training_steps),
+                lr_min=args.lr_min,
+                lr_max=args.lr_max,
+                max_lr_change=args.resolve_max_lr_change(),
+                meta_context=lambda: untouched(self.model, args.meta_mode),
+                reduce=self._mean_over_processes if args.world_size > 1 else None,
+            )
+            held_for = args.resolve_head_hold_steps(self.train_dataset)
+            scheduler.hold_steps = dict.fromkeys(head_layers(scheduler.layers), held_for)
+            if self.meta_source == "stream":
+                self._meta_stream = self._create_meta_stream()
+                scheduler.stateful["meta_stream"] = self._meta_stream
+            if args.hyper_lr > 0 and args.tuning_steps and not self.is_fsdp_enabled and not self._own_loss:
+                self._collapse_guard = scheduler.stateful["collapse_guard"] = CollapseGuard(self.model)
+            held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
+            parameters = self.model.named_parameters()
+            self._left_out = {name: p for name, p in parameters if id(p) not in held and not p.requires_grad}
+            self._step_loss = 0.0
+            self.lr_scheduler = scheduler
+            # Trainer's own mark of a scheduler that a second train() has to make anew.
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's forward and backward; then a validation batch is pulled if the step about to be taken is tuned."""
+        self._undo_collapse(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._refuse_thawed()
+        self._step_loss = self._step_loss + loss
+        scheduler, guard = self.lr_scheduler, self._collapse_guard
+        if self.accelerator.sync_gradients:
+            if scheduler.awaits_gradients:
+                # Before Trainer clips them.
+                scheduler.note_gradients(self._loss_scale(loss.device), self._step_loss)
+            # A batch of a step that overflowed and was not taken is let go: no checkpoint would know of it.
+            if scheduler.will_tune and (self._meta_stream or scheduler.will_calibrate):
+                # The scale is as large as training gradients bear. Those of a validation batch may be larger.
+                scheduler.meta_loss_scale = self._loss_scale(loss.device, headroom=8)
+                stream = self._meta_stream or self._create_meta_stream(self.state.global_step, batches_to_shuffle=4)
+                scheduler.meta_loss = partial(self.compute_meta_loss, next(stream))
+            if guard is not None and guard.active:
+                guard.note(torch.as_tensor(self._step_loss), inputs["labels"])
+            self._step_loss = 0.0
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; a module that is not one of transformers may also return its loss alone."""
+        bare = not isinstance(self.model, PreTrainedModel) and self.label_smoother is None
+        if bare and self.compute_loss_func is None:
+            return super().compute_loss(LossAlone(model, self.args.n_gpu), inputs, *args, **kwargs)  # type: ignore[arg-type]
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def compute_meta_loss(self, inputs: dict[str, Any]) -> Tensor:
+        """The loss of a validation batch, computed as the training loss is.
+
+        Args:
+            inputs (`dict`): A batch as the data collator makes it.
+
+        Returns:
+            `torch.Tensor` of shape `()`: the loss, with its graph.
+        """
+        self.lr_scheduler.meta_loss = None
+        inputs = dict(self._prepare_inputs(inputs))
+        if find_batch_size(inputs) == 0 and not self.is_fsdp_enabled:
+            # A collator has left out all of it. Nothing is tuned then, in no process.
+            return next(p for p in self.model.parameters() if p.requires_grad).sum() * math.nan
+        # A compute_loss_func may divide by the count. Models take their own mean without it.
+        count = None
+        if self.compute_loss_func is not None:
+            _, count = self.get_batch_samples(iter([inputs]), 1, self.args.device)
+        with self.compute_loss_context_manager():
+            # Not through DDP, which would send the gradients where one figure per layer will do. DataParallel divides
+            # the batch over its devices.
+            model = self.model_wrapped if self.args.n_gpu > 1 else self.model
+            loss = self.compute_loss(model, inputs, num_items_in_batch=count)
+        assert isinstance(loss, Tensor)
+        if self.is_fsdp_enabled and not torch.is_grad_enabled():
+            reshard(self.model)
+        # A vector under DataParallel.
+        return loss.mean()
+
+    def _loss_scale(self, device: torch.device, headroom: int = 1) -> float | Tensor:
+        """The factor that float16's losses are multiplied by, left on the device: `get_scale()` would wait for it."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device)) / headroom
+
+    def _refuse_thawed(self) -> None:
+        thawed = [name for name, p in self._left_out.items() if p.requires_grad]
+        if thawed:
+            raise ValueError(
+                f"{thawed[0]} and {len(thawed) - 1} more parameters were frozen when training began and are not any "
+                "more, but the optimizer does not hold them: they would not be trained. Freeze them in a callback's "
+                "on_train_begin instead, when the optimizer holds all parameters, or call train() again."
+            )
+
+    def _undo_collapse(self, inputs: dict[str, Any]) -> None:
+        # Before a step and not in it, where a scaler waits for its gradients. Within one, nothing new is known.
+        scheduler, guard = self.lr_scheduler, self._collapse_guard
+        if guard is None or not guard.active:
+            return
+
+        def logits() -> Any:
+            with torch.no_grad(), untouched(self.model, "eval"):
+                return logits_of(self.model(**self._prepare_inputs(inputs)))
+
+        if not are_classes(inputs.get("labels")):
+            guard.stop()
+        elif guard.collapsed(logits, self._mean_over_processes):
+            guard.go_back(self.model)
+            scheduler.restart(COLLAPSE_FACTOR)
+            guard.stop()
+            logger.warning(
+                f"By step {self.state.global_step} the model answered every image alike, at the loss of a constant "
+                "answer: its learning rates were too high. Its first weights are back, the learning rates are "
+                f"{COLLAPSE_FACTOR:g} times what they were at the start, and are tuned anew."
+            )
+        elif scheduler.tuning_is_over:
+            guard.stop()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the learning rates that the last step used, and how tuning goes, to a training row.
+
+        `learning_rate` is the geometric mean over the layers. Trackers (`args.report_to`) get every layer's rate, as
+        `lr/<layer>`, and at a tuned step its hypergradient, as `hypergradient/<layer>`.
+        """
+        if "learning_rate" in logs and isinstance(self.lr_scheduler, MetaLRScheduler) and len(self.lr_history):
+            logs |= self.lr_history.last_row(every_layer=bool(self.args.report_to))
+            guard = self.lr_scheduler.guard
+            counts = {"meta_non_finite": guard.non_finite, "meta_refused": guard.refused}
+            logs |= {name: count for name, count in counts.items() if count}
+        super().log(logs, *args, **kwargs)
+
+    def _layer_groups(self, model: nn.Module) -> dict[str, list[str]]:
+        groups = self._own_layer_groups
+        if groups is None:
+            groups = layer_groups(model, self.args.layer_granularity, self.args.head_module)
+        check_layer_groups(model, groups)
+        return {layer: list(names) for layer, names in groups.items()}
+
+    def _prepare_meta_dataset(self) -> None:
+        args = self.args
+        if self.meta_dataset is not None and args.meta_split > 0:
+            raise ValueError(
+                f"meta_dataset and meta_split={args.meta_split} are both given. Leave out one: a meta_dataset is used "
+                "as it is, meta_split holds out a share of train_dataset."
+            )
+        if args.meta_split > 0:
+            self.train_dataset, self.meta_dataset = split_meta_dataset(
+                self.train_dataset,
+                args.meta_split,
+                label_column=self._label_column(self.train_dataset),
+                seed=args.seed,
+            )
+        elif self.meta_dataset is not None:
+            classifier = type(self.model).__name__.endswith("ForImageClassification")
+            check_meta_dataset(
+                self.meta_dataset,
+                label_column=self._label_column(self.meta_dataset),
+                num_classes=self.model.config.num_labels if classifier else None,
+            )
+
+    def _label_column(self, dataset: Any) -> str:
+        columns = getattr(dataset, "column_names", None) or []
+        candidates = [*(self.args.label_names or []), "labels", "label"]
+        return next((name for name in candidates if name in columns), candidates[0] if columns else "labels")
+
+    def _create_meta_stream(self, seed: int = 0, batches_to_shuffle: int | None = None) -> MetaStream:
+        args = self.args
+        own = args.meta_batch_size
+        batch_size = args.train_batch_size if own is None else own * max(1, args.n_gpu)
+        num_workers, buffer = args.dataloader_num_workers, {}
+        if batches_to_shuffle is not None:
+            # A single batch is not worth the wait for a large buffer, nor for workers to start and load ahead.
+            num_workers, buffer = 0, {"shuffle_buffer_size": batches_to_shuffle * batch_size}
+        dataset = self.train_dataset if self.meta_dataset is None else self.meta_dataset
+        # The same two preparations that Trainer gives to its own loaders; no public method does them.
+        if isinstance(dataset, datasets.Dataset):
+            dataset, collator = self._remove_unused_columns(dataset, description="meta"), self.data_collator
+        else:
+            collator = self._get_collator_with_removed_columns(self.data_collator, description="meta")
+        return MetaStream(
+            dataset,
+            batch_size,
+            collator,
+            seed=seed + (args.seed if args.data_seed is None else args.data_seed),
+            num_workers=num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            process_index=args.process_index,
+            num_processes=args.world_size,
+            **buffer,
+        )
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="mean")

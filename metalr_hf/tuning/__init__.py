@@ -1,0 +1,8 @@
+"""How a learning rate moves: torch only, for any training loop."""
+
+from .contexts import untouched
+from .history import LRHistory
+from .rules import Rule, register_rule
+from .scheduler import MetaLRScheduler
+
+__all__ = ["LRHistory", "MetaLRScheduler", "Rule", "register_rule", "untouched"]

@@ -1,0 +1,224 @@
+"""What the scheduler reads off an optimizer and writes to it: hooks, layers and their rates, overflow."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_HOOKS: weakref.WeakKeyDictionary[Optimizer, list[torch.utils.hooks.RemovableHandle]] = weakref.WeakKeyDictionary()
+
+
+class StepListener(Protocol):
+    """What wants to know of every step of an optimizer."""
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None: ...
+
+    def after_optimizer_step(self, optimizer: Optimizer) -> None: ...
+
+
+def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> list[torch.utils.hooks.RemovableHandle]:
+    """Registers hooks that tell the listener of every step. A listener before it, of a run before, hears no more.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        listener ([`StepListener`]): Kept by a weak reference: when it is gone, nothing is told.
+
+    Returns:
+        `list[torch.utils.hooks.RemovableHandle]`: to take the hooks away with.
+    """
+    # Weak, so that a scheduler which is gone neither lives on in its optimizer nor tunes it any more.
+    reference = weakref.ref(listener)
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (own := reference()) is not None:
+            own.before_optimizer_step(optimizer)
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (own := reference()) is not None:
+            own.after_optimizer_step(optimizer)
+
+    base = unwrap(optimizer)
+    for hook in _HOOKS.get(base, []):
+        hook.remove()
+    _HOOKS[base] = [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
+    return _HOOKS[base]
+
+
+def unwrap(optimizer: Optimizer) -> Optimizer:
+    """The torch optimizer inside accelerate's wrappers, which know nothing of step hooks.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer, wrapped or not.
+
+    Returns:
+        `torch.optim.Optimizer`
+    """
+    while type(optimizer).__module__.startswith("accelerate."):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    return optimizer
+
+
+def overflow_flags(optimizer: Optimizer) -> list[Tensor]:
+    """The flag that `GradScaler` leaves on a fused optimizer during its step: above zero if gradients overflowed.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+
+    Returns:
+        `list[torch.Tensor]`: one flag of shape `()`, or none outside such a step.
+    """
+    flag = getattr(optimizer, "found_inf", None)
+    return [] if flag is None else [flag]
+
+
+def only_creates_state(optimizer: Optimizer) -> bool:
+    """Whether a step about to be taken is none of the training, but one of length 0 that creates the optimizer's state.
+
+    `torch.distributed.checkpoint` takes such a step before it loads the state of a fresh optimizer.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+
+    Returns:
+        `bool`
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.tuning.optimizers import only_creates_state
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> only_creates_state(torch.optim.AdamW([weight], lr=0.0)), only_creates_state(torch.optim.AdamW([weight]))
+    (True, False)
+
+    ```
+    """
+    return not optimizer.state and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
+
+
+def layer_of_groups(optimizer: Optimizer) -> list[str]:
+    """The layer of every param group; a group without one is a layer of its own.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+
+    Returns:
+        `list[str]`: the layer name of every param group.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.tuning.optimizers import layer_of_groups
+    >>> groups = [{"params": [torch.zeros(1)], "layer": "stem"}, {"params": [torch.zeros(1)]}]
+    >>> layer_of_groups(torch.optim.SGD(groups))
+    ['stem', 'group_1']
+
+    ```
+    """
+    return [group.get("layer", f"group_{i}") for i, group in enumerate(optimizer.param_groups)]
+
+
+def start_learning_rates(optimizer: Optimizer, group_layers: list[str], layers: list[str]) -> Tensor:
+    """Where the layers start.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        group_layers (`list[str]`): The layer of every param group.
+        layers (`list[str]`): The layers.
+
+    Returns:
+        `torch.Tensor` of shape `(layers,)`, float64.
+
+    Raises:
+        ValueError: if the groups of a layer start apart, or there is no rate.
+    """
+    rates: dict[str, float] = {}
+    for group, layer in zip(optimizer.param_groups, group_layers, strict=True):
+        if group.get("lr") is None:
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot be tuned: it has no learning rate (lr=None) but makes its own. "
+                "Give it one; Adafactor of transformers also needs relative_step=False."
+            )
+        rate = float(group.get("initial_lr", group["lr"]))
+        if rates.setdefault(layer, rate) != rate:
+            raise ValueError(
+                f"The param groups of layer {layer!r} start at different learning rates, {rates[layer]} and {rate}. "
+                "Give them the same lr, or layer names of their own."
+            )
+    return torch.tensor([rates[layer] for layer in layers], dtype=torch.float64)
+
+
+def write_learning_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
+    """Gives every param group its learning rate; one that is a tensor stays the same tensor.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        rates (`Sequence[float]`): A rate per param group.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.tuning.optimizers import write_learning_rates
+    >>> optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}])
+    >>> write_learning_rates(optimizer, [1e-4, 1e-3])
+    >>> [group["lr"] for group in optimizer.param_groups]
+    [0.0001, 0.001]
+
+    ```
+    """
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def check_own_rates(optimizer: Optimizer, rates: Sequence[float | Tensor], group_layers: list[str]) -> None:
+    """Raises if a learning rate is not the one that was written: the step would not be the one that is tuned.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        rates (`Sequence[float]`): What was written.
+        group_layers (`list[str]`): The layer of every param group.
+
+    Raises:
+        ValueError: if a rate has been changed, or a group was added. A rate that is a tensor is not looked at: that
+            waits for the device.
+    """
+    if len(optimizer.param_groups) != len(group_layers):
+        raise ValueError(
+            f"The optimizer has {len(optimizer.param_groups)} param groups, but had {len(group_layers)} when "
+            "MetaLRScheduler took it over. Give it all parameters from the start; those that are to be trained later "
+            "can have requires_grad=False until then, once the optimizer is made."
+        )
+    for group, rate, layer in zip(optimizer.param_groups, rates, group_layers, strict=True):
+        if not isinstance(group["lr"], Tensor) and group["lr"] != rate:
+            raise ValueError(
+                f"The learning rate of layer {layer!r} was changed from {rate:g} to {group['lr']:g} by something else "
+                "than MetaLRScheduler, which holds the learning rates. Take the callback or second scheduler away "
+                "that did, and use lr_scheduler_type for a schedule."
+            )
+
+
+def parameters_by_layer(optimizer: Optimizer, group_layers: list[str], layers: list[str]) -> list[list[Tensor]]:
+    """The parameters of every layer.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        group_layers (`list[str]`): The layer of every param group.
+        layers (`list[str]`): The layers, in the order wanted.
+
+    Returns:
+        `list[list[torch.Tensor]]`: the parameters layer by layer.
+    """
+    by_layer: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for layer, group in zip(group_layers, optimizer.param_groups, strict=True):
+        by_layer[layer] += group["params"]
+    return list(by_layer.values())

@@ -1,0 +1,88 @@
+import json
+
+import pytest
+from digits import save_image_folder, save_vit
+
+from metalr_hf.cli import main
+from metalr_hf.cli.compare import parse_compare_arguments
+from metalr_hf.compare.results import only_process
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+
+def test_arguments_come_from_the_command_line_a_file_or_both(tmp_path):
+    arguments, tuning = parse_compare_arguments(
+        ["--output_dir", "x", "--learning_rates", "1e-4", "1e-2", "--hyper_lr", "0.2", "--meta_every", "3"]
+    )
+    assert arguments.learning_rates == [1e-4, 1e-2]
+    assert arguments.model == arguments.dataset == ["demo"]
+    assert tuning == {"hyper_lr": 0.2, "meta_every": 3}
+    file = tmp_path / "comparison.yaml"
+    file.write_text("output_dir: x\nstrategies: [cosine, metalr]\nlearning_rates: [1e-4]\nsteps: 5\nlr_rule: adam\n")
+    arguments, tuning = parse_compare_arguments([str(file), "--steps", "7"])
+    assert (arguments.strategies, arguments.steps, tuning) == (["cosine", "metalr"], 7, {"lr_rule": "adam"})
+    file.write_text("output_dir: x\ntest_split: null\ntrain_size: null\n")
+    arguments, _ = parse_compare_arguments([str(file)])
+    assert (arguments.test_split, arguments.train_size) == (None, None)
+
+
+def test_a_comparison_from_the_command_line_leaves_its_report(tmp_path, capsys):
+    images, model = save_image_folder(tmp_path / "images"), save_vit(tmp_path / "vit")
+    command = ["compare", "--output_dir", str(tmp_path / "out"), "--model", str(model), "--dataset", str(images)]
+    command += ["--strategies", "cosine", "metalr", "--learning_rates", "1e-3", "--seeds", "0", "--steps", "3"]
+    assert main([*command, "--batch_size", "8", "--image_size", "16"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(row["cell"], row["strategy"], row["status"]) for row in rows] == [
+        ("vit → images", "cosine", "done"),
+        ("vit → images", "metalr", "done"),
+    ]
+    assert (tmp_path / "out" / "report.png").exists()
+    assert "cosine" in capsys.readouterr().out
+    assert main([*command, "--batch_size", "9", "--image_size", "16"]) == 2
+    assert "holds a comparison with other settings" in capsys.readouterr().err
+
+
+def test_a_folder_in_which_another_process_is_at_work_is_left_as_it_is(tmp_path, capsys):
+    images, model, out = save_image_folder(tmp_path / "images"), save_vit(tmp_path / "vit"), tmp_path / "out"
+    out.mkdir()
+    half_written = '{"cell": "vit → images", "strategy": "cosine"}\n{"cell": "vit'
+    (out / "results.jsonl").write_text(half_written, encoding="utf-8")
+    command = ["compare", "--output_dir", str(out), "--model", str(model), "--dataset", str(images)]
+    with only_process(out):
+        assert main([*command, "--image_size", "16"]) == 2
+    assert "Another process is at work in output_dir" in capsys.readouterr().err
+    assert (out / "results.jsonl").read_text(encoding="utf-8") == half_written
+    assert not (out / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--strategies", "metalrr"], "Did you mean 'metalr'"),
+        (["--learning_rates", "0"], "learning_rates=0.0 is not a positive number"),
+        (["--hyper_lr", "-1"], "hyper_lr=-1.0"),
+        (["--steps", "few"], "argument --steps: invalid int value: 'few' (`metalr-hf compare --help`"),
+        (["--step", "3"], "'step' is no argument. Did you mean 'steps'"),
+        (["--steps", "3", "noise"], "'noise' is no argument"),
+        (["--model", "/no/such/model"], "model_name_or_path='/no/such/model'"),
+        (["--dataset", "/no/such/images"], "dataset_name='/no/such/images'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys, given, message):
+    assert main(["compare", "--output_dir", str(tmp_path / "out"), *given]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_a_file_that_is_none_of_arguments_is_one_line_too(tmp_path, capsys):
+    file = tmp_path / "comparison.yaml"
+    assert main(["compare", str(file)]) == 2
+    assert f"'{file}' does not exist. The first argument is a JSON or YAML file" in capsys.readouterr().err
+    file.write_text("output_dir: x\nstrategy: [cosine]")
+    assert main(["compare", str(file)]) == 2
+    assert f"'strategy' is no argument in '{file}'. Did you mean 'strategies'" in capsys.readouterr().err
+    file.write_text("strategies: [cosine")
+    assert main(["compare", str(file)]) == 2
+    assert f"'{file}' is not valid JSON or YAML: while parsing a flow sequence" in capsys.readouterr().err

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from layered import vit
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+from metalr_hf.cli import main
+from metalr_hf.cli.layers import empty_model
+
+
+def rows(text):
+    lines = [line.replace("│", " ").split() for line in text.splitlines() if line.startswith("│")]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+def test_the_layers_of_a_timm_model_are_listed_without_weights(capsys):
+    assert main(["layers", "--model", "timm/test_vit"]) == 0
+    table = rows(capsys.readouterr().out)
+    assert list(table)[:-1] == ["stem", *(f"blocks.{i}" for i in range(6)), "head"]
+    assert table["head"] == ["2", "65,000", "17.5%"]
+    assert empty_model("timm/test_vit.r160_in1k").head.weight.device == torch.device("meta")
+
+
+def test_granularity_and_head(capsys):
+    assert main(["layers", "--model", "timm/test_resnet", "--granularity", "stage"]) == 0
+    assert "layer3" in rows(capsys.readouterr().out)
+    assert main(["layers", "--model", "timm/test_resnet", "--granularity", "tensor", "--head", "layer4"]) == 0
+    table = rows(capsys.readouterr().out)
+    assert "head.conv1.weight" in table
+    assert "backbone.head.weight" not in table
+    assert main(["layers", "--model", "timm/test_resnet", "--head", "layer9"]) == 2
+    assert "head='layer9' is no module of the model" in capsys.readouterr().err
+
+
+def test_a_saved_model_is_listed_as_what_it_is(tmp_path, capsys):
+    vit().save_pretrained(tmp_path / "classifier")
+    assert main(["layers", "--model", str(tmp_path / "classifier")]) == 0
+    assert list(rows(capsys.readouterr().out))[:-1] == ["stem", "layers.0", "layers.1", "layers.2", "head"]
+    config = SegformerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], decoder_hidden_size=8)
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "segmenter")
+    assert type(empty_model(str(tmp_path / "segmenter"))) is SegformerForSemanticSegmentation
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("timm/resnet1", "timm has no such architecture. Did you mean 'resnet10t'"),
+        ("./nowhere", "no configuration there. It must be a local folder"),
+    ],
+)
+def test_a_model_that_is_not_there(model, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["layers", "--model", model]) == 2
+    assert message in capsys.readouterr().err

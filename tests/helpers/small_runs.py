@@ -1,0 +1,94 @@
+"""Small images, models and runs for the tests, and what two runs are compared by."""
+
+import datasets
+import torch
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification, set_seed
+
+from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+from metalr_hf.tuning.rules import Rule
+
+
+class Keep(Rule):
+    """Leaves the rates alone: all of tuning but for what comes of it."""
+
+    def __call__(self, lr, hypergradient):
+        return lr
+
+
+LABELS = [i % 3 for i in range(48)]
+
+
+def images(n=48, seed=0):
+    pixels = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    for i in range(n):
+        pixels[i, LABELS[i]] += 1.0
+    return datasets.Dataset.from_dict(
+        {"pixel_values": pixels.numpy(), "labels": LABELS[:n]},
+        features=datasets.Features(
+            pixel_values=datasets.Array3D((3, 16, 16), "float32"), labels=datasets.ClassLabel(names=["a", "b", "c"])
+        ),
+    ).with_format("torch")
+
+
+def vit(dropout=0.1):
+    set_seed(0)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=16,
+            patch_size=8,
+            num_labels=3,
+            hidden_dropout_prob=dropout,
+        )
+    )
+
+
+def resnet():
+    set_seed(0)
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    )
+
+
+def arguments(folder, **kwargs):
+    defaults = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "calibrate": False,
+        "meta_every": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return MetaLRTrainingArguments(str(folder), **{**defaults, **kwargs})
+
+
+def trainer(folder, model=None, train_dataset=None, meta_dataset=None, eval_dataset=None, **kwargs):
+    own = {key: kwargs.pop(key) for key in ("layer_groups", "optimizers", "compute_loss_func") if key in kwargs}
+    return MetaLRTrainer(
+        model=vit() if model is None else model,
+        args=arguments(folder, **kwargs),
+        train_dataset=images() if train_dataset is None else train_dataset,
+        meta_dataset=meta_dataset,
+        eval_dataset=eval_dataset,
+        **own,
+    )
+
+
+def streamed(rows):
+    return rows.to_iterable_dataset(num_shards=4).shuffle(seed=0, buffer_size=8)
+
+
+def losses(trained):
+    return [row["loss"] for row in trained.state.log_history if "loss" in row]
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))

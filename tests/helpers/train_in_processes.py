@@ -1,0 +1,150 @@
+"""One process of some runs, one after the other: `torchrun --nproc_per_node N train_in_processes.py RUNS.json`."""
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
+from small_runs import images, resnet, streamed, vit
+from torch import nn
+from torch.profiler import profile
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback, set_seed
+
+from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+from metalr_hf.tuning.sharding import local, whole
+
+torch.set_num_threads(1)
+
+
+def vit_with_an_unused_layer():
+    model = vit(dropout=0.0)
+    model.vit.unused = nn.Linear(4, 4)
+    return model
+
+
+MODELS = {
+    "vit": lambda: vit(dropout=0.0),
+    "vit with dropout": vit,
+    "vit with an unused layer": vit_with_an_unused_layer,
+    "resnet": resnet,
+}
+# Does not divide evenly by two processes.
+META_ROWS = 21
+
+
+class Rows(IterableDataset):
+    def __iter__(self):
+        yield from images(META_ROWS, seed=1)
+
+
+TRAINING_SETS = {"table": images, "stream": lambda: streamed(images())}
+META_SETS = {None: lambda: None, "stream": lambda: streamed(images(META_ROWS, seed=1)), "rows": Rows}
+
+
+def names(inputs):
+    """A figure that tells every image from the others."""
+    return inputs["pixel_values"][:, 0, 0, 0].tolist()
+
+
+class TrainerOfTheTest(MetaLRTrainer):
+    """accelerate shards on accelerators only; torch's `fully_shard`, which it calls, is at home on a CPU."""
+
+    spoiled_step = None
+    slow_to_save = False
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            state = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.train_rows += names(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir):
+        if self.slow_to_save and self.args.process_index == 1:
+            time.sleep(0.2)
+        super()._save_rng_state(output_dir)
+
+    def compute_meta_loss(self, inputs):
+        # The same batch is looked at several times where it calibrates.
+        if self.meta_rows[-len(inputs["labels"]) :] != names(inputs):
+            self.meta_rows += names(inputs)
+        loss = super().compute_meta_loss(inputs)
+        spoiled = self.args.process_index == 1 and self.state.global_step == self.spoiled_step
+        return loss * float("nan") if spoiled else loss
+
+
+class Rates(TrainerCallback):
+    """Every step's learning rates, as this process has them."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        self.rates.append(lr_scheduler.learning_rates.tolist())
+
+
+def run(
+    folder,
+    model="vit",
+    train="table",
+    meta=None,
+    resume=None,
+    spoiled_step=None,
+    slow_to_save=False,
+    profiled=False,
+    **arguments,
+):
+    folder = Path(folder)
+    set_seed(0)
+    defaults = {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "max_steps": 12,
+        "meta_every": 1,
+    }
+    args = MetaLRTrainingArguments(str(folder), **{**defaults, **arguments})
+    rates = Rates()
+    trainer = TrainerOfTheTest(
+        model=MODELS[model](),
+        args=args,
+        train_dataset=TRAINING_SETS[train](),
+        meta_dataset=META_SETS[meta](),
+        callbacks=[rates],
+    )
+    trainer.spoiled_step, trainer.slow_to_save = spoiled_step, slow_to_save
+    trainer.train_rows, trainer.meta_rows = [], []
+    with profile(record_shapes=True) if profiled else nullcontext() as profiler:
+        trainer.train(resume_from_checkpoint=resume)
+    events = profiler.events() if profiled else []
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    weights = {name: whole(local(p), p).clone() for name, p in model.state_dict().items()}
+    result = {
+        "rates": rates.rates,
+        "reduced": [event.input_shapes for event in events if event.name == "gloo:all_reduce"],
+        "non_finite": trainer.lr_scheduler.guard.non_finite,
+        "history": trainer.lr_history.learning_rates.tolist(),
+        "train_rows": trainer.train_rows,
+        "meta_rows": trainer.meta_rows,
+        "sharded": sum(p is not local(p) and p.shape != local(p).shape for p in model.parameters()),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"process_{args.process_index}.json").write_text(json.dumps(result))
+    if args.process_index == 0:
+        save_file(weights, folder / "weights.safetensors")
+
+
+if __name__ == "__main__":
+    for options in json.loads(Path(sys.argv[1]).read_text()):
+        run(**options)

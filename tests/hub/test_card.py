@@ -1,0 +1,273 @@
+import re
+
+import pytest
+import torch
+from hostile_text import HOSTILE, rendered, shown
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
+from small_runs import arguments, images, vit
+from transformers import TrainerCallback
+
+from metalr_hf import MetaLRTrainer
+from metalr_hf.hub.card import Evaluation, LayerFacts, RunFacts, model_card, reading
+from metalr_hf.hub.facts import run_facts
+from metalr_hf.tasks.metrics import build_compute_metrics
+
+LAYERS = [
+    LayerFacts("stem", 1e-4, 2e-5, 2e-5, 1e-4),
+    LayerFacts("blocks.0", 1e-4, 9e-5, 8e-5, 1e-4),
+    LayerFacts("blocks.1", 1e-4, 3e-4, 1e-4, 4e-4),
+    LayerFacts("head", 1e-3, 4e-3, 1e-3, 5e-3),
+]
+KNOWN = {
+    "base_model": "google/vit-base-patch16-224",
+    "license": "apache-2.0",
+    "dataset": "clinic/cells",
+    "dataset_on_hub": True,
+    "classes": ["benign", "malignant"],
+    "train_images": 1200,
+    "step": 60,
+    "evaluation": Evaluation("test", {"loss": 0.25, "macro_f1": 0.9}, [["benign", "0.9", "0.8", "0.85", 10]], step=60),
+}
+
+
+def facts(**known):
+    settings = {"optimizer steps": 60, "seed": 42}
+    first = ("transformers", "image-classification", "ViTForImageClassification")
+    return RunFacts(*first, LAYERS, settings, "How they were drawn.", **known)
+
+
+CARD = """---
+base_model: google/vit-base-patch16-224
+datasets:
+- clinic/cells
+library_name: transformers
+license: apache-2.0
+metrics:
+- f1
+pipeline_tag: image-classification
+tags:
+- image-classification
+- metalr
+model-index:
+- name: vit-base-patch16-224 on clinic/cells
+  results:
+  - task:
+      type: image-classification
+    dataset:
+      name: clinic/cells
+      type: clinic/cells
+      split: test
+    metrics:
+    - type: f1
+      value: 0.9
+      name: macro_f1
+---
+
+# vit-base-patch16-224 on clinic/cells
+
+A model for image classification: ViTForImageClassification, fine-tuned from \
+[google/vit-base-patch16-224](https://huggingface.co/google/vit-base-patch16-224) on \
+[clinic/cells](https://huggingface.co/datasets/clinic/cells), with 1,200 training images. It tells 2 classes apart: \
+benign, malignant.
+
+## Use it
+
+```python
+from transformers import pipeline
+
+model = pipeline("image-classification", model="your-name/your-model")
+print(model("image.png"))
+```
+
+## Results
+
+On the test split:
+
+| metric | value |
+| --- | ---: |
+| loss | 0.2500 |
+| macro_f1 | 0.9000 |
+
+| class | precision | recall | F1 | images |
+| --- | ---: | ---: | ---: | ---: |
+| benign | 0.9 | 0.8 | 0.85 | 10 |
+
+## What every layer did
+"""
+
+
+def test_a_card_by_one_full_pattern():
+    card = str(model_card(facts(**KNOWN)))
+    assert card.startswith(CARD)
+    assert "| blocks.1 | 1.0e-04 | 3.0e-04 | 1.0e-04 – 4.0e-04 | rose, ×3 |" in card
+    assert "| blocks.0 | 1.0e-04 | 9.0e-05 | 8.0e-05 – 1.0e-04 | stayed |" in card
+    assert "How they were drawn." in card
+    assert "{{MetaLR}: Meta-tuning of Learning Rates" in card
+    assert re.findall(r"^## (.+)$", card, re.MULTILINE) == [
+        "Use it",
+        "Results",
+        "What every layer did",
+        "How it was trained",
+        "Limits",
+        "Cite",
+    ]
+
+
+def test_what_is_not_known_is_left_out():
+    card = model_card(facts())
+    assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
+    assert "None" not in str(card)
+    assert "fine-tuned from" not in card.text
+    assert "This run was not evaluated" in card.text
+
+
+def test_a_timm_model_and_an_adapter_are_loaded_by_their_own_library():
+    card = model_card(RunFacts("timm", "image-classification", "resnet18", LAYERS, {}, ""))
+    assert 'timm.create_model("hf-hub:your-name/your-model", pretrained=True)' in card.text
+    assert {"timm", "transformers", "metalr"} <= set(card.data.tags)
+    adapter = RunFacts("peft", "image-classification", "ViT", LAYERS, {}, "")
+    assert "## Use it" not in model_card(adapter).text
+    adapter.base_model = "google/vit-base-patch16-224"
+    assert 'PeftModel.from_pretrained(base, "your-name/your-model")' in model_card(adapter).text
+
+
+def test_rates_that_were_not_tuned_are_not_read():
+    card = model_card(facts(tuned=False))
+    assert "The learning rates were not tuned." in card.text
+    assert "transfers" not in card.text
+
+
+def test_results_of_other_weights_are_told_apart():
+    card = model_card(facts(**{**KNOWN, "step": 100}))
+    assert "On the test split at optimizer step 60, not with the final weights:" in card.text
+    assert card.data.eval_results is None
+
+
+def test_the_reading_says_what_the_figures_say():
+    text = reading(LAYERS)
+    assert text.startswith(
+        "Of 4 learning rates, 2 rose, 1 fell, 1 stayed within a quarter of the start. "
+        # (0.2 · 0.9 · 3 · 4) to the power of a quarter is 1.2.
+        "Together they went to 1.2 times their start; measured by that, head gained most, 3.3 times, "
+        "and stem least, 0.16 times."
+    )
+    # The mean of the backbone is the cube root of 2e-5 · 9e-5 · 3e-4, that of its output half √(9e-5 · 3e-4).
+    assert "At the end the head's was 49 times the backbone's mean" in text
+    assert "output half 8.2 times that of its input half" in text
+    assert "Together" not in reading([LayerFacts("all", 1, 1, 1, 1)])
+    assert "backbone" not in reading([LayerFacts("all", 0.0, 0.0, 0.0, 0.0)])
+
+
+HUB_RULES = {
+    "library_name": lambda value: value in ("transformers", "timm", "peft"),
+    "pipeline_tag": lambda value: re.fullmatch("[a-z-]+", value),
+    "tags": lambda value: all(isinstance(tag, str) and 0 < len(tag) <= 50 for tag in value),
+    "metrics": lambda value: all(isinstance(metric, str) for metric in value),
+    "datasets": lambda value: [validate_repo_id(name) for name in value],
+    "base_model": lambda value: validate_repo_id(value) is None,
+    "license": lambda value: isinstance(value, str),
+    "model-index": lambda value: all(
+        {"type"} <= set(result["task"])
+        and {"type", "name"} <= set(result["dataset"])
+        and all({"type", "value"} <= set(metric) for metric in result["metrics"])
+        for model in value
+        for result in model["results"]
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hostile_run(tmp_path_factory):
+    """A run whose classes and data set have names that would do harm."""
+    model = vit()
+    model.config.id2label = dict(enumerate(HOSTILE))
+    model.config.num_labels = len(HOSTILE)
+    model.classifier = torch.nn.Linear(16, len(HOSTILE))
+    rows = [{"pixel_values": row["pixel_values"], "labels": i % len(HOSTILE)} for i, row in enumerate(images())]
+    run = MetaLRTrainer(
+        model=model,
+        args=arguments(tmp_path_factory.mktemp("hostile"), max_steps=2),
+        train_dataset=rows,
+        compute_metrics=build_compute_metrics(["accuracy", "macro_f1"]),
+    )
+    run.train()
+    run.evaluate(rows, metric_key_prefix="test")
+    return run
+
+
+@pytest.mark.parametrize("dataset", ["a: b\n- c: | {{ 7*7 }} <script>'\"`", "---\nlicense: mit\n---", "someone/cells"])
+def test_hostile_names_do_nothing(hostile_run, dataset):
+    hostile_run.create_model_card(dataset=dataset, tags=["a: b", "- c\n---"])
+    card = ModelCard.load(f"{hostile_run.args.output_dir}/README.md")
+    assert card.data.eval_results[0].dataset_name == dataset
+    assert card.data.license is None
+    assert card.data.tags[2:] == ["a: b", "- c\n---"]
+    data = card.data.to_dict()
+    assert set(data) <= set(HUB_RULES)
+    for name, value in data.items():
+        assert HUB_RULES[name](value), (name, value)
+    tokens = rendered(card.text)
+    inline = [child for token in tokens for child in token.children or []]
+    assert not [token for token in [*tokens, *inline] if token.type.startswith("html")]
+    allowed = {"lr_history.csv", "https://arxiv.org/abs/2206.01408", "https://huggingface.co/datasets/someone/cells"}
+    assert {token.attrs["href"] for token in inline if token.type == "link_open"} <= allowed
+    assert [token.attrs["src"] for token in inline if token.type == "image"] == ["learning_rates.png"]
+    headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"][1:]
+    assert headings == ["Use it", "Results", "What every layer did", "How it was trained", "Limits", "Cite"]
+    cells = [
+        "".join(child.content for child in tokens[i + 1].children).strip("\u2068\u2069")
+        for i, token in enumerate(tokens)
+        if token.type == "td_open"
+    ]
+    start = cells.index(shown(HOSTILE[0]))
+    assert cells[start : start + 5 * len(HOSTILE) : 5] == [shown(name) for name in HOSTILE]
+    assert sum(map(int, cells[start + 4 : start + 5 * len(HOSTILE) : 5])) == 48
+
+
+@pytest.mark.parametrize(
+    ("options", "tuned", "drawn"),
+    [
+        ({"tuning_steps": 0}, "at every step", "At each tuned step a shuffled"),
+        ({"tuning_steps": 3}, "at the first 3 steps", "At each tuned step a shuffled"),
+        ({"tuning_steps": 0, "meta_every": 2}, "at one step in 2", "At one step in 2 a shuffled"),
+        ({"meta_every": 2, "tuning_steps": 3}, "at one step in 2 of the first 3", "At one step in 2 a shuffled"),
+    ],
+)
+def test_how_often_rates_were_tuned(tmp_path, options, tuned, drawn):
+    args = arguments(tmp_path, max_steps=1, meta_source="stream", **options)
+    run = MetaLRTrainer(vit(), args, train_dataset=images())
+    run.train()
+    run.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert f"| rates tuned | {tuned} |" in text
+    assert f"{drawn} validation batch" in text
+
+
+class RatesAtEveryStep(TrainerCallback):
+    def __init__(self):
+        self.rates = []
+
+    def on_step_end(self, args, state, control, lr_scheduler, **kwargs):
+        self.rates.append(lr_scheduler.learning_rates)
+
+
+def test_the_range_of_a_rate_is_before_the_schedule_also_where_that_was_changed_on_the_way(tmp_path):
+    def train(max_steps, resume=None):
+        options = {"lr_scheduler_type": "linear", "warmup_steps": 1, "tuning_steps": 0, "calibrate": True}
+        args = arguments(tmp_path, max_steps=max_steps, save_strategy="steps", save_steps=3, **options)
+        seen = RatesAtEveryStep()
+        run = MetaLRTrainer(vit(), args, train_dataset=images(), callbacks=[seen])
+        run.train(resume_from_checkpoint=resume)
+        return run, seen.rates
+
+    _, before = train(4)
+    run, after = train(9, str(tmp_path / "checkpoint-3"))
+    # The first step has the length 0, and the second is calibrated.
+    rates = torch.stack([*before[1:3], *after])
+    layers = run_facts(run).layers
+    assert [layer.name for layer in layers] == run.lr_history.layers
+    assert [layer.low for layer in layers] == rates.amin(0).tolist()
+    assert [layer.high for layer in layers] == rates.amax(0).tolist()
+    assert [layer.final for layer in layers] == rates[-1].tolist()
+    assert all(layer.low < layer.high for layer in layers)

@@ -1,0 +1,190 @@
+import gc
+import os
+import sys
+
+import pytest
+import torch
+import transformers
+from small_runs import arguments, images, resnet, same_weights, vit
+from torch import nn
+
+from metalr_hf import MetaLRTrainer
+from metalr_hf.trainer.collapse import CollapseGuard
+
+LABELS = torch.arange(30) % 3
+
+
+def begun(model):
+    """A guard that has looked once, and so has the first weights."""
+    guard = CollapseGuard(model)
+    assert not guard.collapsed(lambda: torch.randn(4, 2))
+    return guard
+
+
+def guarded(loss, spread, start_spread=0.5):
+    guard = CollapseGuard(nn.Linear(4, 3), every=3)
+    noise = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    guard.note(torch.tensor(loss), LABELS)
+    assert not guard.collapsed(lambda: start_spread * noise)
+    guard.note(torch.tensor(loss), LABELS)
+    assert not guard.collapsed(lambda: pytest.fail("nothing is computed between"))
+    guard.note(torch.tensor(loss), LABELS)
+    return guard.collapsed(lambda: spread * noise)
+
+
+def test_it_takes_both_signs():
+    assert guarded(loss=1.1, spread=0.0)
+    assert not guarded(loss=1.1, spread=0.1), "a slow run answers differently from image to image"
+    assert not guarded(loss=0.9, spread=0.0), "an easy set may be learned by a constant"
+    assert not guarded(loss=1.1, spread=0.01, start_spread=0.02), "a network that never told images apart"
+
+
+def test_a_class_that_is_rare_is_no_collapse():
+    # The best constant answer to labels of which 9 in 10 are the same has a loss of 0.33.
+    guard = CollapseGuard(nn.Linear(4, 2), every=1)
+    guard.start_spread = 1.0
+    guard.note(torch.tensor(0.3), (torch.arange(100) % 10 == 0).long())
+    assert not guard.collapsed(lambda: torch.zeros(100, 2))
+
+
+def test_labels_of_no_class_are_not_counted():
+    guard = CollapseGuard(nn.Linear(4, 2), every=1)
+    guard.start_spread = 1.0
+    guard.note(torch.tensor(0.7), torch.tensor([0, 1, -100, -100]))
+    assert guard.collapsed(lambda: torch.zeros(4, 2))
+
+
+def test_going_back_restores_weights_and_buffers():
+    model = resnet()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    guard = begun(model)
+    model(torch.randn(4, 3, 16, 16))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    guard.go_back(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_forked_process_killed_while_it_reads_leaves_the_first_weights_alone(monkeypatch):
+    model, errors = resnet(), []
+    guard = begun(model)
+    guard.go_back(model)
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(torch, "load", lambda *args, **kwargs: os._exit(0))
+        guard.go_back(model)
+    os.waitpid(child, 0)
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    guard.stop()
+    gc.collect()
+    assert not errors
+
+
+class Kill(transformers.TrainerCallback):
+    """Sets all weights behind the first layers to zero: a network that answers every image alike."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.at:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.zero_()
+
+
+@pytest.mark.parametrize("source", ["stream", "next_batch"])
+def test_a_collapse_made_on_purpose_is_noticed_and_undone(tmp_path, source):
+    args = arguments(tmp_path, max_steps=30, meta_source=source, learning_rate=1e-2)
+    run = MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=2)])
+    messages = []
+    transformers.utils.logging.get_logger("metalr_hf.trainer.metalr").addFilter(
+        lambda record: messages.append(record.getMessage()) or True
+    )
+    run.train()
+    assert run.lr_scheduler.restarted_at in (10, 20)
+    assert any("first weights are back" in message for message in messages)
+    rates = run.lr_history.learning_rates
+    # A stream tunes the first step anew already.
+    at_most = 2e-3 if source == "stream" else 1e-3 * (1 + 1e-9)
+    assert 1e-3 * (1 - 1e-9) <= rates[run.lr_scheduler.restarted_at].max() <= at_most
+    last = [row["loss"] for row in run.state.log_history if "loss" in row][-5:]
+    assert sum(last) / 5 < 1.0, last
+    start = vit(0.0).state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in run.model.state_dict().items())
+
+
+@pytest.mark.parametrize("setting", [{"warmup_steps": 2}, {"meta_every": 2}], ids=str)
+def test_steps_that_are_not_tuned_do_not_end_the_watch(tmp_path, setting):
+    args = arguments(tmp_path, max_steps=14, learning_rate=1e-2, lr_scheduler_type="constant_with_warmup", **setting)
+    run = MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=2)])
+    run.train()
+    assert run.lr_scheduler.restarted_at > 0
+
+
+def test_a_run_resumed_before_a_collapse_goes_back_to_its_first_weights_too(tmp_path):
+    def collapsing():
+        args = arguments(tmp_path, max_steps=14, learning_rate=1e-2, save_strategy="steps", save_steps=2)
+        return MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=2)])
+
+    whole = collapsing()
+    whole.train()
+    assert whole.lr_scheduler.restarted_at == 10
+    for step in (4, 10, 12):
+        again = collapsing()
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert again.lr_scheduler.restarted_at == 10
+        assert same_weights(whole.model, again.model)
+
+
+def test_the_first_weights_are_kept_outside_of_memory_or_in_it_if_the_disk_is_full(monkeypatch):
+    model = nn.Linear(4, 2)
+    start = model.weight.detach().clone()
+    on_disk = begun(model)
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as disk:
+        # In the middle of writing: what was written is given back.
+        disk.setattr(torch, "save", full)
+        given_back = begun(model)
+    assert given_back._start._file.closed
+    monkeypatch.setattr("metalr_hf.trainer.collapse.tempfile.TemporaryFile", full)
+    in_memory = begun(model)
+    assert on_disk._start.in_memory is None
+    assert given_back._start.in_memory
+    assert in_memory._start.in_memory
+    for guard in (on_disk, given_back, in_memory):
+        nn.init.zeros_(model.weight)
+        guard.go_back(model)
+        assert torch.equal(model.weight, start)
+
+
+def test_a_model_without_logits_is_not_watched_and_asked_once():
+    guard, asked = CollapseGuard(nn.Linear(4, 2)), []
+    assert not guard.collapsed(lambda: asked.append(1))
+    assert not guard.active
+    assert asked == [1]
+
+
+def test_labels_that_are_no_classes_end_the_watch_and_its_weights_are_in_no_checkpoint(tmp_path):
+    def one_hot(rows):
+        rows["labels"] = torch.nn.functional.one_hot(torch.as_tensor(rows["labels"]), 3).float()
+        return rows
+
+    rows = images().with_transform(one_hot)
+    run = MetaLRTrainer(
+        vit(), arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2), train_dataset=rows
+    )
+    run.train()
+    saved = torch.load(tmp_path / "checkpoint-2" / "scheduler.pt", weights_only=True)["stateful"]["collapse_guard"]
+    assert (saved["active"], saved["start"]) == (False, {})
+
+
+def test_the_watch_ends_with_tuning(tmp_path):
+    run = MetaLRTrainer(vit(), arguments(tmp_path, max_steps=6, tuning_steps=3), train_dataset=images())
+    run.train()
+    assert not run._collapse_guard.active

@@ -1,0 +1,205 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import train_in_processes
+from digits import save_image_folder, save_timm
+from safetensors.torch import load_file
+from small_runs import images, vit
+from train_in_processes import META_ROWS, names, run
+
+from metalr_hf import LRHistory
+from metalr_hf.cli import main
+from metalr_hf.cli.train import RUN_FILES
+from metalr_hf.tuning.calibration import CALIBRATED_STEPS
+
+LAYERS = 5
+# Where a gradient is nothing but rounding (a ViT's key biases), Adam's step is as long as anywhere else.
+EXACT = {"max_steps": 30, "adam_epsilon": 1e-3}
+SOURCES = ("stream", "next_batch")
+SHARDED = {"transformer_layer_cls_to_wrap": ["ViTLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
+WAYS = {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_config": SHARDED}}
+STREAMS = {
+    "streams": {"train": "stream", "meta": "stream"},
+    # Each process reads its own share, instead of the first one reading for all.
+    "shards": {
+        "train": "stream",
+        "meta": "rows",
+        "accelerator_config": {"dispatch_batches": False},
+        "gradient_accumulation_steps": 2,
+    },
+}
+
+
+def launch(runs, folder, processes=2):
+    """Runs one after the other in the same processes: starting them takes most of the time."""
+    file = folder / "runs.json"
+    file.write_text(json.dumps(runs))
+    script = Path(train_in_processes.__file__)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), script, file]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "[rank" in line)
+
+
+def of_process(folder, process=0):
+    return json.loads((folder / f"process_{process}.json").read_text())
+
+
+def far_apart(folder, other, file="weights.safetensors"):
+    """The largest difference between the weights of two runs."""
+    a, b = load_file(folder / file), load_file(other / file)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def folder(request, tmp_path_factory):
+    """What two processes make of the same runs, replicated and sharded."""
+    root = tmp_path_factory.mktemp(request.param)
+    (root / "way").write_text(request.param)
+    way, runs = WAYS[request.param], []
+    common = {"per_device_train_batch_size": 4, "meta_source": "stream"}
+
+    def saved_and_resumed(name, **options):
+        saved = {"model": "vit with dropout", "save_strategy": "steps", "save_steps": 6, **common, **options}
+        checkpoint = str(root / f"{name}-whole" / "checkpoint-6")
+        return [
+            {"folder": str(root / f"{name}-whole"), **saved, "slow_to_save": True},
+            {"folder": str(root / f"{name}-resumed"), **saved, "resume": checkpoint},
+        ]
+
+    for source in SOURCES:
+        half = {**way, **common, "meta_source": source}
+        runs.append({"folder": str(root / source), **EXACT, **half})
+        runs += saved_and_resumed(source, **half)
+    runs.append({**runs[0], "folder": str(root / "spoiled"), "max_steps": 6, "spoiled_step": 3, "calibrate": False})
+    if not way:
+        runs.append({**runs[0], "folder": str(root / "profiled"), "max_steps": 12, "profiled": True})
+        unused = {"model": "vit with an unused layer", "ddp_find_unused_parameters": True}
+        runs.append({**runs[0], "folder": str(root / "unused"), "max_steps": 12, **unused})
+        for name, sets in STREAMS.items():
+            runs += saved_and_resumed(name, **sets, dataloader_num_workers=2)
+    launch(runs, root)
+    return root
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_two_processes_of_a_batch_are_one_of_a_batch_twice_as_large(folder, tmp_path, source):
+    run(str(tmp_path), per_device_train_batch_size=8, meta_source=source, **EXACT)
+    one, two = torch.tensor(of_process(tmp_path)["rates"]), torch.tensor(of_process(folder / source)["rates"])
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
+    assert far_apart(tmp_path, folder / source) < 1e-6
+    assert (of_process(folder / source)["sharded"] > 0) == (not is_ddp(folder))
+
+
+def test_a_layer_without_gradients_changes_nothing(folder, tmp_path):
+    if not is_ddp(folder):
+        pytest.skip("find_unused_parameters is DDP's")
+    unused = {"model": "vit with an unused layer", "meta_source": "stream", **EXACT, "max_steps": 12}
+    run(str(tmp_path), per_device_train_batch_size=8, **unused)
+    one, two = torch.tensor(of_process(tmp_path)["rates"]), torch.tensor(of_process(folder / "unused")["rates"])
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
+    assert far_apart(tmp_path, folder / "unused") < 1e-6
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_process_has_the_same_rates(folder, source):
+    assert of_process(folder / source, 0)["rates"] == of_process(folder / source, 1)["rates"]
+
+
+@pytest.mark.parametrize("name", [*SOURCES, *STREAMS])
+def test_a_resumed_run_ends_bitwise_as_the_one_that_was_not_interrupted(folder, name):
+    if name in STREAMS and not is_ddp(folder):
+        pytest.skip("the loaders are those of DDP")
+    whole, resumed = folder / f"{name}-whole", folder / f"{name}-resumed"
+    for process in (0, 1):
+        a, b = of_process(whole, process), of_process(resumed, process)
+        assert a["history"] == b["history"]
+        for rows in ("train_rows", "meta_rows"):
+            assert a[rows][len(a[rows]) - len(b[rows]) :] == b[rows]
+    assert far_apart(whole, resumed) == 0.0
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_checkpoint_is_complete_only_when_all_processes_have_written(folder, source):
+    for checkpoint in (folder / f"{source}-whole").glob("checkpoint-*"):
+        last, slow = (checkpoint / name for name in ("trainer_state.json", "rng_state_1.pth"))
+        assert slow.stat().st_mtime_ns <= last.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_processes_and_workers_share_the_rows_of_streams_without_overlap(folder, name):
+    if not is_ddp(folder):
+        pytest.skip("the loaders are those of DDP")
+    seen = [of_process(folder / f"{name}-whole", process) for process in (0, 1)]
+    all_rows, all_meta_rows = (sorted(names(data[:])) for data in (images(), images(META_ROWS, seed=1)))
+    assert sorted(row for process in seen for row in process["train_rows"][:24]) == all_rows
+    longer = META_ROWS - META_ROWS // 2
+    assert sorted(seen[0]["meta_rows"][:longer] + seen[1]["meta_rows"][: META_ROWS - longer]) == all_meta_rows
+
+
+def test_a_validation_batch_that_is_not_finite_in_one_process_tunes_nothing_in_any(folder):
+    for process in (0, 1):
+        result = of_process(folder / "spoiled", process)
+        assert result["non_finite"] == 1
+        assert result["rates"][3] == result["rates"][2] != result["rates"][4]
+    assert of_process(folder / "spoiled", 0)["rates"] == of_process(folder / "spoiled", 1)["rates"]
+
+
+def test_a_validation_sends_one_figure_a_layer(folder):
+    if not is_ddp(folder):
+        pytest.skip("sharded gradients are sent by the backward itself")
+    sent = [math.prod(shapes[0]) for shapes in of_process(folder / "profiled")["reduced"]]
+    model = vit()
+    gradient = sum(p.numel() for p in model.parameters())
+    steps = 12
+    assert sent.count(gradient) == steps
+    # The validation loss goes with the figures of the layers; a step that is calibrated sends losses alone, and the
+    # look-out for a collapse one or two figures.
+    assert steps - len(CALIBRATED_STEPS) <= sent.count(LAYERS + 1) < steps
+    assert set(sent) == {gradient, LAYERS + 1, 1, 2, len(list(model.parameters()))}
+
+
+def is_ddp(folder):
+    return (folder / "way").read_text() == "ddp"
+
+
+def test_the_command_line_in_two_processes_is_the_one_in_one_and_its_checkpoint_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    arguments = ["train", "--dataset_name", save_image_folder(tmp_path / "images"), "--augment", "none"]
+    arguments += ["--model_name_or_path", save_timm(tmp_path / "timm", "test_vit")]
+    arguments += ["--meta_split", "0.2", "--meta_every", "1"]
+    arguments += ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--max_steps", "30"]
+    arguments += ["--adam_epsilon", "1e-3", "--save_strategy", "steps", "--save_steps", "15", "--output_dir"]
+    # accelerate's own --cpu starts one process, whatever the number.
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "metalr_hf.cli"]
+    two, one, resumed = (tmp_path / name for name in ("two", "one", "resumed"))
+    command = [sys.executable, *launcher, *arguments, two, "--per_device_train_batch_size", "4"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {file.name for file in two.iterdir()} >= set(RUN_FILES)
+    assert done.stdout.count("On the test split") == 1
+    assert (two / "checkpoint-15" / "rng_state_1.pth").exists()
+
+    whole = [*map(str, arguments), str(one), "--per_device_train_batch_size", "8"]
+    assert main(whole) == 0
+    # The same from the middle on, after 15 steps in two processes.
+    whole[-3] = str(resumed)
+    assert main([*whole, "--resume_from_checkpoint", str(two / "checkpoint-15")]) == 0
+    rates = LRHistory.load(two / "lr_history.csv").learning_rates
+    assert len(rates) == 30
+    assert (rates[29] != rates[0]).all()
+    for other, tolerance in ((one, 1e-6), (resumed, 1e-4)):
+        np.testing.assert_allclose(LRHistory.load(other / "lr_history.csv").learning_rates, rates, rtol=tolerance)
+        assert far_apart(other, two, "model.safetensors") < tolerance

@@ -1,0 +1,36 @@
+import copy
+import random
+
+import numpy as np
+import torch
+from tuned_loop import loss_of, make
+
+from metalr_hf.tuning.contexts import preserve_random_state, untouched
+
+
+def test_untouched_puts_buffers_modes_and_random_numbers_back():
+    model, *_ = make()
+    model[3].eval()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with untouched(model):
+        # A module held in eval mode works as it does in the training step.
+        assert model.training
+        assert not model[3].training
+        loss_of(model, slice(0, 32)).backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert not model[3].training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with untouched(model, "eval"):
+        assert not model.training
+
+
+def test_random_numbers_drawn_inside_are_drawn_again_outside():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    with preserve_random_state():
+        inside = draw()
+        random.seed(1)
+    assert draw() == inside
+    assert draw() != inside

@@ -1,4 +1,4 @@
-"""One benchmark: from the arguments of the command line to the table, the file and the picture that it leaves."""
+"""`metalr-hf benchmark`: from its arguments to the table, the file and the picture that it leaves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..benchmark.cases import BenchmarkArguments, benchmark
 from ..benchmark.report import calibration_line, make_tables, notes, write_benchmark
 from .arguments import CommandParser
+
+
+def main(argv: list[str]) -> int:
+    """`metalr-hf benchmark`: measures what tuning costs and leaves `benchmark.json` and a picture in `output_dir`.
+
+    Args:
+        argv (`list[str]`): The arguments.
+
+    Returns:
+        `int`: the exit code.
+    """
+    run_benchmark(parse_benchmark_arguments(argv))
+    return 0
 
 
 def parse_benchmark_arguments(argv: Sequence[str]) -> BenchmarkArguments:

@@ -1,4 +1,4 @@
-"""One comparison: from the arguments of the command line to the report that it leaves."""
+"""`metalr-hf compare`: one comparison, from its arguments to the report that it leaves."""
 
 from __future__ import annotations
 
@@ -21,9 +21,28 @@ from ..data.loading import DataArguments, load_images
 from ..data.transforms import ImageTransform
 from ..tasks.models import load_model, load_processor
 from ..trainer.arguments import MetaLRTrainingArguments
+from . import INTERRUPTED, say
 from .arguments import CommandParser, ModelArguments
 
 DEMO = "demo"
+
+
+def main(argv: list[str]) -> int:
+    """`metalr-hf compare`: runs strategies side by side and leaves results, report and picture in `output_dir`.
+
+    Args:
+        argv (`list[str]`): The arguments, or a YAML or JSON file with them, which further arguments override.
+
+    Returns:
+        `int`: the exit code.
+    """
+    arguments, tuning = parse_compare_arguments(argv)
+    try:
+        run_comparison(arguments, tuning)
+    except KeyboardInterrupt:
+        say(f"Interrupted. What has run is in {arguments.output_dir}; the same command runs the rest.")
+        return INTERRUPTED
+    return 0
 
 
 @dataclass

@@ -31,11 +31,14 @@ TASKS: tuple[tuple[Any, Any], ...] = (
 )
 
 
-def show_layers(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Prints which layers a model has: name, tensors, parameters and their share.
 
     Args:
         argv (`list[str]`): The arguments of `metalr-hf layers`.
+
+    Returns:
+        `int`: the exit code.
 
     Raises:
         ValueError: if there is no such model, granularity or head.
@@ -55,6 +58,7 @@ def show_layers(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     model = empty_model(given.model, trust_remote_code=given.trust_remote_code)
     Console().print(layer_groups(model, given.granularity, given.head))
+    return 0
 
 
 def empty_model(name: str | None, *, trust_remote_code: bool = False) -> nn.Module:

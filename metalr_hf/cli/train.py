@@ -1,8 +1,10 @@
-"""One training run: from the arguments of the command line to the files that it leaves."""
+"""`metalr-hf train`: one run, from its arguments to the files that it leaves."""
 
 from __future__ import annotations
 
+import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,35 @@ from ..tasks.segmentation import segmentation_trainer_arguments
 from ..trainer.checkpoints import checkpoints, is_complete, usable_checkpoint
 from ..trainer.meta_batches import UnusableRowError
 from ..trainer.metalr import MetaLRTrainer
-from .arguments import TrainArguments
+from . import INTERRUPTED, say
+from .arguments import TrainArguments, parse_train_arguments
 from .broken_images import name_broken_image
 
 RUN_FILES = (SAFE_WEIGHTS_NAME, CONFIG_NAME, IMAGE_PROCESSOR_NAME, *BESIDE_THE_MODEL, TRAINER_STATE_NAME)
+
+
+def main(argv: list[str]) -> int:
+    """`metalr-hf train`: fine-tunes, measures the test split and leaves the run's files in `output_dir`.
+
+    Args:
+        argv (`list[str]`): The arguments, or a JSON or YAML file with them, which further arguments override.
+
+    Returns:
+        `int`: the exit code.
+    """
+    arguments = parse_train_arguments(argv)
+    checkpoint = prepare_output_dir(arguments)
+    try:
+        run_training(arguments, checkpoint)
+    except KeyboardInterrupt:
+        last = usable_checkpoint(arguments.training.output_dir)
+        if last is None:
+            say("Interrupted before the first checkpoint; --save_strategy and --save_steps say when there is one.")
+        else:
+            command = shlex.join(["metalr-hf", "train", *_to_resume(argv), "--resume_from_checkpoint", "true"])
+            say(f"Interrupted. The last checkpoint is {last}. Resume with:\n{command}")
+        return INTERRUPTED
+    return 0
 
 
 def prepare_output_dir(arguments: TrainArguments) -> str | None:
@@ -169,3 +196,16 @@ def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
     if scheduler.guard.refused:
         console.print(f"Harmful steps taken back: {scheduler.guard.refused}")
     console.print(f"The model, its learning rates and its results are in {trainer.args.output_dir}", soft_wrap=True)
+
+
+def _to_resume(argv: Sequence[str]) -> list[str]:
+    """A run's arguments without tokens, which a screen must not show, and without how the run itself began."""
+    kept: list[str] = []
+    dropping = False
+    for part in argv:
+        if part.startswith("--"):
+            name = part.split("=")[0].replace("-", "_")
+            dropping = name.endswith("_token") or name in ("__resume_from_checkpoint", "__overwrite_output_dir")
+        if not dropping:
+            kept.append(part)
+    return kept

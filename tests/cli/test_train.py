@@ -222,7 +222,7 @@ def test_an_error_of_a_library_keeps_its_traceback(tmp_path, images, vit):
 
 def test_an_error_that_torchs_compiled_code_raises_keeps_its_traceback(monkeypatch):
     # It leaves no frame of its own behind. The arguments, none, are no shape for six numbers.
-    monkeypatch.setattr("metalr_hf.cli.layers", torch.zeros(6).view)
+    monkeypatch.setattr("metalr_hf.cli.layers.main", torch.zeros(6).view)
     with pytest.raises(RuntimeError, match="shape"):
         main(["layers"])
 

@@ -21,13 +21,13 @@ from transformers import (
     set_seed,
 )
 
-from ..cli.arguments import ModelArguments
 from ..data.loading import DataArguments, load_images
 from ..data.transforms import ImageTransform, load_image_processor
 from ..layers.groups import layer_groups
+from ..models.loading import ModelArguments
 from ..models.timm import wrap_timm_model
 from ..settings import check_choice, check_count
-from ..tasks.models import load_model
+from ..tasks import get_task
 from ..trainer.arguments import MetaLRTrainingArguments
 from ..trainer.metalr import MetaLRTrainer
 from .second_order import SecondOrderTrainer
@@ -252,7 +252,7 @@ def make_model(arguments: BenchmarkArguments, id2label: Mapping[int, str]) -> Pr
     """
     name, size = arguments.model, arguments.image_size
     if not timm.is_model(name):
-        return load_model(ModelArguments(None if name == DEMO else name), id2label)
+        return get_task("classification").load_model(ModelArguments(None if name == DEMO else name), id2label)
     options: dict[str, Any] = {"num_classes": len(id2label)}
     try:
         # Of a transformer, the positions depend on it.

@@ -15,50 +15,27 @@ from transformers import HfArgumentParser
 
 from ..data.loading import DataArguments
 from ..messages import did_you_mean
+from ..models.loading import ModelArguments
+from ..tasks import Task, get_task
 from ..trainer.arguments import PRESETS, MetaLRTrainingArguments
-
-# For the run without a model or a data set of the user's; each only where the user did not say otherwise.
-DEMO_DEFAULTS: dict[str, Any] = {
-    # Too low on purpose, and of no consequence: that it makes no difference is what the demo shows.
-    "learning_rate": 1e-4,
-    "num_train_epochs": 10.0,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "max_train_samples": 500,
-    "logging_steps": 16,
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-}
-# The same for segmentation.
-SEGMENTATION_DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 10.0,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 16,
-    "logging_steps": 12,
-}
 
 
 @dataclass
-class ModelArguments:
-    """Which model is fine-tuned.
+class TaskArguments:
+    """What the model is to learn.
 
     Args:
-        model_name_or_path (`str`, *optional*):
-            Hub id, local folder or `timm/...`. By default EfficientNet-Lite0 with ImageNet weights that come with pip.
-            For segmentation, timm models become the encoder of a U-Net.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Run the model code that the repository brings along.
+        task (`str`, *optional*, defaults to `"classification"`):
+            Name of a task; see [`~metalr_hf.tasks.base.register_task`]. Some tasks have further arguments, which
+            `metalr-hf train --task NAME --help` lists.
     """
 
-    model_name_or_path: str | None = field(
-        default=None,
+    task: str = field(
+        default="classification",
         metadata={
-            "help": "Hub id, local folder or `timm/...`. By default EfficientNet-Lite0 with ImageNet weights that come "
-            "with pip. For segmentation, timm models become the encoder of a U-Net."
+            "help": "What the model is to learn: `classification`, `segmentation`, or a task of your own. "
+            "`--task segmentation --help` lists the further arguments of that task."
         },
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the model code that the repository brings along."}
     )
 
 
@@ -80,12 +57,14 @@ class TrainArguments:
     """All arguments of `metalr-hf train`.
 
     Args:
-        model ([`ModelArguments`]): Which model.
-        data ([`DataArguments`]): Which images.
+        task ([`~metalr_hf.tasks.base.Task`]): What the model is to learn.
+        model ([`~metalr_hf.models.loading.ModelArguments`]): Which model.
+        data ([`~metalr_hf.data.loading.DataArguments`]): Which images.
         training ([`MetaLRTrainingArguments`]): How to train.
         overwrite_output_dir (`bool`): Whether the files of an earlier run may be deleted.
     """
 
+    task: Task
     model: ModelArguments
     data: DataArguments
     training: MetaLRTrainingArguments
@@ -172,7 +151,8 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
 
     ```
     """
-    kinds: Any = (ModelArguments, DataArguments, MetaLRTrainingArguments, OutputArguments)
+    task = named_task(argv)
+    kinds: Any = (TaskArguments, ModelArguments, task.data_arguments, MetaLRTrainingArguments, OutputArguments)
     parser = CommandParser(
         kinds,
         prog="metalr-hf train",
@@ -193,25 +173,43 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     if given.output_dir is None:
         raise ValueError("output_dir is missing: name the folder for the model and its files with --output_dir.")
     if given.dataset_name is None and given.data_dir is None:
-        segmentation = given.task == "segmentation"
-        parser.set_defaults(augment="flip" if segmentation else "crop")
+        parser.set_defaults(augment=task.demo_augment)
         if given.model_name_or_path is None:
-            defaults = DEMO_DEFAULTS | (SEGMENTATION_DEFAULTS if segmentation else {})
             preset = PRESETS.get(given.preset, {})
-            parser.set_defaults(**{name: value for name, value in defaults.items() if name not in preset})
+            parser.set_defaults(**{name: value for name, value in task.demo_arguments.items() if name not in preset})
     elif given.model_name_or_path is None:
         # What EfficientNet-Lite0 was pretrained on; the digits need less.
         parser.set_defaults(image_size=224)
     parser.set_defaults(**from_file)
     try:
-        model, data, training, output = parser.parse(argv)
+        _, model, data, training, output = parser.parse(argv)
     except (ValueError, TypeError) as error:
         raise ValueError(str(error)) from error
     if data.streaming and training.max_steps <= 0:
         raise ValueError("A stream does not say how long it is: set how many steps to train with --max_steps.")
     # The columns of images are needed until they are prepared, which happens when they are read.
     training.remove_unused_columns = False
-    return TrainArguments(model, data, training, output.overwrite_output_dir)
+    return TrainArguments(task, model, data, training, output.overwrite_output_dir)
+
+
+def named_task(argv: Sequence[str]) -> Task:
+    """The task that arguments name, which has to be known before they can be read: it has arguments of its own.
+
+    Args:
+        argv (`Sequence[str]`): Arguments, or a JSON or YAML file with them and further arguments.
+
+    Returns:
+        [`~metalr_hf.tasks.base.Task`]
+
+    Raises:
+        ValueError: if there is no such task.
+    """
+    kind: Any = TaskArguments
+    parser = CommandParser(kind, add_help=False, allow_abbrev=False)
+    if argv and not argv[0].startswith("-") and os.path.isfile(argv[0]):
+        from_file = read_arguments_file(argv[0])
+        parser.set_defaults(task=from_file.get("task", TaskArguments.task))
+    return get_task(parser.parse_known_args(list(argv))[0].task)
 
 
 def read_arguments_file(file: str) -> dict[str, Any]:

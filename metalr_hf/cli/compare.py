@@ -11,18 +11,17 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..compare.report import write_report
 from ..compare.results import read_results
 from ..compare.runs import Cell, Comparison, compare
-from ..data.loading import DataArguments, load_images
-from ..data.transforms import ImageTransform
-from ..tasks.models import load_model, load_processor
+from ..data.loading import DataArguments
+from ..models.loading import ModelArguments
+from ..tasks import get_task
 from ..trainer.arguments import MetaLRTrainingArguments
 from . import INTERRUPTED, say
-from .arguments import CommandParser, ModelArguments
+from .arguments import CommandParser, named_task
 
 DEMO = "demo"
 
@@ -36,9 +35,9 @@ def main(argv: list[str]) -> int:
     Returns:
         `int`: the exit code.
     """
-    arguments, tuning = parse_compare_arguments(argv)
+    arguments, *given = parse_compare_arguments(argv)
     try:
-        run_comparison(arguments, tuning)
+        run_comparison(arguments, *given)
     except KeyboardInterrupt:
         say(f"Interrupted. What has run is in {arguments.output_dir}; the same command runs the rest.")
         return INTERRUPTED
@@ -51,8 +50,9 @@ class CompareArguments:
 
     Args:
         output_dir (`str`): Folder of the comparison. Started again with the same folder, only what is missing runs.
+        task (`str`, *optional*, defaults to `"classification"`): What the models are to learn.
         model (`list[str]`, *optional*): Hub ids, local folders or `timm/...`; `demo` is EfficientNet-Lite0.
-        dataset (`list[str]`, *optional*): Hub ids or local folders; `demo` is scikit-learn's digits.
+        dataset (`list[str]`, *optional*): Hub ids or local folders; `demo` are the images that come along.
         strategies (`list[str]`, *optional*): Names of strategies.
         learning_rates (`list[float]`, *optional*): Start learning rates.
         seeds (`list[int]`, *optional*): Seeds.
@@ -73,13 +73,19 @@ class CompareArguments:
     output_dir: str = field(
         metadata={"help": "Folder of the comparison. Started again with the same folder, only what is missing runs."}
     )
+    task: str = field(
+        default="classification",
+        metadata={"help": "What the models are to learn. `--task segmentation --help` lists its further arguments."},
+    )
     model: list[str] = field(
         default_factory=lambda: [DEMO],
         metadata={"help": "Hub ids, local folders or `timm/...`; `demo` is EfficientNet-Lite0."},
     )
     dataset: list[str] = field(
         default_factory=lambda: [DEMO],
-        metadata={"help": "Hub ids or local folders; `demo` is scikit-learn's digits. Each model meets each data set."},
+        metadata={
+            "help": "Hub ids or local folders; `demo` are the images that come along. Each model meets each data set."
+        },
     )
     strategies: list[str] = field(
         default_factory=lambda: ["cosine", "constant", "layer_decay", "metalr"],
@@ -105,32 +111,36 @@ class CompareArguments:
     test_split: str | None = field(default=None, metadata={"help": "Split to test on."})
 
 
-def _tuning_fields() -> list[dataclasses.Field[Any]]:
-    stock = {f.name for f in dataclasses.fields(TrainingArguments)}
-    return [f for f in dataclasses.fields(MetaLRTrainingArguments) if f.name not in stock]
+def _unless_given(name: str, fields: Sequence[dataclasses.Field[Any]]) -> type:
+    """Arguments of other dataclasses, each left out unless given."""
+    return dataclasses.make_dataclass(
+        name, [(f.name, f.type, field(default=None, metadata=f.metadata)) for f in fields]
+    )
 
 
-# Every argument that tuning adds, each left out unless given.
-TuningArguments = dataclasses.make_dataclass(
-    "TuningArguments",
-    [(f.name, f.type, field(default=None, metadata=f.metadata)) for f in _tuning_fields()],
+_STOCK = {f.name for f in dataclasses.fields(TrainingArguments)}
+# Every argument that tuning adds.
+TuningArguments = _unless_given(
+    "TuningArguments", [f for f in dataclasses.fields(MetaLRTrainingArguments) if f.name not in _STOCK]
 )
 
 
-def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict[str, Any]]:
+def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict[str, Any], dict[str, Any]]:
     """Reads the arguments of `metalr-hf compare`.
 
     Args:
         argv (`Sequence[str]`): Arguments, or a YAML or JSON file with them, which further arguments override.
 
     Returns:
-        `tuple`: the [`CompareArguments`] and the tuning arguments that were given.
+        `tuple`: the [`CompareArguments`], the tuning arguments and those of the task alone that were given.
 
     Raises:
         FileNotFoundError: if the file is not there.
         ValueError: if an argument is unknown, its value is none it can have, or the file holds something else.
     """
-    kinds: Any = (CompareArguments, TuningArguments)
+    common = {f.name for f in dataclasses.fields(DataArguments)}
+    of_task = [f for f in dataclasses.fields(named_task(argv).data_arguments) if f.name not in common]
+    kinds: Any = (CompareArguments, TuningArguments, _unless_given("RowArguments", of_task))
     parser = CommandParser(
         kinds,
         prog="metalr-hf compare",
@@ -142,27 +152,28 @@ def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict
     if argv and not argv[0].startswith("-"):
         file, *argv = argv
         argv = _as_argv(parser.read_file(file)) + argv
-    arguments, tuning = parser.parse(argv)
-    given = {name: value for name, value in vars(tuning).items() if value is not None}
-    return arguments, given
+    arguments, *others = parser.parse(argv)
+    tuning, rows = ({name: value for name, value in vars(one).items() if value is not None} for one in others)
+    return arguments, tuning, rows
 
 
-def run_comparison(arguments: CompareArguments, tuning: dict[str, Any]) -> None:
+def run_comparison(arguments: CompareArguments, tuning: dict[str, Any], rows: dict[str, Any]) -> None:
     """Runs what is missing of a comparison, writes its report and shows it.
 
     Args:
         arguments ([`CompareArguments`]): What to compare.
         tuning (`dict`): Arguments of `MetaLRTrainingArguments` for the strategies that tune.
+        rows (`dict`): Arguments of the data set that only this task has.
     """
     comparison = Comparison(
         **{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Comparison) if hasattr(arguments, f.name)},
         tuning=tuning,
-        preparation={"image_size": arguments.image_size, "augment": arguments.augment},
+        preparation={"image_size": arguments.image_size, "augment": arguments.augment, **rows},
     )
     if tuning:
         # Refuses a bad one now rather than in each run.
         MetaLRTrainingArguments(arguments.output_dir, **tuning)
-    cells = [make_cell(model, dataset, arguments) for model in arguments.model for dataset in arguments.dataset]
+    cells = [make_cell(model, dataset, arguments, rows) for model in arguments.model for dataset in arguments.dataset]
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
@@ -183,44 +194,48 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any]) -> None:
     console.print(f"The report is {report}", soft_wrap=True)
 
 
-def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments) -> Cell:
+def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments, rows: Mapping[str, Any]) -> Cell:
     """A cell of a comparison, from names.
 
     Args:
         model_name (`str`): Hub id, local folder, `timm/...` or `demo`.
         dataset_name (`str`): Hub id, local folder or `demo`.
-        arguments ([`CompareArguments`]): Columns, image size and augmentation.
+        arguments ([`CompareArguments`]): Task, columns, image size and augmentation.
+        rows (`Mapping[str, Any]`): Arguments of the data set that only this task has.
 
     Returns:
         [`~metalr_hf.compare.runs.Cell`]
     """
-    data = DataArguments(
+    task = get_task(arguments.task)
+    data = task.data_arguments(
         dataset_name=None if dataset_name == DEMO else dataset_name,
         image_column_name=arguments.image_column_name,
         label_column_name=arguments.label_column_name,
         test_split=arguments.test_split,
         image_size=arguments.image_size,
         augment=arguments.augment,
+        **rows,
     )
-    splits = load_images(data, keep_columns=[arguments.group_column] if arguments.group_column else [])
+    splits = task.load_splits(data, keep_columns=[arguments.group_column] if arguments.group_column else [])
     model_arguments = ModelArguments(None if model_name == DEMO else model_name)
 
-    def make_model(classes: Sequence[str]) -> nn.Module:
-        return load_model(model_arguments, dict(enumerate(classes)))
+    def make_model(classes: Sequence[str]) -> PreTrainedModel:
+        return task.load_model(model_arguments, dict(enumerate(classes)), arguments.image_size)
 
-    processor = load_processor(model_arguments, data, load_model(model_arguments, splits.id2label))
+    processor = task.load_processor(model_arguments, make_model(splits.class_names), arguments.image_size)
+    train_transform, test_transform = task.transforms(splits, processor, arguments.augment)
+    model_shown = task.demo_model_name if model_name == DEMO else Path(model_name).name
+    data_shown = task.demo_name if dataset_name == DEMO else Path(dataset_name).name
     return Cell(
-        name=f"{_short(model_name, 'EfficientNet-Lite0')} → {_short(dataset_name, 'digits')}",
+        name=f"{model_shown} → {data_shown}",
         make_model=make_model,
         train=splits.train,
         test=splits.test,
-        train_transform=ImageTransform(processor, arguments.augment),
-        test_transform=ImageTransform(processor, "none"),
+        train_transform=train_transform,
+        test_transform=test_transform,
+        task=task,
+        class_names=splits.class_names,
     )
-
-
-def _short(name: str, demo: str) -> str:
-    return demo if name == DEMO else Path(name).name
 
 
 def _as_argv(values: Mapping[str, Any]) -> list[str]:

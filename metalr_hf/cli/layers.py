@@ -88,7 +88,7 @@ def empty_model(name: str | None, *, trust_remote_code: bool = False) -> nn.Modu
     ```
     """
     if name is None:
-        from ..tasks.demo import ARCHITECTURE
+        from ..models.demo import ARCHITECTURE
 
         name = f"timm/{ARCHITECTURE}"
     if name.startswith("timm/") and not os.path.isdir(name):

@@ -10,19 +10,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import default_data_collator, set_seed
+from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
-from ..data.loading import ImageSplits, load_images
-from ..data.mask_transforms import prepare_masks
-from ..data.masks import MaskSplits, load_masks
-from ..data.transforms import prepare_images
 from ..hub.publish import BESIDE_THE_MODEL
-from ..tasks.metrics import build_compute_metrics
-from ..tasks.models import load_model, load_processor
-from ..tasks.segmentation import segmentation_trainer_arguments
 from ..trainer.checkpoints import checkpoints, is_complete, usable_checkpoint
 from ..trainer.meta_batches import UnusableRowError
 from ..trainer.metalr import MetaLRTrainer
@@ -117,21 +110,15 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
             files are written before, without test results.
     """
     training, data = arguments.training, arguments.data
-    load = load_masks if data.task == "segmentation" else load_images
+    task = arguments.task
     with training.main_process_first(desc="loading the images"):
-        splits = load(data, seed=training.seed)
+        splits = task.load_splits(data, seed=training.seed)
     set_seed(training.seed)
-    model = load_model(arguments.model, splits.id2label, data.task, data.image_size)
-    processor = load_processor(arguments.model, data, model)
-    prepared: ImageSplits
-    if isinstance(splits, MaskSplits):
-        prepared = prepare_masks(splits, processor, data.augment, seed=training.seed)
-        of_task = segmentation_trainer_arguments(splits.class_names)
-        # Masks are counted as they come: those of a whole test split need not fit into memory.
-        training.batch_eval_metrics = True
-    else:
-        prepared = prepare_images(splits, processor, data.augment, seed=training.seed)
-        of_task = {"data_collator": default_data_collator, "compute_metrics": build_compute_metrics(data.metrics)}
+    model = task.load_model(arguments.model, splits.id2label, data.image_size)
+    processor = task.load_processor(arguments.model, model, data.image_size)
+    prepared = task.prepare(splits, processor, data.augment, seed=training.seed)
+    for name, value in task.training_arguments.items():
+        setattr(training, name, value)
     trainer = MetaLRTrainer(
         model=model,
         args=training,
@@ -139,10 +126,10 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         eval_dataset=None if training.eval_strategy == IntervalStrategy.NO else prepared.test,
         meta_dataset=prepared.meta,
         processing_class=processor,
-        **of_task,
+        **task.trainer_arguments(splits.class_names, data.metrics),
     )
-    demo = "generated micrographs of cells" if data.task == "segmentation" else "scikit-learn's digits"
-    trainer.dataset_name = demo if data.is_demo else data.hub_id
+    trainer.task = task
+    trainer.dataset_name = task.demo_description if data.is_demo else data.hub_id
     try:
         results = trainer.train(resume_from_checkpoint=checkpoint).metrics
         # It is pushed when it has been tested.

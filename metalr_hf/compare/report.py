@@ -53,12 +53,12 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{folder} holds no results to report: run a comparison with it as output_dir first.")
     plot_comparison(results).savefig(folder / "report.png", dpi=150)
     timings = pd.DataFrame(read_lines(folder / TIMINGS))
-    parts = ["# Fine-tuning strategies side by side", "![Test accuracy over the start learning rate](report.png)"]
+    parts = ["# Fine-tuning strategies side by side", "![Test results over the start learning rate](report.png)"]
     for cell, rows in results.groupby("cell", sort=False):
-        parts += [f"## {cell}", _accuracy_table(rows, expected=_runs_expected(results))]
+        parts += [f"## {cell}", _results_table(rows, expected=_runs_expected(results))]
         if rows["fold"].notna().any():
             parts += [
-                "Accuracy of each class, over all folds, at each strategy's best learning rate:",
+                f"{_shown(rows).capitalize()} of each class, over all folds, at each strategy's best learning rate:",
                 _class_table(rows),
             ]
     parts += [_notes(folder, results, timings)]
@@ -76,7 +76,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         `pandas.DataFrame`: indexed by strategy and learning rate (NaN for a strategy without one), in the order of the
             runs; columns `mean`, `std`, `loss`, `cost`, `runs` (how many), `diverged` and `failed`. A run that diverged
-            counts as an accuracy of zero, one that an error ended not at all.
+            counts as zero, one that an error ended not at all.
 
     Example:
 
@@ -89,9 +89,9 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 
     ```
     """
-    accuracy = pd.to_numeric(rows.get("accuracy", pd.Series(np.nan, rows.index)))
+    result = pd.to_numeric(rows.get(metric_of(rows), pd.Series(np.nan, rows.index)))
     rows = rows.assign(
-        accuracy=accuracy.where(rows["status"] == DONE, 0.0).where(rows["status"] != FAILED),
+        result=result.where(rows["status"] == DONE, 0.0).where(rows["status"] != FAILED),
         test_loss=pd.to_numeric(rows.get("test_loss", np.nan)),
         cost=pd.to_numeric(rows.get("cost", np.nan)),
         diverged=rows["status"] == DIVERGED,
@@ -100,19 +100,42 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     groups = rows.groupby(["strategy", "learning_rate"], sort=False, dropna=False)
     return pd.DataFrame(
         {
-            "mean": groups["accuracy"].mean(),
-            "std": groups["accuracy"].std(ddof=1),
+            "mean": groups["result"].mean(),
+            "std": groups["result"].std(ddof=1),
             "loss": groups["test_loss"].mean(),
             "cost": groups["cost"].mean(),
-            "runs": groups["accuracy"].count(),
+            "runs": groups["result"].count(),
             "diverged": groups["diverged"].sum(),
             "failed": groups["failed"].sum(),
         }
     )
 
 
+def metric_of(rows: pd.DataFrame) -> str:
+    """The column that says how good a run is: `accuracy`, unless the task has another metric.
+
+    Args:
+        rows (`pandas.DataFrame`): Results of one cell.
+
+    Returns:
+        `str`
+
+    Example:
+
+    ```python
+    >>> import pandas as pd
+    >>> from metalr_hf.compare.report import metric_of
+    >>> metric_of(pd.DataFrame([{"metric": "dice", "dice": 0.9}]))
+    'dice'
+
+    ```
+    """
+    named = rows["metric"].dropna() if "metric" in rows else rows.iloc[:0]
+    return "accuracy" if named.empty else str(named.iloc[0])
+
+
 def plot_comparison(results: pd.DataFrame, ax: Axes | None = None) -> Figure:
-    """Draws test accuracy over the start learning rate, a panel per cell and a line per strategy.
+    """Draws the test results over the start learning rate, a panel per cell and a line per strategy.
 
     Args:
         results (`pandas.DataFrame`):
@@ -161,7 +184,7 @@ def plot_comparison(results: pd.DataFrame, ax: Axes | None = None) -> Figure:
     for panel, cell in zip(panels, cells, strict=True):
         panel.set_title(cell, fontsize="medium")
         _draw_cell(panel, summarise(results[results["cell"] == cell]).dropna(subset="mean"), strategies)
-    panels[0].set_ylabel("test accuracy")
+    panels[0].set_ylabel(f"test {_shown(results)}")
     # Shared axes have their limits only when all have been drawn.
     for panel in panels:
         _label_strategies(panel)
@@ -211,6 +234,10 @@ def _styles(strategies: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
+def _shown(rows: pd.DataFrame) -> str:
+    return metric_of(rows).replace("_", " ")
+
+
 def _is_tuned(strategy: str) -> bool:
     return strategy.startswith("metalr")
 
@@ -219,7 +246,7 @@ def _runs_expected(results: pd.DataFrame) -> int:
     return len(results[["seed", "fold"]].drop_duplicates())
 
 
-def _accuracy_table(rows: pd.DataFrame, expected: int) -> str:
+def _results_table(rows: pd.DataFrame, expected: int) -> str:
     summary = summarise(rows)
     rates = sorted({float(rate) for rate in summary.index.get_level_values("learning_rate") if not pd.isna(rate)})
     best = summary["mean"].max()
@@ -262,7 +289,8 @@ def _figure(value: float, form: str = "{:.3f}") -> str:
 
 
 def _class_table(rows: pd.DataFrame) -> str:
-    scored = [found for found in rows.get("class_accuracy", []) if isinstance(found, dict) and found]
+    metric = metric_of(rows)
+    scored = [found for found in rows.get(f"class_{metric}", []) if isinstance(found, dict) and found]
     if not scored:
         return "No run was scored."
     classes = list(scored[0])
@@ -274,33 +302,33 @@ def _class_table(rows: pd.DataFrame) -> str:
         chosen = rows[(rows["strategy"] == name) & same & (rows["status"] == DONE)]
         if chosen.empty:
             continue
-        by_class = pd.DataFrame(list(chosen["class_accuracy"])).mean()
+        by_class = pd.DataFrame(list(chosen[f"class_{metric}"])).mean()
         lines.append(
             [
                 name,
                 "" if pd.isna(rate) else f"{rate:g}",
                 *[f"{by_class[c]:.3f}" for c in classes],
-                f"{chosen['accuracy'].mean():.3f}",
-                f"{chosen['macro_f1'].mean():.3f}",
+                f"{chosen[metric].mean():.3f}",
+                *([f"{chosen['macro_f1'].mean():.3f}"] if "macro_f1" in chosen else []),
             ]
         )
-    header = ["strategy", "learning rate", *classes, "total", "macro F1"]
+    header = ["strategy", "learning rate", *classes, "total", *(["macro F1"] if "macro_f1" in rows else [])]
     return table(header, lines, align="l" + "r" * (len(header) - 1))
 
 
 def _notes(folder: Path, results: pd.DataFrame, timings: pd.DataFrame) -> str:
-    seeds = sorted(set(results["seed"]))
+    seeds = ", ".join(map(str, sorted(set(results["seed"]))))
+    over = f"seeds {seeds}{' and folds' if results['fold'].notna().any() else ''}"
     notes = [
-        "Columns are start learning rates; entries are test accuracy, mean ± standard deviation over seeds "
-        f"{', '.join(map(str, seeds))}{' and folds' if results['fold'].notna().any() else ''}, or over *n* runs where "
-        "it says so. The best entry is bold. "
+        f"Columns are start learning rates; entries are test {_shown(results)}, mean ± standard deviation over {over}, "
+        "or over *n* runs where it says so. The best entry is bold. "
         "*worst*, *mean* and *best* are over the start learning rates. *cost* is forward and backward passes over "
         "those of a plain run of equal steps, validation included. The test split was used once a run, after training, "
         "with the last weights.",
         f"Settings of all runs: `{(folder / SETTINGS).read_text(encoding='utf-8').strip()}`".replace("\n", " "),
     ]
     for status, meaning in {
-        DIVERGED: "Runs that diverged, counted as an accuracy of zero:",
+        DIVERGED: "Runs that diverged, counted as zero:",
         FAILED: "Runs that an error ended, left out of the means; started again, the comparison tries them again:",
     }.items():
         such = results[results["status"] == status]

@@ -15,14 +15,14 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, default_data_collator, set_seed
+from transformers import PrinterCallback, Trainer, set_seed
 
 from ..data.folds import flip_labels, fold_rows, stratified_subset
 from ..data.loading import IMAGE, LABEL
 from ..models.bare import wrap_bare_module
 from ..models.timm import is_timm_model, wrap_timm_model
 from ..settings import check_count, check_number
-from ..tasks.metrics import score_classes
+from ..tasks import Task, get_task
 from .results import (
     DIVERGED,
     DONE,
@@ -48,12 +48,14 @@ class Cell:
         make_model (`Callable[[Sequence[str]], torch.nn.Module]`):
             Class names to a pretrained model with a fresh head, which takes `pixel_values` and `labels` as models of
             transformers do. A timm network is wrapped, a module from images to logits given a cross-entropy loss.
-        train (`datasets.Dataset`): Rows with `image` and `label`, a `ClassLabel`.
+        train (`datasets.Dataset`): Rows with `image` and `label`, in classification a `ClassLabel`.
         test (`datasets.Dataset`, *optional*): The same. Not needed with folds.
         train_transform (`Callable`):
             A batch of rows with `image` and `label` to `pixel_values` and `labels`, with augmentation, such as an
             [`~metalr_hf.data.transforms.ImageTransform`].
         test_transform (`Callable`): The same without augmentation.
+        task ([`~metalr_hf.tasks.base.Task`], *optional*): What is learned; classification by default.
+        class_names (`Sequence[str]`, *optional*): By default those of the `ClassLabel`.
     """
 
     name: str
@@ -62,11 +64,13 @@ class Cell:
     test: datasets.Dataset | None
     train_transform: RowTransform
     test_transform: RowTransform
+    task: Task = field(default_factory=lambda: get_task("classification"))
+    class_names: Sequence[str] | None = None
 
     @property
     def classes(self) -> list[str]:
         """The class names."""
-        return list(self.train.features["label"].names)
+        return list(self.train.features[LABEL].names if self.class_names is None else self.class_names)
 
 
 @dataclass
@@ -258,10 +262,10 @@ def _train_and_test(cell: Cell, run: Run, comparison: Comparison, folder: Path) 
     if history is not None:
         (folder / "lr_history").mkdir(exist_ok=True)
         history.save(folder / "lr_history" / f"{run.label}.csv")
-    scores = score_classes(prediction.predictions, prediction.label_ids, cell.classes)
+    scores = {"metric": cell.task.metric, **cell.task.score(prediction, cell.classes)}
     if not np.isfinite(output.training_loss):
         return {"status": DIVERGED, "reason": f"training loss {output.training_loss}", **scores}
-    if scores["accuracy"] is None:
+    if scores[cell.task.metric] is None:
         return {"status": DIVERGED, "reason": "test outputs that are not finite", **scores}
     return {
         "status": DONE,
@@ -297,6 +301,7 @@ def _make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
+        **cell.task.training_arguments,
     }
     job = Job(
         model=_with_loss(model, cell.classes),
@@ -304,7 +309,7 @@ def _make_trainer(
         arguments=arguments,
         trainer_arguments={
             "train_dataset": _prepared(train, cell.train_transform),
-            "data_collator": default_data_collator,
+            **cell.task.trainer_arguments(cell.classes, cell.task.data_arguments.default_metrics),
         },
         tuning_arguments=comparison.tuning,
     )
@@ -324,7 +329,8 @@ class _Watch:
 
         def watched(model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
             self.steps += 1
-            for key in ("pixel_values", "labels"):
+            # Images before labels, as the digests of earlier comparisons have them.
+            for key in sorted(inputs, reverse=True):
                 self.digest.update(inputs[key].detach().cpu().contiguous().numpy().tobytes())
             return step(model, inputs, *args, **kwargs)
 

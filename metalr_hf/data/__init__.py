@@ -1,14 +1,20 @@
 """Images in: from a Hub id, a folder or files to rows that a model takes."""
 
+from .cells import CLASS_NAMES, demo_cells
+from .digits import demo_dataset
 from .loading import DataArguments, ImageSplits, load_images
-from .masks import MaskSplits, load_masks
+from .masks import MaskArguments, MaskSplits, load_masks
 from .transforms import ImageTransform, load_image_processor, prepare_images
 
 __all__ = [
+    "CLASS_NAMES",
     "DataArguments",
     "ImageSplits",
     "ImageTransform",
+    "MaskArguments",
     "MaskSplits",
+    "demo_cells",
+    "demo_dataset",
     "load_image_processor",
     "load_images",
     "load_masks",

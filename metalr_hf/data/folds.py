@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datasets
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
+from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold, train_test_split
 
 from .loading import LABEL
 
@@ -12,7 +12,7 @@ from .loading import LABEL
 def fold_rows(
     data: datasets.Dataset, folds: int, seed: int, group_column: str | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows of every fold, stratified by label.
+    """Rows of every fold, stratified by class where the labels are classes.
 
     Args:
         data (`datasets.Dataset`): Rows with `label`.
@@ -36,15 +36,16 @@ def fold_rows(
 
     ```
     """
-    labels = np.array(data.with_format(None)[LABEL])
+    rows, strata, how = np.arange(len(data)), _strata(data), {"shuffle": True, "random_state": seed}
     if group_column is None:
-        return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels))
+        kind = KFold if strata is None else StratifiedKFold
+        return list(kind(folds, **how).split(rows, strata))
     groups = np.array(data.with_format(None)[group_column])
-    return list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups))
+    return list((GroupKFold if strata is None else StratifiedGroupKFold)(folds, **how).split(rows, strata, groups))
 
 
 def stratified_subset(data: datasets.Dataset, size: int, seed: int) -> datasets.Dataset:
-    """Some rows, each class in its share.
+    """Some rows, each class in its share where the labels are classes.
 
     Args:
         data (`datasets.Dataset`): Rows with `label`.
@@ -67,8 +68,7 @@ def stratified_subset(data: datasets.Dataset, size: int, seed: int) -> datasets.
     """
     if size >= len(data):
         return data
-    labels = np.array(data.with_format(None)[LABEL])
-    rows, _ = train_test_split(np.arange(len(data)), train_size=size, stratify=labels, random_state=seed)
+    rows, _ = train_test_split(np.arange(len(data)), train_size=size, stratify=_strata(data), random_state=seed)
     return data.select(rows)
 
 
@@ -83,6 +83,9 @@ def flip_labels(data: datasets.Dataset, share: float, seed: int) -> datasets.Dat
     Returns:
         `datasets.Dataset`
 
+    Raises:
+        ValueError: if the labels are no classes.
+
     Example:
 
     ```python
@@ -95,8 +98,15 @@ def flip_labels(data: datasets.Dataset, share: float, seed: int) -> datasets.Dat
 
     ```
     """
-    labels, feature = np.array(data.with_format(None)[LABEL]), data.features[LABEL]
+    labels, feature = _strata(data), data.features[LABEL]
+    if labels is None:
+        raise ValueError(f"noise={share!r}: only class labels can be flipped, and these are {feature}. Leave it at 0.")
     generator = np.random.default_rng(seed)
     flipped = generator.permutation(len(labels))[: round(share * len(labels))]
     labels[flipped] = (labels[flipped] + generator.integers(1, feature.num_classes, len(flipped))) % feature.num_classes
     return data.remove_columns(LABEL).add_column(LABEL, labels, feature=feature)
+
+
+def _strata(data: datasets.Dataset) -> np.ndarray | None:
+    is_class = isinstance(data.features[LABEL], datasets.ClassLabel)
+    return np.array(data.with_format(None)[LABEL]) if is_class else None

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 
 from ..messages import first_line
 from ..settings import check_choice
 from .columns import find_column
+from .digits import demo_dataset
 
-TASKS = ("classification", "segmentation")
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip")
 IMAGE, LABEL = "image", "label"
 SHUFFLE_BUFFER_SIZE = 1000
+# Makes the splits of a data set that comes along.
+Demo = Callable[[], Mapping[str, Any]]
 
 
 @dataclass
@@ -24,24 +26,14 @@ class DataArguments:
     """Where the images come from and how they are prepared.
 
     Args:
-        task (`str`, *optional*, defaults to `"classification"`):
-            `classification` of images, or `segmentation`, which needs a column of masks.
         dataset_name (`str`, *optional*):
             Hub id, local folder (class folders of images, parquet or arrow files, or one written by `save_to_disk`),
-            or `imagefolder` with `data_dir`. By default scikit-learn's handwritten digits, for segmentation generated
-            micrographs of cells.
+            or `imagefolder` with `data_dir`. By default images that come along: scikit-learn's handwritten digits, for
+            segmentation generated micrographs of cells.
         dataset_config_name (`str`, *optional*): Configuration of the data set, where it has several.
         data_dir (`str`, *optional*): Folder inside the data set, or the folder of images for `imagefolder`.
         image_column_name (`str`, *optional*): Column of the images; by default the only image column.
         label_column_name (`str`, *optional*): Column of the classes; by default the only column of class labels.
-        mask_column_name (`str`, *optional*):
-            Column of the masks, images of one channel that hold class ids; by default the one called `mask`, `label`,
-            `annotation` or similar.
-        class_names (`list[str]`, *optional*):
-            Names of the classes of the masks, from id 0 on. By default numbers, as many as the training masks hold.
-        ignore_index (`int`, *optional*):
-            Id in the masks of pixels that do not count. By default 255, unless the masks are black and white (0 and 255
-            only), which makes it a class.
         train_split (`str`, *optional*, defaults to `"train"`): Split to train on.
         test_split (`str`, *optional*):
             Split that the result is measured on, once, after training. By default `test`, else `validation`, else a
@@ -70,10 +62,6 @@ class DataArguments:
     ```
     """
 
-    task: str = field(
-        default="classification",
-        metadata={"help": "`classification` of images, or `segmentation`, which needs a column of masks."},
-    )
     dataset_name: str | None = field(
         default=None,
         metadata={
@@ -93,27 +81,6 @@ class DataArguments:
     )
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column of the classes; by default the only column of class labels."}
-    )
-    mask_column_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the masks, images of one channel that hold class ids; by default the one called `mask`, "
-            "`label`, `annotation` or similar."
-        },
-    )
-    class_names: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the classes of the masks, from id 0 on. By default numbers, as many as the training "
-            "masks hold."
-        },
-    )
-    ignore_index: int | None = field(
-        default=None,
-        metadata={
-            "help": "Id in the masks of pixels that do not count. By default 255, unless the masks are black and white "
-            "(0 and 255 only), which makes it a class."
-        },
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str | None = field(
@@ -153,15 +120,13 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "Metrics of the test split. By default `accuracy` and `macro_f1`, of segmentation `dice`."},
     )
+    default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
 
     def __post_init__(self) -> None:
-        check_choice("task", self.task, TASKS)
         check_choice("augment", self.augment, AUGMENTATIONS)
         if isinstance(self.metrics, str):
             self.metrics = [self.metrics]
-        self.metrics = self.metrics or (["dice"] if self.task == "segmentation" else ["accuracy", "macro_f1"])
-        if self.task == "segmentation" and self.metrics != ["dice"]:
-            raise ValueError(f"metrics={self.metrics}: segmentation is measured by dice. Leave the argument out.")
+        self.metrics = self.metrics or list(self.default_metrics)
         if not 0 < self.test_share < 1:
             raise ValueError(f"test_share={self.test_share!r} must be between 0 and 1.")
         for name in ("max_train_samples", "image_size"):
@@ -230,7 +195,7 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
 
     ```
     """
-    splits, train_name, test_name = load_splits(args)
+    splits, train_name, test_name = load_splits(args, demo_dataset)
     used = [name for name in (train_name, test_name, args.meta_split_name) if name is not None]
     chosen = {name: _choose_columns(splits[name], args, keep_columns) for name in used}
     class_names, chosen = _class_labels(chosen, train_name, args)
@@ -248,11 +213,12 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
     return ImageSplits(train, test, meta, class_names)
 
 
-def load_splits(args: DataArguments) -> tuple[Mapping[str, Any], str, str | None]:
+def load_splits(args: DataArguments, demo: Demo) -> tuple[Mapping[str, Any], str, str | None]:
     """Loads a data set as it is, and finds the splits to train and to test on.
 
     Args:
         args ([`DataArguments`]): Which data set and splits.
+        demo (`Callable`): Makes the splits that are loaded where no data set is named.
 
     Returns:
         `tuple`: the splits by name, the name of the one to train on and of the one to test on, `None` for a share of
@@ -262,7 +228,7 @@ def load_splits(args: DataArguments) -> tuple[Mapping[str, Any], str, str | None
         FileNotFoundError: if there is no such data set, or no network to fetch it.
         ValueError: if a split is missing, naming those that are there.
     """
-    splits = _read_splits(args)
+    splits = _read_splits(args, demo)
     train_name, test_name = args.train_split, args.test_split
     if test_name is None:
         usual = [name for name in ("test", "validation") if name in splits and name != args.meta_split_name]
@@ -281,9 +247,9 @@ def load_splits(args: DataArguments) -> tuple[Mapping[str, Any], str, str | None
     return splits, train_name, test_name
 
 
-def _read_splits(args: DataArguments) -> Mapping[str, Any]:
+def _read_splits(args: DataArguments, demo: Demo) -> Mapping[str, Any]:
     if args.is_demo:
-        splits = _demo_splits(args.task)
+        splits = demo()
         return {name: split.to_iterable_dataset() for name, split in splits.items()} if args.streaming else splits
     name = args.dataset_name or "imagefolder"
     if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
@@ -301,16 +267,6 @@ def _read_splits(args: DataArguments) -> Mapping[str, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"dataset_name={name!r} could not be loaded: {error}") from error
-
-
-def _demo_splits(task: str) -> datasets.DatasetDict:
-    if task == "segmentation":
-        from ..tasks.demo_cells import demo_cells
-
-        return demo_cells()
-    from ..tasks.demo import demo_dataset
-
-    return demo_dataset()
 
 
 def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]) -> Any:

@@ -14,30 +14,8 @@ from transformers import BaseImageProcessor
 
 from ..settings import check_choice
 from .loading import AUGMENTATIONS, IMAGE, LABEL
-from .masks import MaskClasses, MaskSplits, check_size, place, read_mask
-from .transforms import prepare_splits, random_crop
-
-
-def prepare_masks(
-    splits: MaskSplits, processor: BaseImageProcessor, augment: str = "crop_flip", *, seed: int = 42
-) -> MaskSplits:
-    """Turns images and masks into model inputs at the moment they are read.
-
-    As [`~metalr_hf.data.transforms.prepare_images`]: the test split goes through the image processor and nothing else,
-    training and meta images are augmented.
-
-    Args:
-        splits ([`~metalr_hf.data.masks.MaskSplits`]): As [`~metalr_hf.data.masks.load_masks`] gives them.
-        processor (`transformers.BaseImageProcessor`): The model's image processor.
-        augment (`str`, *optional*, defaults to `"crop_flip"`): `none`, `flip`, `crop` or `crop_flip`.
-        seed (`int`, *optional*, defaults to 42): Of the shuffling of streams; all others are shuffled by the Trainer.
-
-    Returns:
-        [`~metalr_hf.data.masks.MaskSplits`]: rows of `pixel_values` and `labels`.
-    """
-    training = MaskTransform(processor, splits.classes, augment)
-    evaluation = MaskTransform(processor, splits.classes)
-    return prepare_splits(splits, training, evaluation, seed)
+from .masks import MaskClasses, check_size, place, read_mask
+from .transforms import random_crop
 
 
 class MaskTransform:
@@ -57,11 +35,10 @@ class MaskTransform:
     Example:
 
     ```python
-    >>> from metalr_hf.data.loading import DataArguments
     >>> from metalr_hf.data.mask_transforms import MaskTransform
-    >>> from metalr_hf.data.masks import load_masks
+    >>> from metalr_hf.data.masks import MaskArguments, load_masks
     >>> from transformers import SegformerImageProcessor
-    >>> splits = load_masks(DataArguments(task="segmentation"))
+    >>> splits = load_masks(MaskArguments())
     >>> processor = SegformerImageProcessor(size={"height": 64, "width": 64})
     >>> transform = MaskTransform(processor, splits.classes, "crop_flip")
     >>> rows = transform(splits.train[:2])

@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
 from PIL import ExifTags, Image
 
 from ..models.losses import IGNORE_INDEX
+from .cells import CLASS_NAMES, demo_cells
 from .columns import find_column
 from .loading import IMAGE, LABEL, SHUFFLE_BUFFER_SIZE, DataArguments, ImageSplits, load_splits
 
@@ -28,6 +29,52 @@ WHITE = BLACK_AND_WHITE[-1]
 # Masks of a stream that are looked at before it is trained on, at the least.
 FIRST_MASKS = 16
 FOLDER_OF_MASKS = "A folder of images names its masks in a metadata.csv with the columns file_name and mask_file_name."
+
+
+@dataclass
+class MaskArguments(DataArguments):
+    """Where images with masks come from and how they are prepared.
+
+    Args:
+        mask_column_name (`str`, *optional*):
+            Column of the masks, images of one channel that hold class ids; by default the one called `mask`, `label`,
+            `annotation` or similar.
+        class_names (`list[str]`, *optional*):
+            Names of the classes of the masks, from id 0 on. By default numbers, as many as the training masks hold.
+        ignore_index (`int`, *optional*):
+            Id in the masks of pixels that do not count. By default 255, unless the masks are black and white (0 and 255
+            only), which makes it a class.
+
+    All others are those of [`~metalr_hf.data.loading.DataArguments`].
+    """
+
+    mask_column_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the masks, images of one channel that hold class ids; by default the one called `mask`, "
+            "`label`, `annotation` or similar."
+        },
+    )
+    class_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the classes of the masks, from id 0 on. By default numbers, as many as the training "
+            "masks hold."
+        },
+    )
+    ignore_index: int | None = field(
+        default=None,
+        metadata={
+            "help": "Id in the masks of pixels that do not count. By default 255, unless the masks are black and white "
+            "(0 and 255 only), which makes it a class."
+        },
+    )
+    default_metrics: ClassVar[tuple[str, ...]] = ("dice",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metrics != ["dice"]:
+            raise ValueError(f"metrics={self.metrics}: segmentation is measured by dice. Leave the argument out.")
 
 
 @dataclass(frozen=True)
@@ -91,7 +138,7 @@ class MaskSplits(ImageSplits):
     classes: MaskClasses
 
 
-def load_masks(args: DataArguments, *, seed: int = 42) -> MaskSplits:
+def load_masks(args: MaskArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> MaskSplits:
     """Loads a data set of images with masks, brings it into one form, and looks at every mask.
 
     Masks hold a class id a pixel, from 0 on. Masks of 0 and 255 only, black and white, are two classes, unless
@@ -99,8 +146,9 @@ def load_masks(args: DataArguments, *, seed: int = 42) -> MaskSplits:
     looked at as it comes.
 
     Args:
-        args ([`DataArguments`]): Which data set, columns and splits.
+        args ([`MaskArguments`]): Which data set, columns and splits.
         seed (`int`, *optional*, defaults to 42): Of the held-out share and of the subset.
+        keep_columns (`Sequence[str]`, *optional*): Other columns to keep.
 
     Returns:
         [`MaskSplits`]
@@ -114,20 +162,17 @@ def load_masks(args: DataArguments, *, seed: int = 42) -> MaskSplits:
     Example:
 
     ```python
-    >>> from metalr_hf.data.loading import DataArguments
-    >>> from metalr_hf.data.masks import load_masks
-    >>> load_masks(DataArguments(task="segmentation")).class_names
+    >>> from metalr_hf.data.masks import MaskArguments, load_masks
+    >>> load_masks(MaskArguments()).class_names
     ('inside', 'membrane')
 
     ```
     """
     if args.is_demo and args.class_names is None:
-        from ..tasks.demo_cells import CLASS_NAMES
-
         args = replace(args, class_names=list(CLASS_NAMES))
-    splits, train_name, test_name = load_splits(args)
+    splits, train_name, test_name = load_splits(args, demo_cells)
     used = [name for name in (train_name, test_name, args.meta_split_name) if name is not None]
-    chosen = {name: _choose_columns(splits[name], args) for name in used}
+    chosen = {name: _choose_columns(splits[name], args, keep_columns) for name in used}
     if args.streaming:
         if args.class_names is None:
             raise ValueError(
@@ -167,9 +212,8 @@ def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
     Example:
 
     ```python
-    >>> from metalr_hf.data.loading import DataArguments
-    >>> from metalr_hf.data.masks import load_masks, read_mask
-    >>> mask = read_mask(load_masks(DataArguments(task="segmentation")).train[0]["label"])
+    >>> from metalr_hf.data.masks import MaskArguments, load_masks, read_mask
+    >>> mask = read_mask(load_masks(MaskArguments()).train[0]["label"])
     >>> mask.shape, sorted(set(mask.ravel().tolist()))
     ((96, 96), [0, 1])
 
@@ -209,7 +253,7 @@ def _size(entry: Mapping[str, Any]) -> tuple[int, int]:
         return (width, height) if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (height, width)
 
 
-def _choose_columns(split: Any, args: DataArguments) -> Any:
+def _choose_columns(split: Any, args: MaskArguments, keep_columns: Sequence[str]) -> Any:
     features = split.features or dict.fromkeys(next(iter(split)))
     given = (args.image_column_name, args.mask_column_name)
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image) and name not in given]
@@ -220,14 +264,14 @@ def _choose_columns(split: Any, args: DataArguments) -> Any:
     wanted.sort(key=lambda column: column[1] is None)
     found = {what: find_column(features, what, name, there, FOLDER_OF_MASKS) for what, name, there in wanted}
     image, mask = found["image"], found["mask"]
-    split = split.select_columns([image, mask])
+    split = split.select_columns([image, mask, *(name for name in keep_columns if name in features)])
     # By way of names that no data set has: an image column may be called `label`.
     split = split.rename_columns({image: "_image", mask: "_mask"}).rename_columns({"_image": IMAGE, "_mask": LABEL})
     split = split.cast_column(IMAGE, datasets.Image())
     return split.cast_column(LABEL, datasets.Image(decode=False))
 
 
-def _check_masks(splits: Mapping[str, Any], train_name: str, args: DataArguments) -> MaskClasses:
+def _check_masks(splits: Mapping[str, Any], train_name: str, args: MaskArguments) -> MaskClasses:
     """Looks at the size and the values of every mask, and says which classes the training masks hold."""
     first: dict[str, dict[int, str]] = {}
     for name, split in splits.items():
@@ -247,7 +291,7 @@ def _check_masks(splits: Mapping[str, Any], train_name: str, args: DataArguments
     return classes
 
 
-def _first_values(stream: Any, name: str, args: DataArguments) -> set[int]:
+def _first_values(stream: Any, name: str, args: MaskArguments) -> set[int]:
     """The values of a stream's first masks, of as many as it takes to tell whether they are black and white."""
     values: set[int] = set()
     if len(args.class_names or ()) != 2 or args.ignore_index == WHITE:
@@ -275,7 +319,7 @@ def _values(mask: np.ndarray) -> list[int]:
     return values.tolist()
 
 
-def _named_classes(args: DataArguments, values: Iterable[int], first: Mapping[int, str] | None = None) -> MaskClasses:
+def _named_classes(args: MaskArguments, values: Iterable[int], first: Mapping[int, str] | None = None) -> MaskClasses:
     found, names, ignored = sorted(values), args.class_names, args.ignore_index
     if tuple(found) == BLACK_AND_WHITE and ignored != WHITE and (names is None or len(names) == 2):
         return MaskClasses(tuple(names or ("0", "255")), BLACK_AND_WHITE, -1 if ignored is None else ignored)

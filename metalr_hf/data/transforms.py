@@ -129,7 +129,7 @@ def prepare_images(
 
     ```python
     >>> from metalr_hf.data.loading import DataArguments, load_images
-    >>> from metalr_hf.tasks.demo import demo_image_processor
+    >>> from metalr_hf.models.demo import demo_image_processor
     >>> from metalr_hf.data.transforms import prepare_images
     >>> splits = prepare_images(load_images(DataArguments()), demo_image_processor(), augment="crop")
     >>> splits.train[0]["pixel_values"].shape
@@ -182,7 +182,7 @@ class ImageTransform:
 
     ```python
     >>> from PIL import Image
-    >>> from metalr_hf.tasks.demo import demo_image_processor
+    >>> from metalr_hf.models.demo import demo_image_processor
     >>> from metalr_hf.data.transforms import ImageTransform
     >>> transform = ImageTransform(demo_image_processor(), "crop_flip")
     >>> transform({"image": [Image.new("L", (300, 200))], "label": [0]})["pixel_values"][0].shape
@@ -237,7 +237,7 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     Example:
 
     ```python
-    >>> from metalr_hf.tasks.demo import demo_image_processor
+    >>> from metalr_hf.models.demo import demo_image_processor
     >>> from metalr_hf.data.transforms import output_size
     >>> output_size(demo_image_processor())
     (64, 64)

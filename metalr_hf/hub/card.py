@@ -133,6 +133,7 @@ class RunFacts:
         dataset (`str`, *optional*): Hub id of the data set, or its name.
         dataset_on_hub (`bool`): Whether `dataset` is a Hub id.
         classes (`Sequence[str]`): The class names.
+        answers (`str`): What the model answers; `{count}` and `{names}` stand for the classes.
         evaluation ([`Evaluation`], *optional*): The results.
         train_images (`int`, *optional*): Size of the training set.
         tags (`Sequence[str]`): Further tags.
@@ -155,6 +156,7 @@ class RunFacts:
     dataset: str | None = None
     dataset_on_hub: bool = False
     classes: Sequence[str] = ()
+    answers: str = "It tells {count} classes apart: {names}"
     evaluation: Evaluation | None = None
     train_images: int | None = None
     tags: Sequence[str] = ()
@@ -281,7 +283,7 @@ def _introduction(facts: RunFacts) -> str:
     if facts.classes:
         shown = ", ".join(map(escape, facts.classes[:12]))
         more = f" and {len(facts.classes) - 12} more" if len(facts.classes) > 12 else ""
-        text += f". It tells {len(facts.classes)} classes apart: {shown}{more}"
+        text += ". " + facts.answers.format(count=len(facts.classes), names=f"{shown}{more}")
     return f"{text}."
 
 

@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from ..models.bare import Classifier
 from ..models.unet3d import UNet3DConfig
+from ..tasks.base import Task
 from ..tuning.optimizers import unwrap
 from .card import Evaluation, LayerFacts, RunFacts
 from .publish import CARD
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .mixin import HubTrainer
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-TASKS = {
+PIPELINE_TAGS = {
     "ForImageClassification": "image-classification",
     "ForSemanticSegmentation": "image-segmentation",
     "ForObjectDetection": "object-detection",
@@ -47,7 +48,7 @@ def run_facts(
         trainer ([`~metalr_hf.hub.mixin.HubTrainer`]): The trainer.
         base_model (`str`, *optional*): Hub id of the pretrained model; by default what the model's configuration says.
         dataset (`str`, *optional*): Hub id or name of the data set; by default `trainer.dataset_name`.
-        task (`str`, *optional*): Pipeline tag; by default that of the model's class.
+        task (`str`, *optional*): Pipeline tag; by default that of the task or of the model's class.
 
     Returns:
         [`~metalr_hf.hub.card.RunFacts`]
@@ -63,14 +64,14 @@ def run_facts(
     is_timm = hasattr(network, "timm_model")
     return RunFacts(
         library="peft" if is_adapter else "timm" if is_timm else "transformers" if is_known else None,
-        task=task or _task(network),
+        task=task or (trainer.task.pipeline_tag if trainer.task else _pipeline_tag(network)),
         architecture=getattr(config, "architecture", None) or type(network).__name__,
         layers=_layers(trainer.lr_scheduler),
         settings=_settings(trainer),
         validation=_validation(trainer),
         step=trainer.step_of_weights,
         tuned=trainer.args.hyper_lr > 0,
-        auto_class=f"AutoModel{next((e for e in TASKS if type(network).__name__.endswith(e)), '')}",
+        auto_class=f"AutoModel{next((e for e in PIPELINE_TAGS if type(network).__name__.endswith(e)), '')}",
         # By this `save_pretrained` decides whether to save the code.
         has_own_code=getattr(network, "_auto_class", None) is not None,
         volume_channels=config.num_channels if getattr(config, "model_type", None) == UNet3DConfig.model_type else None,
@@ -79,6 +80,7 @@ def run_facts(
         dataset=dataset,
         dataset_on_hub=bool(_hub_id(dataset)),
         classes=class_names(model),
+        answers=(trainer.task or Task).card_sentence,
         evaluation=trainer.evaluation,
         train_images=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
     )
@@ -116,7 +118,7 @@ def class_names(model: Any) -> list[str]:
     Example:
 
     ```python
-    >>> from metalr_hf.tasks.demo import demo_model
+    >>> from metalr_hf.models.demo import demo_model
     >>> from metalr_hf.hub.facts import class_names
     >>> class_names(demo_model({0: "cat", 1: "dog"}))
     ['cat', 'dog']
@@ -223,8 +225,8 @@ def _device(args: Any) -> str:
     return f"{args.world_size} × {name}" if args.world_size > 1 else name
 
 
-def _task(network: Any) -> str | None:
-    return next((tag for ending, tag in TASKS.items() if type(network).__name__.endswith(ending)), None)
+def _pipeline_tag(network: Any) -> str | None:
+    return next((tag for ending, tag in PIPELINE_TAGS.items() if type(network).__name__.endswith(ending)), None)
 
 
 def _builder_name(dataset: Any) -> str | None:

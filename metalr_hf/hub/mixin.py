@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 
+from ..tasks.base import Task
 from .card import Evaluation, model_card
 from .facts import read_evaluation, run_facts
 from .publish import CARD, HISTORY, PICTURE, hub_api, prepare_repository, publish, publish_checkpoint, telling_errors
@@ -22,6 +23,7 @@ class HubTrainer(Trainer):
 
     Attributes:
         dataset_name (`str`, *optional*): Hub id or name of the training set, for the card.
+        task ([`~metalr_hf.tasks.base.Task`], *optional*): What the model learns, for the card.
     """
 
     args: Any
@@ -33,6 +35,7 @@ class HubTrainer(Trainer):
     push_in_progress: Any
     hub_model_id: Any
     dataset_name: str | None = None
+    task: Task | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._evaluations: dict[tuple[str, int], Evaluation] = {}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bare import Classifier
+    from .demo import demo_image_processor, demo_model, demo_unet
     from .losses import segmentation_loss
     from .timm import wrap_timm_model
     from .unet import TimmUNetConfig, TimmUNetForSemanticSegmentation
@@ -16,6 +17,9 @@ __all__ = [
     "TimmUNetForSemanticSegmentation",
     "UNet3DConfig",
     "UNet3DForSemanticSegmentation",
+    "demo_image_processor",
+    "demo_model",
+    "demo_unet",
     "segmentation_loss",
     "wrap_timm_model",
 ]
@@ -26,6 +30,9 @@ _HOMES = {
     "TimmUNetForSemanticSegmentation": "unet",
     "UNet3DConfig": "unet3d",
     "UNet3DForSemanticSegmentation": "unet3d",
+    "demo_image_processor": "demo",
+    "demo_model": "demo",
+    "demo_unet": "demo",
     "segmentation_loss": "losses",
     "wrap_timm_model": "timm",
 }

@@ -1,16 +1,17 @@
-"""What a model is to learn: which head, which loss, which inputs, which metrics."""
+"""What a model is to learn: which rows, which network and loss, which inputs, which metrics; one file a task."""
 
-from .demo import demo_dataset, demo_image_processor, demo_model, demo_unet
-from .demo_cells import demo_cells
+from .base import TASKS, Task, get_task, register_task
+from .classification import Classification
 from .metrics import build_compute_metrics
-from .segmentation import segmentation_trainer_arguments
+from .segmentation import Segmentation, segmentation_trainer_arguments
 
 __all__ = [
+    "TASKS",
+    "Classification",
+    "Segmentation",
+    "Task",
     "build_compute_metrics",
-    "demo_cells",
-    "demo_dataset",
-    "demo_image_processor",
-    "demo_model",
-    "demo_unet",
+    "get_task",
+    "register_task",
     "segmentation_trainer_arguments",
 ]

@@ -1,10 +1,11 @@
-"""Segmentation in the Trainer: pretrained networks with a head for given classes, and what the Trainer needs for it."""
+"""Segmentation: a class a pixel, learned with cross-entropy plus Dice."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 from transformers import (
@@ -15,17 +16,81 @@ from transformers import (
     SegformerImageProcessor,
     TimmWrapperConfig,
 )
+from transformers.trainer_utils import PredictionOutput
 
-from ..data.mask_transforms import collate_masks
-from ..data.transforms import load_image_processor
+from ..data.mask_transforms import MaskTransform, collate_masks
+from ..data.masks import MaskArguments, MaskSplits, load_masks
+from ..data.transforms import Transform, load_image_processor
 
 # The 3-D U-Net for its entry in transformers' Auto classes.
 from ..models import unet3d as unet3d
+from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import segmentation_loss
 from ..models.unet import TimmUNetForSemanticSegmentation
+from .base import DEMO_ARGUMENTS, Task, register_task
 from .metrics import build_dice_metrics, predicted_classes
 
 DEMO_IMAGE_SIZE = 96
+
+
+@register_task("segmentation")
+class Segmentation(Task):
+    """A class a pixel; see [`~metalr_hf.tasks.base.Task`] for its methods."""
+
+    pipeline_tag = "image-segmentation"
+    data_arguments = MaskArguments
+    # Masks are counted as they come: those of a whole test split need not fit into memory.
+    training_arguments: ClassVar[Mapping[str, Any]] = {"batch_eval_metrics": True}
+    demo_name = "cells"
+    demo_description = "generated micrographs of cells"
+    demo_model_name = "U-Net on EfficientNet-Lite0"
+    demo_augment = "flip"
+    demo_arguments: ClassVar[Mapping[str, Any]] = {
+        **DEMO_ARGUMENTS,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 16,
+        "logging_steps": 12,
+    }
+    metric = "dice"
+
+    def load_splits(self, data: MaskArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> MaskSplits:
+        return load_masks(data, seed=seed, keep_columns=keep_columns)
+
+    def load_model(
+        self, arguments: ModelArguments, id2label: Mapping[int, str], image_size: int | None = None
+    ) -> PreTrainedModel:
+        name = arguments.model_name_or_path
+        if name is None:
+            from ..models.demo import demo_unet
+
+            return demo_unet(id2label)
+        with naming_the_model(name, "model"):
+            return load_segmentation_model(name, id2label, image_size, trust_remote_code=arguments.trust_remote_code)
+
+    def load_processor(
+        self, arguments: ModelArguments, model: PreTrainedModel, image_size: int | None = None
+    ) -> BaseImageProcessor:
+        name = arguments.model_name_or_path
+        with naming_the_model(name, "image processor"):
+            return load_mask_processor(model, name, image_size, trust_remote_code=arguments.trust_remote_code)
+
+    def transforms(
+        self, splits: MaskSplits, processor: BaseImageProcessor, augment: str
+    ) -> tuple[Transform, Transform]:
+        return MaskTransform(processor, splits.classes, augment), MaskTransform(processor, splits.classes)
+
+    def trainer_arguments(self, class_names: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+        return segmentation_trainer_arguments(class_names)
+
+    def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:
+        found = {name.removeprefix("test_"): value for name, value in (output.metrics or {}).items()}
+        if not math.isfinite(found["loss"]):
+            return {"dice": None, "test_loss": None, "class_dice": {}}
+        return {
+            "dice": round(found["dice"], 6),
+            "test_loss": round(found["loss"], 6),
+            "class_dice": {name: round(found[f"dice_{name}"], 6) for name in class_names},
+        }
 
 
 def segmentation_trainer_arguments(class_names: Sequence[str]) -> dict[str, Any]:
@@ -115,7 +180,7 @@ def load_mask_processor(
     Example:
 
     ```python
-    >>> from metalr_hf.tasks.demo import demo_unet
+    >>> from metalr_hf.models.demo import demo_unet
     >>> from metalr_hf.tasks.segmentation import load_mask_processor
     >>> dict(load_mask_processor(demo_unet({0: "inside", 1: "membrane"})).size)
     {'height': 96, 'width': 96}

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from metalr_hf.cli.arguments import DEMO_DEFAULTS, parse_train_arguments
+from metalr_hf.cli.arguments import parse_train_arguments
+from metalr_hf.tasks.base import DEMO_ARGUMENTS
 
 
 def test_the_demo_needs_only_an_output_folder(tmp_path):
@@ -11,7 +12,7 @@ def test_the_demo_needs_only_an_output_folder(tmp_path):
     assert arguments.data.is_demo
     # A mirrored digit is no digit.
     assert arguments.data.augment == "crop"
-    for name, value in DEMO_DEFAULTS.items():
+    for name, value in DEMO_ARGUMENTS.items():
         assert getattr(arguments.data if hasattr(arguments.data, name) else arguments.training, name) == value
     assert not arguments.training.remove_unused_columns
 
@@ -24,14 +25,14 @@ def test_what_the_user_says_goes_before_the_demo(tmp_path):
     assert arguments.training.learning_rate == 5e-5
     assert arguments.training.hyper_lr == 0.2
     assert arguments.data.augment == "none"
-    assert arguments.training.per_device_train_batch_size == DEMO_DEFAULTS["per_device_train_batch_size"]
+    assert arguments.training.per_device_train_batch_size == DEMO_ARGUMENTS["per_device_train_batch_size"]
 
 
 def test_a_preset_goes_before_the_demo(tmp_path):
     arguments = parse_train_arguments(["--output_dir", str(tmp_path), "--preset", "paper"])
     assert arguments.training.lr_scheduler_type == "constant"
     assert arguments.training.lookahead == "sgd"
-    assert arguments.training.learning_rate == DEMO_DEFAULTS["learning_rate"]
+    assert arguments.training.learning_rate == DEMO_ARGUMENTS["learning_rate"]
 
 
 def test_with_own_images_or_model_there_are_no_demo_settings(tmp_path):

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 
 def test_arguments_come_from_the_command_line_a_file_or_both(tmp_path):
-    arguments, tuning = parse_compare_arguments(
+    arguments, tuning, _ = parse_compare_arguments(
         ["--output_dir", "x", "--learning_rates", "1e-4", "1e-2", "--hyper_lr", "0.2", "--meta_every", "3"]
     )
     assert arguments.learning_rates == [1e-4, 1e-2]
@@ -19,10 +19,10 @@ def test_arguments_come_from_the_command_line_a_file_or_both(tmp_path):
     assert tuning == {"hyper_lr": 0.2, "meta_every": 3}
     file = tmp_path / "comparison.yaml"
     file.write_text("output_dir: x\nstrategies: [cosine, metalr]\nlearning_rates: [1e-4]\nsteps: 5\nlr_rule: adam\n")
-    arguments, tuning = parse_compare_arguments([str(file), "--steps", "7"])
+    arguments, tuning, _ = parse_compare_arguments([str(file), "--steps", "7"])
     assert (arguments.strategies, arguments.steps, tuning) == (["cosine", "metalr"], 7, {"lr_rule": "adam"})
     file.write_text("output_dir: x\ntest_split: null\ntrain_size: null\n")
-    arguments, _ = parse_compare_arguments([str(file)])
+    arguments, _, _ = parse_compare_arguments([str(file)])
     assert (arguments.test_split, arguments.train_size) == (None, None)
 
 

@@ -68,7 +68,7 @@ def test_the_report_has_a_row_a_strategy_with_the_best_entry_in_bold(tmp_path):
     assert lines["metalr"].count("**0.910 ± 0.010**") == 3
     assert lines["metalr"].endswith("| 2.00x |")
     assert "(1 diverged)" in lines["prodigy"]
-    assert "accuracy of zero:\n\n- 1 × net → digits, prodigy: training loss nan" in text
+    assert "counted as zero:\n\n- 1 × net → digits, prodigy: training loss nan" in text
     assert (tmp_path / "report.png").stat().st_size > 5000
 
 

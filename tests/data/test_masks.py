@@ -5,13 +5,13 @@ from cells import SIZE, cells, save_cells
 from PIL import Image
 
 from metalr_hf.data.loading import DataArguments
-from metalr_hf.data.masks import FIRST_MASKS, load_masks, read_mask
+from metalr_hf.data.masks import FIRST_MASKS, MaskArguments, load_masks, read_mask
 
 pytestmark = pytest.mark.usefixtures("offline")
 
 
 def arguments(name=None, **kwargs):
-    return DataArguments(task="segmentation", dataset_name=None if name is None else str(name), **kwargs)
+    return MaskArguments(dataset_name=None if name is None else str(name), **kwargs)
 
 
 def masks(split):
@@ -219,5 +219,3 @@ def test_segmentation_is_measured_by_dice():
     assert DataArguments().metrics == ["accuracy", "macro_f1"]
     with pytest.raises(ValueError, match=r"metrics=\['accuracy'\]: segmentation is measured by dice"):
         arguments(metrics=["accuracy"])
-    with pytest.raises(ValueError, match="task='detection' must be one of"):
-        DataArguments(task="detection")

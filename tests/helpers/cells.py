@@ -4,7 +4,7 @@ import json
 
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor, set_seed
 
-from metalr_hf.tasks.demo_cells import demo_cells
+from metalr_hf.data.cells import demo_cells
 
 SIZE = 32
 

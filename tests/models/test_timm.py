@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+from metalr_hf.models.demo import demo_model
 from metalr_hf.models.timm import is_timm_model, make_portable, wrap_timm_model
-from metalr_hf.tasks.demo import demo_model
 
 NAMES = {0: "benign", 1: "malignant", 2: 'dünn | "quer"'}
 

@@ -6,7 +6,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator, set_
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.data.loading import DataArguments, load_images
 from metalr_hf.data.transforms import load_image_processor, prepare_images
-from metalr_hf.tasks.demo import demo_model
+from metalr_hf.models.demo import demo_model
 from metalr_hf.tasks.metrics import build_compute_metrics
 
 

@@ -30,7 +30,7 @@ def demo_cells(size: int = IMAGE_SIZE, seed: int = 0, rows: dict[str, int] | Non
     Example:
 
     ```python
-    >>> from metalr_hf.tasks.demo_cells import demo_cells
+    >>> from metalr_hf.data.cells import demo_cells
     >>> demo_cells(size=32, rows={"train": 2, "test": 1}).num_rows
     {'train': 2, 'test': 1}
 

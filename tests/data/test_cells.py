@@ -1,6 +1,6 @@
 import numpy as np
 
-from metalr_hf.tasks.demo_cells import demo_cells
+from metalr_hf.data.cells import demo_cells
 
 
 def test_cells_are_the_same_each_time_and_their_membranes_dark():

@@ -1,26 +1,22 @@
-"""The embedded default: ImageNet weights and images that come with pip."""
+"""The default model: ImageNet weights that come with pip."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import timm
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from transformers import BitImageProcessor, TimmWrapperForImageClassification
 
-from ..models.timm import wrap_timm_model
+from .timm import wrap_timm_model
 
 if TYPE_CHECKING:
-    from ..models.unet import TimmUNetForSemanticSegmentation
+    from .unet import TimmUNetForSemanticSegmentation
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 IMAGE_SIZE = 64
-TEST_SIZE = 797
 
 
 def demo_model(id2label: Mapping[int, str]) -> TimmWrapperForImageClassification:
@@ -41,7 +37,7 @@ def demo_model(id2label: Mapping[int, str]) -> TimmWrapperForImageClassification
     Example:
 
     ```python
-    >>> from metalr_hf.tasks.demo import demo_model
+    >>> from metalr_hf.models.demo import demo_model
     >>> demo_model({0: "cat", 1: "dog"}).config.num_labels
     2
 
@@ -67,13 +63,13 @@ def demo_unet(id2label: Mapping[int, str]) -> TimmUNetForSemanticSegmentation:
     Example:
 
     ```python
-    >>> from metalr_hf.tasks.demo import demo_unet
+    >>> from metalr_hf.models.demo import demo_unet
     >>> demo_unet({0: "inside", 1: "membrane"}).config.encoder
     'tf_efficientnet_lite0'
 
     ```
     """
-    from ..models.unet import TimmUNetForSemanticSegmentation
+    from .unet import TimmUNetForSemanticSegmentation
 
     weights = _demo_network().state_dict()
     label2id = {name: i for i, name in id2label.items()}
@@ -114,7 +110,8 @@ def demo_image_processor() -> BitImageProcessor:
     Example:
 
     ```python
-    >>> from metalr_hf.tasks.demo import demo_dataset, demo_image_processor
+    >>> from metalr_hf.data import demo_dataset
+    >>> from metalr_hf.models import demo_image_processor
     >>> image = demo_dataset()["train"][0]["image"]
     >>> demo_image_processor()(image, return_tensors="pt")["pixel_values"].shape
     torch.Size([1, 3, 64, 64])
@@ -128,41 +125,4 @@ def demo_image_processor() -> BitImageProcessor:
         resample=Image.Resampling.BICUBIC,
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
-    )
-
-
-def demo_dataset(seed: int = 0) -> datasets.DatasetDict:
-    """scikit-learn's handwritten digits: 1,000 to train on and 797 to test.
-
-    Args:
-        seed (`int`, *optional*, defaults to 0): Of the split, which is stratified by class.
-
-    Returns:
-        `datasets.DatasetDict`: `train` and `test`, with `image` (RGB, 32 × 32 pixels) and `label`.
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.tasks.demo import demo_dataset
-    >>> demo_dataset().num_rows
-    {'train': 1000, 'test': 797}
-
-    ```
-    """
-    digits = load_digits()
-    images = [
-        Image.fromarray((image / 16 * 255).astype("uint8")).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
-        for image in digits.images
-    ]
-    features = datasets.Features(
-        image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in digits.target_names])
-    )
-    rows = train_test_split(range(len(images)), test_size=TEST_SIZE, stratify=digits.target, random_state=seed)
-    return datasets.DatasetDict(
-        {
-            name: datasets.Dataset.from_dict(
-                {"image": [images[i] for i in part], "label": [int(digits.target[i]) for i in part]}, features=features
-            )
-            for name, part in zip(("train", "test"), rows, strict=True)
-        }
     )

@@ -1,0 +1,56 @@
+"""Pretrained models by name: which one is meant, and what is said where it cannot be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ..messages import first_line
+
+
+@dataclass
+class ModelArguments:
+    """Which model is fine-tuned.
+
+    Args:
+        model_name_or_path (`str`, *optional*):
+            Hub id, local folder or `timm/...`. By default EfficientNet-Lite0 with ImageNet weights that come with pip.
+            For segmentation, timm models become the encoder of a U-Net.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Run the model code that the repository brings along.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local folder or `timm/...`. By default EfficientNet-Lite0 with ImageNet weights that come "
+            "with pip. For segmentation, timm models become the encoder of a U-Net."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the model code that the repository brings along."}
+    )
+
+
+@contextmanager
+def naming_the_model(name: str | None, what: str) -> Iterator[None]:
+    """Makes errors of loading name the argument, what was given and what to do.
+
+    Args:
+        name (`str`, *optional*): The model that was asked for.
+        what (`str`): What is loaded: `"model"` or `"image processor"`.
+
+    Raises:
+        FileNotFoundError: if there is no such thing, or no network to fetch it.
+        ValueError: if it is there and cannot be loaded.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"model_name_or_path={name!r}: its {what} could not be loaded: {first_line(error)}") from error
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model_name_or_path={name!r}: no {what} there. It must be a local folder or a model that can be reached "
+            f"on the Hub: check the name and the network; private ones need `hf auth login`. ({first_line(error)})"
+        ) from error

@@ -1,0 +1,225 @@
+"""What a task is, and the registry in which tasks are found by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.trainer_utils import PredictionOutput
+
+from ..data.loading import DataArguments, ImageSplits
+from ..data.transforms import Splits, Transform, prepare_splits
+from ..messages import did_you_mean
+from ..models.loading import ModelArguments
+
+# Of a run that names neither a model nor a data set.
+DEMO_ARGUMENTS: Mapping[str, Any] = {
+    # Too low on purpose, and of no consequence: that it makes no difference is what the demo shows.
+    "learning_rate": 1e-4,
+    "num_train_epochs": 10.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "max_train_samples": 500,
+    "logging_steps": 16,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+}
+
+
+class Task(ABC):
+    """What a model is to learn: rows, network, inputs, loss, metrics, and what the card says of it.
+
+    A further task is a further class like this, in a file of its own, given a name with [`register_task`]. The command
+    line, `compare` and the model card ask it for everything that is not the same for all tasks.
+
+    Attributes:
+        pipeline_tag (`str`): The Hub's name of the task, such as `"image-classification"`.
+        data_arguments (`type`): [`DataArguments`], or a subclass with the arguments that only this task has.
+        training_arguments (`Mapping[str, Any]`): What `TrainingArguments` have to say for this task.
+        demo_name (`str`): What a comparison calls the images that are trained on where no data set is named.
+        demo_description (`str`): What the card calls them.
+        demo_model_name (`str`): What a comparison calls the model that is trained where none is named.
+        demo_arguments (`Mapping[str, Any]`): Arguments of a run that names neither a model nor a data set.
+        demo_augment (`str`): Augmentation of the images that are trained on where no data set is named.
+        card_sentence (`str`): What the model answers; `{count}` and `{names}` stand for the classes.
+        metric (`str`): The key of [`~Task.score`] that says how good a run is; higher is better.
+    """
+
+    pipeline_tag: ClassVar[str]
+    data_arguments: ClassVar[type[DataArguments]] = DataArguments
+    training_arguments: ClassVar[Mapping[str, Any]] = {}
+    demo_name: ClassVar[str] = "demo"
+    demo_description: ClassVar[str] = "images that come with the package"
+    demo_model_name: ClassVar[str] = "EfficientNet-Lite0"
+    demo_arguments: ClassVar[Mapping[str, Any]] = DEMO_ARGUMENTS
+    demo_augment: ClassVar[str] = "none"
+    card_sentence: ClassVar[str] = "It tells {count} classes apart: {names}"
+    metric: ClassVar[str] = "accuracy"
+
+    @abstractmethod
+    def load_splits(self, data: Any, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
+        """Reads the rows and checks them.
+
+        Args:
+            data ([`DataArguments`]): Which data set, columns and splits; of the class in `data_arguments`.
+            seed (`int`, *optional*, defaults to 42): Of the held-out share and of the subset.
+            keep_columns (`Sequence[str]`, *optional*): Other columns to keep.
+
+        Returns:
+            [`ImageSplits`]: with the columns `image` and `label`.
+
+        Raises:
+            FileNotFoundError, ValueError: if there are no such rows, or some of them cannot be learned from.
+        """
+
+    @abstractmethod
+    def load_model(
+        self, arguments: ModelArguments, id2label: Mapping[int, str], image_size: int | None = None
+    ) -> PreTrainedModel:
+        """Makes the network, pretrained, with a head for the classes.
+
+        Args:
+            arguments ([`ModelArguments`]): Which model.
+            id2label (`Mapping[int, str]`): Class number to class name.
+            image_size (`int`, *optional*): Height and width of its input in pixels; by default its own.
+
+        Returns:
+            `transformers.PreTrainedModel`: with a fresh head if the pretrained one is for other classes.
+
+        Raises:
+            FileNotFoundError: if there is no such model, or no network to fetch it.
+            ValueError: if it cannot do this task.
+        """
+
+    @abstractmethod
+    def load_processor(
+        self, arguments: ModelArguments, model: PreTrainedModel, image_size: int | None = None
+    ) -> BaseImageProcessor:
+        """Loads the image processor that belongs to the model.
+
+        Args:
+            arguments ([`ModelArguments`]): Which model.
+            model (`transformers.PreTrainedModel`): What [`~Task.load_model`] gave.
+            image_size (`int`, *optional*): Height and width of the output in pixels; by default the processor's own.
+
+        Returns:
+            `transformers.BaseImageProcessor`
+
+        Raises:
+            FileNotFoundError: if there is none, or no network to fetch it.
+        """
+
+    @abstractmethod
+    def transforms(self, splits: Any, processor: BaseImageProcessor, augment: str) -> tuple[Transform, Transform]:
+        """How rows become inputs of the model.
+
+        Args:
+            splits ([`ImageSplits`]): What [`~Task.load_splits`] gave.
+            processor (`transformers.BaseImageProcessor`): The model's image processor.
+            augment (`str`): Augmentation of the training images: `none`, `flip`, `crop` or `crop_flip`.
+
+        Returns:
+            `tuple[Callable, Callable]`: columns to columns, for the training images and for all others.
+        """
+
+    @abstractmethod
+    def trainer_arguments(self, class_names: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+        """What the Trainer needs for this task.
+
+        Args:
+            class_names (`Sequence[str]`): Name of class 0, 1, ...
+            metrics (`Sequence[str]`): Metrics of the evaluation.
+
+        Returns:
+            `dict[str, Any]`: `data_collator`, `compute_metrics` and, where they are other than Trainer's,
+                `compute_loss_func` and `preprocess_logits_for_metrics`.
+        """
+
+    @abstractmethod
+    def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:
+        """What a comparison keeps of a run: figures of the test rows, rounded to six digits.
+
+        Args:
+            output (`PredictionOutput`): What `Trainer.predict` gave.
+            class_names (`Sequence[str]`): Name of class 0, 1, ...
+
+        Returns:
+            `dict`: `test_loss`, the key that `metric` names, and others; that figure is `None` where the outputs are
+                not finite.
+        """
+
+    def prepare(self, splits: Splits, processor: BaseImageProcessor, augment: str, *, seed: int = 42) -> Splits:
+        """Turns rows into inputs of the model at the moment they are read.
+
+        Args:
+            splits ([`ImageSplits`]): What [`~Task.load_splits`] gave.
+            processor (`transformers.BaseImageProcessor`): The model's image processor.
+            augment (`str`): Augmentation of the training images: `none`, `flip`, `crop` or `crop_flip`.
+            seed (`int`, *optional*, defaults to 42): Of the shuffling of streams.
+
+        Returns:
+            [`ImageSplits`]: rows of `pixel_values` and `labels`.
+        """
+        return prepare_splits(splits, *self.transforms(splits, processor, augment), seed)
+
+
+TASKS: dict[str, Task] = {}
+
+
+def register_task(name: str) -> Any:
+    """Registers a task, so that `metalr-hf train --task` and `compare --task` find it.
+
+    Args:
+        name (`str`): What it is called.
+
+    Returns:
+        `Callable`: a decorator of a subclass of [`Task`] that is made without arguments.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tasks import TASKS, register_task
+    >>> from metalr_hf.tasks.classification import Classification
+    >>> @register_task("upright")
+    ... class Upright(Classification):
+    ...     card_sentence = "It says whether an image stands upright: {names}"
+    >>> TASKS["upright"].metric
+    'accuracy'
+
+    ```
+    """
+
+    def register(kind: type[Task]) -> type[Task]:
+        TASKS[name] = kind()
+        return kind
+
+    return register
+
+
+def get_task(name: str) -> Task:
+    """Finds a task.
+
+    Args:
+        name (`str`): Name of a registered task.
+
+    Returns:
+        [`Task`]
+
+    Raises:
+        ValueError: if there is none of that name.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tasks import get_task
+    >>> get_task("segmentation").metric
+    'dice'
+
+    ```
+    """
+    if name not in TASKS:
+        hint = did_you_mean(name, TASKS, f"Tasks: {', '.join(TASKS)}.")
+        raise ValueError(f"task={name!r} is no task.{hint} Your own is registered with metalr_hf.tasks.register_task.")
+    return TASKS[name]

@@ -1,0 +1,71 @@
+"""Classification: one class an image, learned with cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+    default_data_collator,
+)
+from transformers.trainer_utils import PredictionOutput
+
+from ..data.loading import DataArguments, ImageSplits, load_images
+from ..data.transforms import ImageTransform, Transform, load_image_processor
+from ..models.loading import ModelArguments, naming_the_model
+from .base import Task, register_task
+from .metrics import build_compute_metrics, score_classes
+
+
+@register_task("classification")
+class Classification(Task):
+    """One class an image; see [`~metalr_hf.tasks.base.Task`] for its methods."""
+
+    pipeline_tag = "image-classification"
+    demo_name = "digits"
+    demo_description = "scikit-learn's digits"
+    demo_augment = "crop"
+
+    def load_splits(self, data: DataArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
+        return load_images(data, seed=seed, keep_columns=keep_columns)
+
+    def load_model(
+        self, arguments: ModelArguments, id2label: Mapping[int, str], image_size: int | None = None
+    ) -> PreTrainedModel:
+        name = arguments.model_name_or_path
+        if name is None:
+            from ..models.demo import demo_model
+
+            return demo_model(id2label)
+        with naming_the_model(name, "model"):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+            config.id2label = dict(id2label)
+            config.label2id = {label: i for i, label in id2label.items()}
+            if hasattr(config, "label_names"):
+                # timm's own list of the classes, which would be saved instead of the new ones.
+                config.label_names = list(id2label.values())
+            return AutoModelForImageClassification.from_pretrained(
+                name, config=config, ignore_mismatched_sizes=True, trust_remote_code=arguments.trust_remote_code
+            )
+
+    def load_processor(
+        self, arguments: ModelArguments, model: PreTrainedModel, image_size: int | None = None
+    ) -> BaseImageProcessor:
+        name = arguments.model_name_or_path
+        with naming_the_model(name, "image processor"):
+            return load_image_processor(model, name, image_size, trust_remote_code=arguments.trust_remote_code)
+
+    def transforms(
+        self, splits: ImageSplits, processor: BaseImageProcessor, augment: str
+    ) -> tuple[Transform, Transform]:
+        return ImageTransform(processor, augment), ImageTransform(processor)
+
+    def trainer_arguments(self, class_names: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+        return {"data_collator": default_data_collator, "compute_metrics": build_compute_metrics(metrics)}
+
+    def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:
+        return score_classes(output.predictions, output.label_ids, class_names)

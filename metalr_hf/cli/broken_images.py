@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from ..data.loading import IMAGE
+from ..data.columns import IMAGE
 from ..trainer.meta_batches import UnusableRowError
 
 

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
+from ..data.splits import hold_out
 from ..hub.publish import BESIDE_THE_MODEL
 from ..trainer.checkpoints import checkpoints, is_complete, usable_checkpoint
 from ..trainer.meta_batches import UnusableRowError
@@ -113,6 +114,15 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     task = arguments.task
     with training.main_process_first(desc="loading the images"):
         splits = task.load_splits(data, seed=training.seed)
+    evaluates = training.eval_strategy != IntervalStrategy.NO
+    if evaluates and splits.validation is None:
+        splits = hold_out(
+            splits, "validation", "validation_share", data.validation_share, training.seed, data.group_column
+        )
+    if training.meta_split and data.group_column:
+        splits = hold_out(splits, "meta", "meta_split", training.meta_split, training.seed, data.group_column)
+        # They are held out now. The trainer, which knows no groups, need not do it.
+        training.meta_split = 0.0
     set_seed(training.seed)
     model = task.load_model(arguments.model, splits.id2label, data.image_size)
     processor = task.load_processor(arguments.model, model, data.image_size)
@@ -123,7 +133,7 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         model=model,
         args=training,
         train_dataset=prepared.train,
-        eval_dataset=None if training.eval_strategy == IntervalStrategy.NO else prepared.test,
+        eval_dataset=prepared.validation if evaluates else None,
         meta_dataset=prepared.meta,
         processing_class=processor,
         **task.trainer_arguments(splits.class_names, data.metrics),
@@ -142,8 +152,8 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
             trainer.save_state()
             trainer.create_model_card()
     except (OSError, UnusableRowError) as error:
-        meta = {} if splits.meta is None else {"meta": splits.meta}
-        name_broken_image(error, {"training": splits.train, "test": splits.test, **meta})
+        others = {name: rows for name in ("validation", "meta") if (rows := getattr(splits, name)) is not None}
+        name_broken_image(error, {"training": splits.train, "test": splits.test, **others})
         raise
     if trainer.is_world_process_zero():
         _show(trainer, results)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, set_seed
 
+from ..data.columns import IMAGE, LABEL
 from ..data.folds import flip_labels, fold_rows, stratified_subset
-from ..data.loading import IMAGE, LABEL
 from ..models.bare import wrap_bare_module
 from ..models.timm import is_timm_model, wrap_timm_model
 from ..settings import check_count, check_number

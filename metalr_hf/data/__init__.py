@@ -2,8 +2,9 @@
 
 from .cells import CLASS_NAMES, demo_cells
 from .digits import demo_dataset
-from .loading import DataArguments, ImageSplits, load_images
+from .loading import DataArguments, load_images
 from .masks import MaskArguments, MaskSplits, load_masks
+from .splits import ImageSplits
 from .transforms import ImageTransform, load_image_processor, prepare_images
 
 __all__ = [

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+# The columns of every data set once it is loaded.
+IMAGE, LABEL = "image", "label"
+
 
 def find_column(
     columns: Collection[str], what: str, wanted: str | None, candidates: Sequence[str], hint: str = ""

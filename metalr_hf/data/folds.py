@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold, train_test_split
 
-from .loading import LABEL
+from .columns import LABEL
 
 
 def fold_rows(
@@ -36,7 +36,7 @@ def fold_rows(
 
     ```
     """
-    rows, strata, how = np.arange(len(data)), _strata(data), {"shuffle": True, "random_state": seed}
+    rows, strata, how = np.arange(len(data)), strata_of(data), {"shuffle": True, "random_state": seed}
     if group_column is None:
         kind = KFold if strata is None else StratifiedKFold
         return list(kind(folds, **how).split(rows, strata))
@@ -68,7 +68,7 @@ def stratified_subset(data: datasets.Dataset, size: int, seed: int) -> datasets.
     """
     if size >= len(data):
         return data
-    rows, _ = train_test_split(np.arange(len(data)), train_size=size, stratify=_strata(data), random_state=seed)
+    rows, _ = train_test_split(np.arange(len(data)), train_size=size, stratify=strata_of(data), random_state=seed)
     return data.select(rows)
 
 
@@ -98,7 +98,7 @@ def flip_labels(data: datasets.Dataset, share: float, seed: int) -> datasets.Dat
 
     ```
     """
-    labels, feature = _strata(data), data.features[LABEL]
+    labels, feature = strata_of(data), data.features[LABEL]
     if labels is None:
         raise ValueError(f"noise={share!r}: only class labels can be flipped, and these are {feature}. Leave it at 0.")
     generator = np.random.default_rng(seed)
@@ -107,6 +107,25 @@ def flip_labels(data: datasets.Dataset, share: float, seed: int) -> datasets.Dat
     return data.remove_columns(LABEL).add_column(LABEL, labels, feature=feature)
 
 
-def _strata(data: datasets.Dataset) -> np.ndarray | None:
-    is_class = isinstance(data.features[LABEL], datasets.ClassLabel)
+def strata_of(data: datasets.Dataset) -> np.ndarray | None:
+    """What rows are stratified by.
+
+    Args:
+        data (`datasets.Dataset`): Rows with `label`.
+
+    Returns:
+        `numpy.ndarray` of shape `(rows,)`, *optional*: the class of every row; `None` where the labels are no classes.
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from metalr_hf.data.folds import strata_of
+    >>> strata_of(datasets.Dataset.from_dict({"label": [0.5, 1.5]})) is None
+    True
+
+    ```
+    """
+    feature = data.features[LABEL]
+    is_class = isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "").startswith("int")
     return np.array(data.with_format(None)[LABEL]) if is_class else None

@@ -11,11 +11,11 @@ import datasets
 
 from ..messages import first_line
 from ..settings import check_choice
-from .columns import find_column
+from .columns import IMAGE, LABEL, find_column
 from .digits import demo_dataset
+from .splits import ImageSplits, SplitNames, arrange
 
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip")
-IMAGE, LABEL = "image", "label"
 SHUFFLE_BUFFER_SIZE = 1000
 # Makes the splits of a data set that comes along.
 Demo = Callable[[], Mapping[str, Any]]
@@ -40,6 +40,15 @@ class DataArguments:
             share of the training split that is then not trained on.
         test_share (`float`, *optional*, defaults to 0.2):
             Share of the training split, stratified by class, to test on where there is no split for it.
+        validation_split (`str`, *optional*):
+            Split that evaluations during training look at. By default `validation`, where it is not what is tested on.
+        validation_share (`float`, *optional*, defaults to 0.2):
+            Share of the training split to evaluate on during training where there is no split for it. It is held out
+            only if evaluations are asked for.
+        group_column (`str`, *optional*):
+            Column of the patients, videos or slides: rows that share a value of it stay on one side of every split
+            that is made here, and splits that share one are refused.
+        allow_shared_groups (`bool`, *optional*, defaults to `False`): Train on splits that share groups all the same.
         meta_split_name (`str`, *optional*): Split to take the validation batches from that tune the learning rates.
         max_train_samples (`int`, *optional*):
             Train on so many images only, stratified by class; of a stream the first ones.
@@ -96,6 +105,30 @@ class DataArguments:
             "help": "Share of the training split, stratified by class, to test on where there is no split for it."
         },
     )
+    validation_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split that evaluations during training look at. By default `validation`, where it is not what is "
+            "tested on."
+        },
+    )
+    validation_share: float = field(
+        default=0.2,
+        metadata={
+            "help": "Share of the training split to evaluate on during training where there is no split for it. It is "
+            "held out only if evaluations are asked for."
+        },
+    )
+    group_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the patients, videos or slides: rows that share a value of it stay on one side of every "
+            "split that is made here, and splits that share one are refused."
+        },
+    )
+    allow_shared_groups: bool = field(
+        default=False, metadata={"help": "Train on splits that share groups all the same."}
+    )
     meta_split_name: str | None = field(
         default=None,
         metadata={"help": "Split to take the validation batches from that tune the learning rates."},
@@ -127,8 +160,9 @@ class DataArguments:
         if isinstance(self.metrics, str):
             self.metrics = [self.metrics]
         self.metrics = self.metrics or list(self.default_metrics)
-        if not 0 < self.test_share < 1:
-            raise ValueError(f"test_share={self.test_share!r} must be between 0 and 1.")
+        for name in ("test_share", "validation_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be between 0 and 1.")
         for name in ("max_train_samples", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -146,28 +180,6 @@ class DataArguments:
     def is_demo(self) -> bool:
         """Whether no data set is named, so that it is one that comes along."""
         return self.dataset_name is None and self.data_dir is None
-
-
-@dataclass(frozen=True)
-class ImageSplits:
-    """Images in splits, with the columns `image` and `label`, or prepared by [`prepare_images`].
-
-    Args:
-        train (`datasets.Dataset` or `datasets.IterableDataset`): To train on.
-        test (`datasets.Dataset` or `datasets.IterableDataset`): To measure the result on.
-        meta (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): To tune the learning rates on.
-        class_names (`tuple[str, ...]`): Name of class 0, 1, ...
-    """
-
-    train: Any
-    test: Any
-    meta: Any
-    class_names: tuple[str, ...]
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        """Class number to class name, as model configurations have it."""
-        return dict(enumerate(self.class_names))
 
 
 def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
@@ -195,25 +207,14 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
 
     ```
     """
-    splits, train_name, test_name = load_splits(args, demo_dataset)
-    used = [name for name in (train_name, test_name, args.meta_split_name) if name is not None]
-    chosen = {name: _choose_columns(splits[name], args, keep_columns) for name in used}
-    class_names, chosen = _class_labels(chosen, train_name, args)
-    train = chosen[train_name]
-    if test_name is None:
-        train, test = _stratified_split(train, "test_share", round(args.test_share * len(train)), seed)
-    else:
-        test = chosen[test_name]
-    if args.max_train_samples is not None:
-        if args.streaming:
-            train = train.take(args.max_train_samples)
-        elif args.max_train_samples < len(train):
-            _, train = _stratified_split(train, "max_train_samples", args.max_train_samples, seed)
-    meta = None if args.meta_split_name is None else chosen[args.meta_split_name]
-    return ImageSplits(train, test, meta, class_names)
+    splits, names = load_splits(args, demo_dataset)
+    kept = [*keep_columns, *([args.group_column] if args.group_column else [])]
+    chosen = {name: _choose_columns(splits[name], args, kept) for name in names.used}
+    class_names, chosen = _class_labels(chosen, names.train, args)
+    return ImageSplits(class_names=class_names, **arrange(chosen, names, args, seed))
 
 
-def load_splits(args: DataArguments, demo: Demo) -> tuple[Mapping[str, Any], str, str | None]:
+def load_splits(args: DataArguments, demo: Demo) -> tuple[Mapping[str, Any], SplitNames]:
     """Loads a data set as it is, and finds the splits to train and to test on.
 
     Args:
@@ -221,30 +222,35 @@ def load_splits(args: DataArguments, demo: Demo) -> tuple[Mapping[str, Any], str
         demo (`Callable`): Makes the splits that are loaded where no data set is named.
 
     Returns:
-        `tuple`: the splits by name, the name of the one to train on and of the one to test on, `None` for a share of
-            the training split.
+        `tuple[Mapping[str, Any], SplitNames]`: the splits by name, and which of them are used for what.
 
     Raises:
         FileNotFoundError: if there is no such data set, or no network to fetch it.
         ValueError: if a split is missing, naming those that are there.
     """
     splits = _read_splits(args, demo)
-    train_name, test_name = args.train_split, args.test_split
+    train_name, test_name, validation_name = args.train_split, args.test_split, args.validation_split
+    taken = {train_name, test_name, validation_name, args.meta_split_name}
     if test_name is None:
-        usual = [name for name in ("test", "validation") if name in splits and name != args.meta_split_name]
-        test_name = next((name for name in usual if name != train_name), None)
-    used = {"train_split": train_name, "test_split": test_name, "meta_split_name": args.meta_split_name}
-    for argument, name in used.items():
+        test_name = next((name for name in ("test", "validation") if name in splits and name not in taken), None)
+    if validation_name is None and "validation" in splits and "validation" not in taken | {test_name}:
+        validation_name = "validation"
+    names = SplitNames(train_name, test_name, validation_name, args.meta_split_name)
+    arguments = ("train_split", "test_split", "validation_split", "meta_split_name")
+    for argument, name in zip(arguments, names, strict=True):
         if name is not None and name not in splits:
             raise ValueError(
                 f"{argument}={name!r} is not a split of the data set. Its splits: {', '.join(map(repr, splits))}."
             )
+    columns = getattr(splits[train_name], "column_names", None)
+    if args.group_column is not None and columns is not None and args.group_column not in columns:
+        raise ValueError(f"group_column={args.group_column!r} is not a column of the data set: {columns}.")
     if test_name is None and args.streaming:
         raise ValueError(
             f"A stream has no share to hold out for the test. Name a split with test_split, of {list(splits)}, or "
             "leave out streaming."
         )
-    return splits, train_name, test_name
+    return splits, names
 
 
 def _read_splits(args: DataArguments, demo: Demo) -> Mapping[str, Any]:
@@ -330,14 +336,3 @@ def _cast_labels(name: str, split: Any, class_names: tuple[str, ...]) -> Any:
     if any(value is None or value < 0 for value in split.unique(LABEL)):
         raise ValueError(f"Split {name!r} has images without a label. Use another split.")
     return split
-
-
-def _stratified_split(dataset: Any, argument: str, size: int, seed: int) -> tuple[Any, Any]:
-    try:
-        parts = dataset.train_test_split(test_size=size, stratify_by_column=LABEL, seed=seed)
-    except ValueError as error:
-        raise ValueError(
-            f"{argument}: {size} of {len(dataset)} training images cannot be taken with every class in both parts "
-            f"({first_line(error)})."
-        ) from error
-    return parts["train"], parts["test"]

@@ -13,7 +13,8 @@ from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
 from ..settings import check_choice
-from .loading import AUGMENTATIONS, IMAGE, LABEL
+from .columns import IMAGE, LABEL
+from .loading import AUGMENTATIONS
 from .masks import MaskClasses, check_size, place, read_mask
 from .transforms import random_crop
 

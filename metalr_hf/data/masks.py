@@ -15,8 +15,9 @@ from PIL import ExifTags, Image
 
 from ..models.losses import IGNORE_INDEX
 from .cells import CLASS_NAMES, demo_cells
-from .columns import find_column
-from .loading import IMAGE, LABEL, SHUFFLE_BUFFER_SIZE, DataArguments, ImageSplits, load_splits
+from .columns import IMAGE, LABEL, find_column
+from .loading import SHUFFLE_BUFFER_SIZE, DataArguments, load_splits
+from .splits import ImageSplits, arrange
 
 MASK_NAME = re.compile(
     r"(.*_)?(masks?|labels?|annotations?|segmentations?(_maps?)?|seg|targets?|ground_truth|gt)(_.*)?", re.IGNORECASE
@@ -170,31 +171,19 @@ def load_masks(args: MaskArguments, *, seed: int = 42, keep_columns: Sequence[st
     """
     if args.is_demo and args.class_names is None:
         args = replace(args, class_names=list(CLASS_NAMES))
-    splits, train_name, test_name = load_splits(args, demo_cells)
-    used = [name for name in (train_name, test_name, args.meta_split_name) if name is not None]
-    chosen = {name: _choose_columns(splits[name], args, keep_columns) for name in used}
+    splits, names = load_splits(args, demo_cells)
+    kept = [*keep_columns, *([args.group_column] if args.group_column else [])]
+    chosen = {name: _choose_columns(splits[name], args, kept) for name in names.used}
     if args.streaming:
         if args.class_names is None:
             raise ValueError(
                 "The classes of a stream of masks are not known before its end. Name them with class_names, or leave "
                 "out streaming."
             )
-        classes = _named_classes(args, _first_values(chosen[train_name], train_name, args))
+        classes = _named_classes(args, _first_values(chosen[names.train], names.train, args))
     else:
-        classes = _check_masks(chosen, train_name, args)
-    train = chosen[train_name]
-    if test_name is None:
-        parts = train.train_test_split(test_size=args.test_share, seed=seed)
-        train, test = parts["train"], parts["test"]
-    else:
-        test = chosen[test_name]
-    if args.max_train_samples is not None:
-        if args.streaming:
-            train = train.take(args.max_train_samples)
-        elif args.max_train_samples < len(train):
-            train = train.shuffle(seed=seed).select(range(args.max_train_samples))
-    meta = None if args.meta_split_name is None else chosen[args.meta_split_name]
-    return MaskSplits(train, test, meta, classes.names, classes)
+        classes = _check_masks(chosen, names.train, args)
+    return MaskSplits(class_names=classes.names, classes=classes, **arrange(chosen, names, args, seed))
 
 
 def read_mask(entry: Mapping[str, Any]) -> np.ndarray:

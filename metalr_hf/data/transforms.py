@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import torch
@@ -14,9 +14,10 @@ from torchvision.transforms import v2
 from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor, PreTrainedModel
 
 from ..settings import check_choice
-from .loading import AUGMENTATIONS, IMAGE, LABEL, SHUFFLE_BUFFER_SIZE, ImageSplits
+from .columns import IMAGE, LABEL
+from .loading import AUGMENTATIONS, SHUFFLE_BUFFER_SIZE
+from .splits import ImageSplits, Splits
 
-Splits = TypeVar("Splits", bound=ImageSplits)
 Transform = Callable[[Mapping[str, Sequence[Any]]], dict[str, list[Any]]]
 
 
@@ -165,6 +166,7 @@ def prepare_splits(splits: Splits, training: Transform, evaluation: Transform, s
         splits,
         train=prepared(train, training),
         test=prepared(splits.test, evaluation),
+        validation=None if splits.validation is None else prepared(splits.validation, evaluation),
         meta=None if meta is None else prepared(meta, training),
     )
 

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.trainer_utils import PredictionOutput
 
-from ..data.loading import DataArguments, ImageSplits
-from ..data.transforms import Splits, Transform, prepare_splits
+from ..data.loading import DataArguments
+from ..data.splits import ImageSplits, Splits
+from ..data.transforms import Transform, prepare_splits
 from ..messages import did_you_mean
 from ..models.loading import ModelArguments
 

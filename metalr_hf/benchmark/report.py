@@ -1,4 +1,4 @@
-"""What the measurements of a benchmark say: a table, a picture and a file with all of them."""
+"""The report of a benchmark: a table, a figure and a file with all measurements."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIB = 2**20
 
 
 def summarise(rows: Sequence[dict[str, Any]], arguments: BenchmarkArguments) -> list[dict[str, Any]]:
-    """What the measurements say of every case.
+    """Summarises the measurements of every case.
 
     Args:
         rows (`Sequence[dict]`): What [`~metalr_hf.benchmark.cases.benchmark`] gave.
@@ -76,7 +76,7 @@ def seconds_a_step(row: dict[str, Any], case: Case | None, clock: str) -> float:
 
 
 def step_ratio(row: dict[str, Any], case: Case | None, clock: str) -> float:
-    """What a step takes over what the plain steps beside it took.
+    """The ratio of the time of a step to that of the plain steps beside it.
 
     Args:
         row (`dict`): A measurement.
@@ -90,7 +90,7 @@ def step_ratio(row: dict[str, Any], case: Case | None, clock: str) -> float:
 
 
 def run_ratio(measured: dict[str, dict[str, Any]], case: Case, clock: str, run_steps: int) -> float | None:
-    """The cost of a whole run over that of a plain one, put together from what its steps cost.
+    """The ratio of the cost of a whole run to that of a plain one, computed from the costs of its steps.
 
     By default a run calibrates, tunes at its first steps and then leaves the rates alone. So it is its first step with
     everything that comes before it, the calibrations made up for later, the steps that tune, and all others.
@@ -180,7 +180,7 @@ def calibration_line(rows: Sequence[dict[str, Any]]) -> str | None:
 
 
 def notes(summary: Sequence[dict[str, Any]], arguments: BenchmarkArguments) -> list[str]:
-    """What has to be known to read the table.
+    """Notes on how to read the table.
 
     Args:
         summary (`Sequence[dict]`): What [`summarise`] gave.

@@ -1,4 +1,4 @@
-"""The paper's algorithm as its equations stand, for the benchmark: autograd differentiates through the step."""
+"""The paper's algorithm in its literal form, for the benchmark: autograd differentiates through the step."""
 
 from __future__ import annotations
 

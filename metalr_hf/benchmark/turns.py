@@ -1,4 +1,4 @@
-"""Steps of several processes taken in turn, and the time and memory that each takes."""
+"""Alternates the steps of several processes, and measures the time and memory of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class _Turn:
-    """Lets processes go on one after the other."""
+    """Passes the permission to run from one process to the next."""
 
     def __init__(self, mine: Any, next: Any, over: Any):
         # Semaphores, released when it is this process's turn and the next one's, and what says that nobody waits.
@@ -37,7 +37,7 @@ class _Turn:
         self.next.release()
 
 
-# That of this process, set as it starts: semaphores cannot be handed to it later.
+# The instance of this process, set when it starts: semaphores cannot be sent to it later.
 _turn: _Turn | None = None
 
 
@@ -64,7 +64,7 @@ class StopWatch(TrainerCallback):
         self.device = device
         self.steps: list[dict[str, Any]] = []
         self.passes = 0.0
-        # A round before the first step, so that nobody is still loading while another takes it.
+        # One round before the first step, so that no process is still loading while another one is measured.
         self._take_turn()
         self._hand_over()
         self._take_turn()
@@ -126,7 +126,7 @@ def run_in_turn(function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) ->
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            # Whoever waits for one that failed need not.
+            # Releases processes that wait for one that has failed.
             over.set()
         return [future.result() for future in futures]
 

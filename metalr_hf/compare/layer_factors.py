@@ -1,4 +1,4 @@
-"""Published ways to set a factor a layer on top of Trainer's own schedule, as callbacks, to compare with."""
+"""Published methods that multiply Trainer's schedule by one factor per layer, as callbacks, for comparisons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class LayerFactors(TrainerCallback):
-    """Base of the strategies that set a factor a layer on top of Trainer's own schedule."""
+    """Base of the strategies that multiply Trainer's schedule by one factor per layer."""
 
     def __init__(self) -> None:
         self.scales: dict[str, float] = {}
@@ -28,7 +28,7 @@ class LayerFactors(TrainerCallback):
             group["lr"] = group["lr"] * self.scales.get(group["layer"], 1.0)
 
     def update(self, layers: dict[str, list[torch.Tensor]], state: TrainerState, args: TrainingArguments) -> None:
-        """Sets `self.scales`, layer to factor."""
+        """Sets `self.scales`: layer name to factor."""
         raise NotImplementedError(f"{type(self).__name__} does not define update")
 
 

@@ -1,4 +1,4 @@
-"""The files of a comparison: what they are called, how they are read, and that one process at a time writes them."""
+"""The files of a comparison: their names, how they are read, and a lock so that one process at a time writes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = "results.jsonl"
 TIMINGS = "timings.jsonl"
 SETTINGS = "settings.json"
 
-# A run's status: it ended; its loss or outputs were not finite; an error ended it, so that it is to run again.
+# The status of a run: completed; loss or outputs not finite; ended by an error, so that it is run again.
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 
 
@@ -42,7 +42,7 @@ def read_results(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, without a last line that has no end. The file is left as it is.
+    """The rows of a file of JSON lines; an incomplete last line is skipped. The file is left as it is.
 
     Args:
         file (`pathlib.Path`): The file; no rows if there is none.
@@ -87,7 +87,7 @@ def append_line(file: Path, row: dict[str, Any]) -> None:
 
 
 def mend_lines(file: Path, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> list[dict[str, Any]]:
-    r"""Takes a last line cut off by a crash out of a file of JSON lines, and rows that are not to be kept.
+    r"""Removes a last line cut off by a crash from a file of JSON lines, and rows that are not to be kept.
 
     Only for the process that writes the file: see [`only_process`].
 

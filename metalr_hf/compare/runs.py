@@ -79,8 +79,8 @@ class Comparison:
 
     Args:
         strategies (`list[str]`): Names of registered strategies.
-        learning_rates (`list[float]`): Start learning rates. A strategy without one runs once a seed.
-        seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): Each draws a training subset, a head and an order.
+        learning_rates (`list[float]`): Start learning rates. A strategy that uses none runs once per seed.
+        seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): Each determines training subset, new head and order.
         steps (`int`, *optional*, defaults to 60): Optimizer steps of every run.
         batch_size (`int`, *optional*, defaults to 32): Images a step.
         train_size (`int`, *optional*): Size of a stratified subset of the training images; all by default.
@@ -176,7 +176,7 @@ def compare(
     output_dir: str | os.PathLike[str],
     progress: Callable[[int, int, float], None] = lambda done, total, seconds_left: None,
 ) -> list[dict[str, Any]]:
-    """Runs what is missing of a comparison: what has not run yet, and what an error ended.
+    """Runs the missing runs of a comparison: those not started yet, and those that an error ended.
 
     Args:
         cells (`Sequence[Cell]`): Models and data sets.

@@ -21,7 +21,7 @@ from .layer_factors import AutoLR, AutoRGN, LayerFactors
 
 @dataclass
 class Job:
-    """What a strategy gets to make a trainer of.
+    """Everything that a strategy needs to build the trainer of a run.
 
     Args:
         model (`torch.nn.Module`): The pretrained model with a fresh head.
@@ -105,8 +105,8 @@ class Strategy:
     Args:
         name (`str`): Its name.
         make_trainer (`Callable[[Job], Trainer]`): Makes the trainer of a run.
-        uses_learning_rate (`bool`): Whether the start learning rate makes a difference; if not, one run a seed will do.
-        packages (`Sequence[str]`): Names of the packages that it needs and this one does not.
+        uses_learning_rate (`bool`): Whether the start learning rate matters; if not, it is run once per seed.
+        packages (`Sequence[str]`): Packages that it needs in addition to those that are installed with this one.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Strategy:
     packages: Sequence[str] = ()
 
     def check_packages(self) -> None:
-        """Whether what it needs is installed.
+        """Checks that the packages it needs are installed.
 
         Raises:
             ImportError: if it is not; says how to install it.

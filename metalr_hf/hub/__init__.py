@@ -1,1 +1,1 @@
-"""What a published model says, and what goes up."""
+"""The model card, and what is uploaded to the Hub."""

@@ -1,4 +1,4 @@
-"""The model card: what a published model says of its run, and nothing that the run does not know."""
+"""The model card of a run; it states only what the run recorded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .markdown import escape, table
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-# Stands in the card of a run, and gives way to the name that it is published under.
+# A placeholder in the card of a run, replaced by the repository's name when it is published.
 UNPUBLISHED = "your-name/your-model"
 # A rate that changed by less than this factor stayed where it was.
 MOVED = 1.25
@@ -56,7 +56,7 @@ model = PeftModel.from_pretrained(base, "{model_id}")
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a layer's learning rate did, before the schedule.
+    """How a layer's learning rate changed, without the factor of the schedule.
 
     Args:
         name (`str`): The layer.
@@ -97,7 +97,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model was measured to do.
+    """The results of an evaluation.
 
     Args:
         split (`str`): On which images: `"test"`, `"eval"`, or another prefix given to `evaluate`.
@@ -114,7 +114,7 @@ class Evaluation:
 
 @dataclass
 class RunFacts:
-    """What a run knows of itself. What it does not know is left at its default, and out of the card.
+    """The facts of a run from which its card is written. Unknown ones keep their default and do not appear in the card.
 
     Args:
         library (`str` or `None`): What loads the model: `"transformers"`, `"timm"` or `"peft"`.
@@ -212,7 +212,7 @@ def model_card(facts: RunFacts) -> ModelCard:
 
 
 def reading(layers: Sequence[LayerFacts]) -> str:
-    """What the rates say of how the layers transfer, in a paragraph.
+    """Describes in a paragraph what the learning rates tell about how the layers transfer.
 
     Args:
         layers (`Sequence[LayerFacts]`): Input side first, the head last.
@@ -288,7 +288,7 @@ def _introduction(facts: RunFacts) -> str:
 
 
 def _usage(facts: RunFacts) -> str:
-    # What the snippet would have to name is not known.
+    # The task, library or base model that the code example would need is not known.
     if not facts.task or not facts.library or (facts.library == "peft" and not facts.base_model):
         return ""
     return (

@@ -1,4 +1,4 @@
-"""What a trainer knows of its run, for the card."""
+"""Collects the facts of a run from its trainer, for the model card."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NOT_A_RESULT = ("_runtime", "_per_second", "model_preparation_time")
 def run_facts(
     trainer: HubTrainer, base_model: str | None = None, dataset: str | None = None, task: str | None = None
 ) -> RunFacts:
-    """Gathers what a trained trainer knows of its run.
+    """Collects the facts of a run from its trainer, after training.
 
     Args:
         trainer ([`~metalr_hf.hub.mixin.HubTrainer`]): The trainer.
@@ -148,7 +148,7 @@ def _class_results(names: list[str], output: EvalLoopOutput) -> list[list[object
 
 def _layers(scheduler: Any) -> list[LayerFacts]:
     start, final = scheduler.start_learning_rates, scheduler.learning_rates
-    # The last update came after the last step.
+    # The learning rates were updated once more after the last step.
     low = torch.minimum(scheduler.lowest_learning_rates, final)
     high = torch.maximum(scheduler.highest_learning_rates, final)
     rates = (rates.tolist() for rates in (start, final, low, high))

@@ -1,4 +1,4 @@
-"""Text that may hold anything, made safe for Markdown."""
+"""Escapes arbitrary text for Markdown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ISOLATE = "\u2068{}\u2069"
 
 
 def escape(text: object) -> str:
-    r"""One line of Markdown that shows a text as it is.
+    r"""Escapes a text, so that Markdown shows it literally, in one line.
 
     Special characters become numeric entities, white space a blank. Control characters are dropped, those that turn the
     direction of writing among them; what is written from right to left is set apart, so that it turns nothing around

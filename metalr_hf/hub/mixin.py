@@ -1,4 +1,4 @@
-"""The side of the Trainer that faces the Hub: the model card, and pushes that tell no token and no path."""
+"""Model cards and uploads of the Trainer; neither contains tokens or local paths."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ class HubTrainer(Trainer):
 
     @property
     def step_of_weights(self) -> int:
-        """The optimizer step that the model's weights are of: the last, or the best once that is loaded."""
+        """The optimizer step of the model's weights: the last one, or the best one after its checkpoint was loaded."""
         best = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_model_checkpoint
         return (best and self.state.best_global_step) or self.state.global_step
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """What the weights were last measured to do, on the test split if on several; else what earlier ones were."""
+        """The last evaluation of the current weights, preferably on the test split; else that of earlier weights."""
         known = list(self._evaluations.values())
         known.sort(key=lambda one: (one.step == self.step_of_weights, one.split == "test", one.step))
         return known[-1] if known else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; what earlier weights were measured to do is forgotten."""
+        """As Trainer's; also forgets the evaluations of earlier weights."""
         self._evaluations.clear()
         return super().train(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What of a run goes to the Hub, and how it gets there."""
+"""Uploads runs to the Hub: which files, in which form, with which error messages."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def prepare_repository(api: HfApi, repo_id: str, private: bool | None, revision:
     if not (api.token or get_token()):
         raise LocalTokenNotFoundError("no token")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    # create_repo is content with a repository of somebody else.
+    # create_repo does not fail for an existing repository of somebody else.
     api.auth_check(repo_id, write=True)
     if revision and revision != "main" and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -192,7 +192,7 @@ def history_file(name: str) -> Path:
 
 @contextmanager
 def telling_errors(repo_id: str, folder: Path | None = None) -> Iterator[None]:
-    """Turns what goes wrong with the Hub into errors that say what to do.
+    """Turns errors of the Hub into errors that tell the user what to do.
 
     Args:
         repo_id (`str`): The repository's name.
@@ -241,7 +241,7 @@ def _told(name: str, again: str, error: BaseException) -> OSError:
 
 
 def _without_secrets(text: str) -> str:
-    # What follows in the address of an upload lets anyone who has it write there.
+    # The query of an upload address contains a signature that lets anyone write there.
     return re.sub(r"hf_\w+|(?<=\S)\?\S+", "…", " ".join(text.split()))
 
 
@@ -316,7 +316,7 @@ def _without_local_paths(content: Any) -> Any:
 
 
 def _is_local_path(key: str, value: Any) -> bool:
-    # The value at a number is a label, which may be called like a folder.
+    # A value under a number is a class name, which may equal the name of a folder.
     if not isinstance(value, str) or not value or key.isdigit():
         return False
     if key.endswith("_or_path"):

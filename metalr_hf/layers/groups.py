@@ -28,7 +28,7 @@ class LayerGroups(dict[str, list[str]]):
         layers (`Mapping[str, list[str]]`):
             Layer name to parameter names.
         sizes (`Mapping[str, int]`):
-            Parameter name to how many numbers are in it.
+            Parameter name to its number of elements.
 
     Example:
 
@@ -58,7 +58,7 @@ class LayerGroups(dict[str, list[str]]):
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Layer name to how many numbers are trained in it."""
+        """Layer name to its number of trainable parameters."""
         return {layer: sum(self.sizes[name] for name in members) for layer, members in self.items()}
 
     def __rich__(self) -> Table:
@@ -293,7 +293,7 @@ def split_optimizer(optimizer: Optimizer, layers: Mapping[str, Sequence[Tensor]]
 
 
 def _once(layers: Layers, model: nn.Module) -> Layers:
-    """Each parameter under its name in `model.named_parameters()`, and in one layer: the head, or else the first."""
+    """Lists a parameter once, by its name in `model.named_parameters()`: in the head if it is there, or the first."""
     by_id = {id(p): name for name, p in model.named_parameters()}
     names = {alias: by_id[id(p)] for alias, p in model.named_parameters(remove_duplicate=False)}
     embeddings = {
@@ -305,7 +305,7 @@ def _once(layers: Layers, model: nn.Module) -> Layers:
     layer_of: dict[str, str] = {}
     for layer in sorted(layers, key=lambda layer: layer != "head"):
         for alias in layers[layer]:
-            # A head that shares its weight with the embedding of the inputs leaves it there.
+            # A weight that the head shares with the input embedding stays in the layer of the embedding.
             if layer != "head" or alias == names[alias] or names[alias] not in tied_to_input:
                 layer_of.setdefault(names[alias], layer)
     once: Layers = {layer: [] for layer in layers}
@@ -315,7 +315,7 @@ def _once(layers: Layers, model: nn.Module) -> Layers:
 
 
 def _with_held(layers: Layers, names: list[str]) -> Layers:
-    """Adds the parameters that modules above the layers hold: to the layer of the one before, or to the first."""
+    """Adds parameters of modules outside all layers: to the layer of the parameter before, or to the first layer."""
     layers = {layer: list(members) for layer, members in layers.items()} or {"model": []}
     layer_of = {name: layer for layer, members in layers.items() for name in members}
     current = next(iter(layers))
@@ -328,7 +328,7 @@ def _with_held(layers: Layers, names: list[str]) -> Layers:
 
 
 def _with_head(layers: Layers, model: nn.Module, modules: list[str]) -> Layers:
-    """The layers with the parameters of given modules taken out of theirs and put into the head."""
+    """Moves the parameters of given modules out of their layers into the head."""
     known = [clean(name) for name, _ in model.named_modules() if name]
     head = []
     for module in modules:

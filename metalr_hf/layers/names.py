@@ -1,4 +1,4 @@
-"""What layers are called: names that people know from the model's own code, the same in logs, CSV, plots and card."""
+"""The names of layers, taken from the names in the model's own code; logs, CSV, plots and card use the same ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ HEAD = re.compile(
     r"(?!enc_|query_|ref_|denoising_)"  # the first guesses of two-stage detectors, and positions
     r"((\w+_)?(heads?|classifiers?|predictor|score|logits)(_\w+)?|fc|linear|criterion|(class|bbox|mask)_embed(der)?)"
 )
-# What may also be features, and counts as the head where there is no better.
+# These may also be feature extractors; they count as the head only if nothing else does.
 OUTPUT = re.compile(r"(final|out|output)(_?(conv|layer|proj|projection|block))?")
-# Detectors hang these into their decoders.
+# Detectors register these modules inside their decoders.
 NESTED_HEAD = re.compile(r"(class|bbox|mask)_embed(der)?")
 STEM = re.compile(r".*(stem|embed|patch).*|conv[01]|conv_(proj|first|in)")
 STAGE = re.compile(r"(.+\.)?(stages?|layers?)[._]?\d+")
@@ -68,12 +68,12 @@ def head_layers(layers: Sequence[str]) -> list[str]:
 
 
 def tensor_names(layer: str, members: Sequence[str], prefix: str) -> list[str]:
-    """What the parameters of a layer are called where each is a layer of its own.
+    """The layer names to use when every parameter of a layer becomes a layer of its own.
 
     Args:
         layer (`str`): The layer.
         members (`Sequence[str]`): Its parameters.
-        prefix (`str`): What stands before every name of the model.
+        prefix (`str`): The prefix of all parameter names of the model.
 
     Returns:
         `list[str]`: their names as in the model; those of the head start with `head.`.
@@ -123,7 +123,7 @@ def exclusive_paths(groups: list[list[str]]) -> list[str]:
     owners = Counter(path for counts in paths for path in counts)
     own = [{path: count for path, count in counts.items() if owners[path] == 1} for counts in paths]
     best = [max(counts, key=lambda path: (counts[path], -len(path))) for counts in own]
-    # The only block of a stage is called as the blocks of other stages are.
+    # The only block of a stage gets a name of the same form as the blocks of other stages.
     depth = max(map(_depth, best))
     for i, (name, counts) in enumerate(zip(best, own, strict=True)):
         same = [path for path in counts if path.startswith(f"{name}.") and counts[path] == counts[name]]
@@ -137,7 +137,7 @@ def _depth(path: str) -> int:
 
 
 def without_prefix(layers: dict[str, list[str]], prefix: str) -> dict[str, list[str]]:
-    """The layers with a prefix taken off their names, if all names stay different and none becomes a mere number.
+    """Removes a prefix from the names of layers, if all names stay different and none becomes a mere number.
 
     Args:
         layers (`dict[str, list[str]]`): Layer name to parameter names.

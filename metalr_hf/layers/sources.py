@@ -23,7 +23,7 @@ Layers = dict[str, list[str]]
 
 
 def find_layers(network: nn.Module, prefix: str, granularity: str) -> Layers:
-    """The layers of a network, input side first and the head last; parameters held above the layers are not in them.
+    """The layers of a network, input side first and the head last; parameters outside all layers are left out.
 
     Args:
         network (`torch.nn.Module`): The network, out of its wrappers.
@@ -50,11 +50,11 @@ def find_layers(network: nn.Module, prefix: str, granularity: str) -> Layers:
 
 
 def parameter_names(module: nn.Module, prefix: str) -> list[str]:
-    """The names of a module's parameters in the model, tied ones under each of theirs.
+    """The names of a module's parameters in the model; a tied parameter is listed under each of its names.
 
     Args:
         module (`torch.nn.Module`): Any module.
-        prefix (`str`): What stands before them.
+        prefix (`str`): The prefix of these names.
 
     Returns:
         `list[str]`
@@ -111,7 +111,7 @@ def _matched(network: nn.Module, names: list[str], coarse: bool) -> list[list[st
 
 
 def _move_early(members: list[list[str]], names: list[str]) -> None:
-    """Moves modules before the blocks to the first layer: what no pattern matches, timm puts into the last."""
+    """Moves modules before the blocks to the first layer: timm puts what no pattern matches into the last."""
     order = {name: i for i, name in enumerate(names)}
     blocks = min(order[name] for name in members[min(1, len(members) - 1)])
     early = [name for name in members[-1] if "." in name and order[name] < blocks]
@@ -121,7 +121,7 @@ def _move_early(members: list[list[str]], names: list[str]) -> None:
 
 
 def _join_norms(members: list[list[str]], network: nn.Module, full: dict[str, str]) -> list[list[str]]:
-    """A norm that the matcher counts as a layer goes with the one before it."""
+    """Merges a norm that the matcher counts as a layer of its own into the layer before it."""
     joined: list[list[str]] = []
     for group in members:
         owners = {full[name].rpartition(".")[0] for name in group}
@@ -133,13 +133,13 @@ def _join_norms(members: list[list[str]], network: nn.Module, full: dict[str, st
 
 
 def _finer(layers: Layers, network: nn.Module, prefix: str) -> Layers:
-    """Takes stages apart for which timm knows no blocks."""
+    """Splits stages into blocks where timm does not."""
     finer: Layers = {}
     modules = dict(network.named_modules())
     for layer, members in layers.items():
         stage, path = modules.get(layer), f"{prefix}{layer}."
         parts: Layers = {}
-        # What timm itself calls a block stays one, whatever is in it.
+        # A block according to timm is not split further.
         if stage is not None and STAGE.fullmatch(layer) and holds_blocks(stage, True):
             for name, child, left, inside in in_order(stage, list(children_with_parameters(stage)), 1, True):
                 _take_apart(child, f"{path}{name}.", left, inside, "block", parts)
@@ -172,7 +172,7 @@ def _network_layers(network: nn.Module, prefix: str, granularity: str) -> Layers
 
 
 def _well_named(layers: Layers, network: nn.Module, prefix: str, body: list[Child]) -> Layers:
-    """Takes off the names of layers what says nothing: the name of the only backbone, or of the base model."""
+    """Removes uninformative prefixes from layer names: the name of the only backbone, or of the base model."""
     backbones = [pair for pair in body if holds_blocks(pair[1], False)]
     base = getattr(network, "base_model_prefix", "")
     paths = []

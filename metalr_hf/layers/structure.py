@@ -1,4 +1,4 @@
-"""How a module is built: which parts are blocks or lists of them, and in which order data pass its children."""
+"""The structure of a module: which parts are blocks or lists of blocks, and in which order data pass its children."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIDES = (
     re.compile(r"(\w+_)?(bottle_?necks?|bridge|mid(dle)?|cent(er|re)|neck)(_\w+)?[\d_]*"),
     re.compile(r"(\w+_)?(dec(oders?)?|ups?|expan\w*|up_?(blocks?|layers?|path|convs?|samples?)|decode\w*)[\d_]*"),
 )
-# Made after the blocks that they come before.
+# Modules that are created after the blocks that they precede in the forward pass.
 BEFORE_BLOCKS = re.compile(r"(query_pos|ref_point)_head|interpolation|readout_projects|\w*input_proj(ections?)?")
 
 
@@ -71,7 +71,7 @@ def has_group_matcher(module: nn.Module) -> bool:
 
 
 def look_through(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The network inside modules that do nothing but hold it.
+    """Unwraps a network from modules that only contain it.
 
     Args:
         module (`torch.nn.Module`): A model, possibly in wrappers.

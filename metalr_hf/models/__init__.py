@@ -1,4 +1,4 @@
-"""Networks: timm's and bare modules in the Trainer, U-Nets and their loss."""
+"""Networks: timm models and plain PyTorch modules in the Trainer, U-Nets and their loss."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Modules that know nothing of transformers in the Trainer: from images to logits, or with a loss of their own."""
+"""Plain PyTorch modules in the Trainer: those that map images to logits, and those that compute their own loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARES_ADD_UP = 0.01
 
 
 class Classifier(nn.Module):
-    """A network from images to logits with the loss that transformers' models have: what Trainer can train.
+    """Wraps a network from images to logits so that it returns a loss as models of transformers do, for Trainer.
 
     Of images or of their pixels: cross-entropy, for masks on logits brought to their size and without pixels of the
     class 255; of numbers, the mean squared error. The tensors of its `state_dict()` have the names that they have in
@@ -45,7 +45,7 @@ class Classifier(nn.Module):
     ```
     """
 
-    # The loss is the mean of a batch; Trainer does the accumulation.
+    # The loss is the mean over a batch; Trainer handles gradient accumulation.
     accepts_loss_kwargs = False
 
     def __init__(self, network: nn.Module):
@@ -131,7 +131,7 @@ def wrap_bare_module(
     own_loss: bool = False,
     label_names: Sequence[str] = (),
 ) -> tuple[nn.Module, Mapping[str, Sequence[str]] | None]:
-    """Puts a module into what Trainer needs to feed it: a timm network into transformers' wrapper, others into ours.
+    """Wraps a module so that Trainer can feed it: a timm network in transformers' wrapper, others in [`Classifier`].
 
     Args:
         model (`torch.nn.Module`): Any model.
@@ -188,7 +188,7 @@ def _prefixed(
 
 
 def needs_loss(model: nn.Module, label_names: Sequence[str] = ()) -> bool:
-    """Whether a module is one from images to something, without labels: `forward` has a single required argument.
+    """Whether a module takes images and no labels: its `forward` has a single required argument.
 
     Args:
         model (`torch.nn.Module`): Any module. One of transformers, PEFT, or with a `config` is taken as it is.
@@ -264,7 +264,7 @@ class LossAlone:
 
 
 def logits_of(outputs: Any) -> Tensor | None:
-    """The logits of a classifier's outputs, of shape `(batch, classes)`: by name, or after the loss; else none.
+    """The logits in a classifier's outputs: the entry `logits`, or what follows the loss; `None` if there are none.
 
     Args:
         outputs (`Any`): What a model returned.

@@ -48,7 +48,7 @@ def wrap_timm_model(model: nn.Module, id2label: Mapping[int, str] | None = None)
     The network itself is taken, not a copy: an optimizer over its parameters stays valid. What was given to
     `timm.create_model` (an image size, a depth, input channels, pooling, drop rates) goes into the configuration as
     timm's `get_model_args` tells it, so that the saved model is built alike. Two things cannot be known: arguments
-    that JSON does not hold (`act_layer=torch.nn.SiLU`; `act_layer="silu"` is fine), and modules exchanged after the
+    that JSON cannot represent (`act_layer=torch.nn.SiLU`; `act_layer="silu"` is fine), and modules replaced after the
     network was made. Of the first, and of any tensor that differs in name or shape, a warning tells.
 
     Args:
@@ -165,7 +165,7 @@ def _in_order(id2label: Mapping[int, str]) -> dict[int, str]:
 
 
 def _description(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The network's `pretrained_cfg` as its saved form has it, and the arguments to make it again."""
+    """The network's `pretrained_cfg` as it is saved, and the arguments to build the network again."""
     own: Any = model.pretrained_cfg
     pretrained_cfg = {**_default_cfg(own["architecture"]), **own}
     model_args = _model_args(model)
@@ -182,7 +182,7 @@ def _description(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     if new_size != size:
         for name in ("test_input_size", "pool_size", "test_pool_size"):
             pretrained_cfg.pop(name, None)
-    # Where its first weights came from, and in which form, says nothing about the ones it will be saved with.
+    # The source and file format of the pretrained weights do not describe the weights that will be saved.
     for name in ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "num_classes", "label_offset"):
         pretrained_cfg.pop(name, None)
     pretrained_cfg["custom_load"] = False
@@ -190,7 +190,7 @@ def _description(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _model_args(model: nn.Module) -> dict[str, Any]:
-    """What `timm.create_model` has to be given to make the network again, as far as known and writable."""
+    """The arguments of `timm.create_model` that build the network again, as far as known and representable."""
     from timm.models import get_model_args
 
     # timm's function leaves out drop rates, but who trains the reloaded model further wants them.

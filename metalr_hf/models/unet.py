@@ -116,7 +116,7 @@ class TimmUNetForSemanticSegmentation(PreTrainedModel):
     config_class = TimmUNetConfig
     main_input_name = "pixel_values"
     base_model_prefix = "encoder"
-    # The loss is the mean of a batch; Trainer does the accumulation.
+    # The loss is the mean over a batch; Trainer handles gradient accumulation.
     accepts_loss_kwargs = False
     config: TimmUNetConfig
 
@@ -127,7 +127,7 @@ class TimmUNetForSemanticSegmentation(PreTrainedModel):
         encoder: Any = timm.create_model(config.encoder, pretrained=False, features_only=True, **config.encoder_args)
         self.encoder = encoder
         skips = list(reversed(encoder.feature_info.channels()))
-        # Those at the end belong to the finest resolutions, however many there are below.
+        # The last entries belong to the finest resolutions, whatever the number of feature maps.
         deeper = len(skips) - len(config.decoder_channels)
         widths = config.decoder_channels[:1] * deeper + config.decoder_channels[max(0, -deeper) :]
         self.decoder = nn.ModuleList(
@@ -158,7 +158,7 @@ class TimmUNetForSemanticSegmentation(PreTrainedModel):
         name = network.pretrained_cfg.get("architecture") or encoder
         model = cls(cls.config_class(encoder=name, encoder_args=encoder_args, **kwargs))
         model.encoder.load_state_dict(network.state_dict())
-        # Of what the images have to look like.
+        # The expected mean, standard deviation and size of the images.
         model.encoder.pretrained_cfg = network.pretrained_cfg
         return model
 
@@ -202,7 +202,7 @@ class TimmUNetForSemanticSegmentation(PreTrainedModel):
             init.xavier_uniform_(head.weight)
             init.zeros_(head.bias)
         elif hasattr(module, "init_non_persistent_buffers"):
-            # No checkpoint holds them, and transformers loads into modules without memory.
+            # Checkpoints do not contain these buffers, and transformers loads into modules on the meta device.
             module.init_non_persistent_buffers()
 
 

@@ -122,7 +122,7 @@ class UNet3DForSemanticSegmentation(PreTrainedModel):
     config_class = UNet3DConfig
     main_input_name = "pixel_values"
     base_model_prefix = "encoder"
-    # The loss is the mean of a batch; Trainer does the accumulation.
+    # The loss is the mean over a batch; Trainer handles gradient accumulation.
     accepts_loss_kwargs = False
     config: UNet3DConfig
 

@@ -1,4 +1,4 @@
-"""What all pictures share: figures that notebooks show, colours for light and dark backgrounds, labels beside lines."""
+"""What all figures share: display in notebooks, colours for light and dark backgrounds, labels beside lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ON_LIGHT, ON_DARK = (0.0, 0.82), (0.32, 1.0)
 
 
 class ShownFigure(Figure):
-    """A figure that a notebook shows as it is, without pyplot, which would keep every figure alive.
+    """A figure that a notebook displays without pyplot, which would keep every figure in memory.
 
     Example:
 
@@ -142,7 +142,7 @@ def ordered_colors(count: int, ax: Axes) -> list[tuple[float, float, float, floa
 
 
 def bare(ax: Axes, grid: str) -> None:
-    """Takes the frame off but for the two axes, and puts a faint grid behind.
+    """Removes the top and right frame lines and draws a faint grid behind the data.
 
     Args:
         ax (`matplotlib.axes.Axes`): The axes.
@@ -197,7 +197,7 @@ def label_lines(
 
     ```
     """
-    # In units of the axes: logarithmic ones too are then even.
+    # In fractions of the axes, so that distances on logarithmic axes count like those on linear ones.
     inverse = ax.transAxes.inverted()
     spots = inverse.transform(ax.transData.transform(np.array(points, dtype=float).reshape(-1, 2)))
     seen = [i for i in range(len(labels)) if np.isfinite(spots[i]).all()]
@@ -216,7 +216,7 @@ def label_lines(
     for i, place in places.items():
         weight = "bold" if i in bold else "normal"
         text = ax.text(1.03, place, labels[i], transform=across, va="center", fontsize="small", fontweight=weight)
-        # A name is a name, dollar signs and all.
+        # Dollar signs in a name do not start a formula.
         text.set_parse_math(False)
 
 

@@ -27,7 +27,7 @@ FAINT, END = 0.1, 0.15
 def plot_learning_rates(
     history: LRHistory, kind: str = "curves", ax: Axes | None = None, title: str | None = None
 ) -> Figure:
-    """Draws what every layer's learning rate was.
+    """Draws the learning rate of every layer over the optimizer steps of a run.
 
     Args:
         history ([`LRHistory`]):
@@ -119,12 +119,12 @@ def _heatmap(history: LRHistory, ax: Axes) -> None:
 
 
 def _drawn(history: LRHistory) -> np.ndarray:
-    """The rates; zero, at the start of a warm-up or the end of a schedule, has no place on a logarithmic scale."""
+    """The rates to draw; zeros (start of a warm-up, end of a schedule) are left out of a logarithmic scale."""
     return np.where(history.learning_rates > 0, history.learning_rates, np.nan)
 
 
 def _seen(rates: np.ndarray) -> int:
-    """How many steps the scale has to hold: all but the end of a schedule that goes to zero."""
+    """Number of steps that determine the scale: all except the end of a schedule that goes to zero."""
     levels = np.array([np.exp(np.log(row[row > 0]).mean()) if (row > 0).any() else 0.0 for row in rates])
     clear = np.flatnonzero(levels >= FAINT * levels.max())
     return max(math.ceil((1 - END) * len(rates)), int(clear[-1]) + 1)

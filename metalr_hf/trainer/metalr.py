@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -29,7 +28,9 @@ from .arguments import MetaLRTrainingArguments, refuse_deepspeed, with_tuning_ar
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
 from .collapse import CollapseGuard, are_classes
 from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
-from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
+from .faults import describe_bad_batch, refuse_sparse_gradients
+from .meta_sets import create_meta_stream, prepare_meta_dataset
+from .meta_stream import MetaStream
 from .schedules import schedule_shape
 
 logger = logging.get_logger(__name__)
@@ -104,8 +105,8 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         refuse_fsdp1((args.fsdp_plugin_args or {}).get("fsdp_version", 2))
         given = inspect.signature(Trainer.__init__).bind_partial(self, model, args, *trainer_args, **kwargs).arguments
         # The user's own loss knows what to feed the module and what it returns.
-        changed = type(self).compute_loss is not MetaLRTrainer.compute_loss
-        self._own_loss = changed or given.get("compute_loss_func") is not None
+        self._feeds_itself = type(self).compute_loss is not MetaLRTrainer.compute_loss
+        self._own_loss = self._feeds_itself or given.get("compute_loss_func") is not None
         self._label_names = args.label_names or ()
         # Before Trainer sets it: a module from model_init is wrapped by what the data has.
         self.train_dataset = given.get("train_dataset")
@@ -124,15 +125,17 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         self.meta_dataset = meta_dataset
         self._created_optimizer = False
         self._meta_stream: MetaStream | None = None
+        self._scheduler: MetaLRScheduler | None = None
         self._step_loss: Tensor | float = 0.0
         self._left_out: dict[str, Tensor] = {}
+        self._has_warned = False
         self._collapse_guard: CollapseGuard | None = None
         super().__init__(model, args, *trainer_args, **kwargs)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
             refuse_fsdp1(plugin.fsdp_version)
         if self.train_dataset is not None:
-            self._prepare_meta_dataset()
+            prepare_meta_dataset(self)
         # A frozen model can be evaluated all the same.
         if self.model_init is None and any(p.requires_grad for p in self.model.parameters()):
             self._layer_groups(self.model)
@@ -163,13 +166,18 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         if self.lr_scheduler is not None and self._created_optimizer:
             # A second run, which Trainer would begin with the moments of the first.
             self.optimizer = None
-        return super().train(checkpoint, *args, **kwargs)
+        result = super().train(checkpoint, *args, **kwargs)
+        if isinstance(self.lr_scheduler, MetaLRScheduler):
+            self.lr_scheduler.settle()
+        return result
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Trainer's, in each run of a search too; a bare module is wrapped as one that is given as `model`."""
         return self._wrap(super().call_model_init(trial))
 
     def _wrap(self, model: nn.Module) -> nn.Module:
+        if self._feeds_itself and not hasattr(model, "pretrained_cfg"):
+            return model
         model, self._own_layer_groups = wrap_bare_module(
             model,
             self._given_layer_groups,
@@ -178,6 +186,19 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             label_names=self._label_names,
         )
         return model
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        # There is no public hook between this and the first step.
+        if not isinstance(self.lr_scheduler, MetaLRScheduler):
+            raise ValueError(
+                f"create_scheduler gave a {type(self.lr_scheduler).__name__}, which would overwrite the learning rates "
+                "of the layers at every step. Return super().create_scheduler(...) in it, and choose the shape that "
+                "multiplies the rates with args.lr_scheduler_type and args.lr_scheduler_kwargs."
+            )
+        if self.args.hyper_lr > 0:
+            refuse_sparse_gradients(self.model)
+        return prepared
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates Trainer's optimizer, or takes the one handed in, and splits its param groups by layer."""
@@ -205,6 +226,9 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             optimizer = self.optimizer if optimizer is None else optimizer
             # A create_optimizer of a subclass need not have called ours.
             self._split_by_layer(unwrap(optimizer), self.model)
+            if self._scheduler is not None:
+                # With auto_find_batch_size the run begins anew with the same optimizer.
+                self._scheduler.remove_hooks()
             fixed = args.hyper_lr == 0 and not calibrates(args)
             scheduler = MetaLRScheduler(
                 optimizer,
@@ -225,8 +249,9 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             )
             held_for = head_hold_steps_of(args, self.train_dataset)
             scheduler.hold_steps = dict.fromkeys(head_layers(scheduler.layers), held_for)
+            scheduler.calibrates_later = self.meta_source == "next_batch"
             if self.meta_source == "stream":
-                self._meta_stream = self._create_meta_stream()
+                self._meta_stream = create_meta_stream(self)
                 scheduler.stateful["meta_stream"] = self._meta_stream
             if args.hyper_lr > 0 and args.tuning_steps and not self.is_fsdp_enabled and not self._own_loss:
                 self._collapse_guard = scheduler.stateful["collapse_guard"] = CollapseGuard(self.model)
@@ -234,7 +259,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             parameters = self.model.named_parameters()
             self._left_out = {name: p for name, p in parameters if id(p) not in held and not p.requires_grad}
             self._step_loss = 0.0
-            self.lr_scheduler = scheduler
+            self.lr_scheduler = self._scheduler = scheduler
             # Trainer's own mark of a scheduler that a second train() has to make anew.
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -242,8 +267,13 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's forward and backward; then a validation batch is pulled if the step about to be taken is tuned."""
         self._undo_collapse(inputs)
+        self._calibrate_on(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._refuse_thawed()
+        # Trainer waits for the loss to look at it next, so that looking here costs nothing.
+        if self.args.logging_nan_inf_filter and not self._has_warned and not bool(torch.isfinite(loss).all()):
+            self._has_warned = True
+            logger.warning(describe_bad_batch(inputs, self.state.global_step))
         self._step_loss = self._step_loss + loss
         scheduler, guard = self.lr_scheduler, self._collapse_guard
         if self.accelerator.sync_gradients:
@@ -251,11 +281,10 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
                 # Before Trainer clips them.
                 scheduler.note_gradients(self._loss_scale(loss.device), self._step_loss)
             # A batch of a step that overflowed and was not taken is let go: no checkpoint would know of it.
-            if scheduler.will_tune and (self._meta_stream or scheduler.will_calibrate):
+            if self._meta_stream is not None and scheduler.will_tune:
                 # The scale is as large as training gradients bear. Those of a validation batch may be larger.
                 scheduler.meta_loss_scale = self._loss_scale(loss.device, headroom=8)
-                stream = self._meta_stream or self._create_meta_stream(self.state.global_step, batches_to_shuffle=4)
-                scheduler.meta_loss = partial(self.compute_meta_loss, next(stream))
+                scheduler.meta_loss = partial(self.compute_meta_loss, next(self._meta_stream))
             if guard is not None and guard.active:
                 guard.note(torch.as_tensor(self._step_loss), inputs["labels"])
             self._step_loss = 0.0
@@ -263,22 +292,32 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's; a module that is not one of transformers may also return its loss alone."""
+        # For a training_step of a subclass that does not call ours.
+        self._calibrate_on(inputs)
         bare = not isinstance(self.model, PreTrainedModel) and self.label_smoother is None
         if bare and self.compute_loss_func is None:
             return super().compute_loss(LossAlone(model, self.args.n_gpu), inputs, *args, **kwargs)  # type: ignore[arg-type]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def compute_meta_loss(self, inputs: dict[str, Any]) -> Tensor:
+    def _calibrate_on(self, inputs: Any) -> None:
+        # The step before waits for the batch that comes next: no other batch, loader or collator is needed.
+        scheduler = self.lr_scheduler
+        if self.model.training and torch.is_grad_enabled() and getattr(scheduler, "calibration_is_late", False):
+            scheduler.calibrate(partial(self.compute_meta_loss, inputs))
+
+    def compute_meta_loss(self, inputs: Any) -> Tensor:
         """The loss of a validation batch, computed as the training loss is.
 
         Args:
-            inputs (`dict`): A batch as the data collator makes it.
+            inputs (`dict` or `Sequence`): A batch as the data loader gives it.
 
         Returns:
             `torch.Tensor` of shape `()`: the loss, with its graph.
         """
         self.lr_scheduler.meta_loss = None
-        inputs = dict(self._prepare_inputs(inputs))
+        inputs = self._prepare_inputs(inputs)
+        # A copy: label smoothing takes the labels out.
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         if find_batch_size(inputs) == 0 and not self.is_fsdp_enabled:
             # A collator has left out all of it. Nothing is tuned then, in no process.
             return next(p for p in self.model.parameters() if p.requires_grad).sum() * math.nan
@@ -354,59 +393,6 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
             groups = layer_groups(model, self.args.layer_granularity, self.args.head_module)
         check_layer_groups(model, groups)
         return {layer: list(names) for layer, names in groups.items()}
-
-    def _prepare_meta_dataset(self) -> None:
-        args = self.args
-        if self.meta_dataset is not None and args.meta_split > 0:
-            raise ValueError(
-                f"meta_dataset and meta_split={args.meta_split} are both given. Leave out one: a meta_dataset is used "
-                "as it is, meta_split holds out a share of train_dataset."
-            )
-        if args.meta_split > 0:
-            self.train_dataset, self.meta_dataset = split_meta_dataset(
-                self.train_dataset,
-                args.meta_split,
-                label_column=self._label_column(self.train_dataset),
-                seed=args.seed,
-            )
-        elif self.meta_dataset is not None:
-            classifier = type(self.model).__name__.endswith("ForImageClassification")
-            check_meta_dataset(
-                self.meta_dataset,
-                label_column=self._label_column(self.meta_dataset),
-                num_classes=self.model.config.num_labels if classifier else None,
-            )
-
-    def _label_column(self, dataset: Any) -> str:
-        columns = getattr(dataset, "column_names", None) or []
-        candidates = [*(self.args.label_names or []), "labels", "label"]
-        return next((name for name in candidates if name in columns), candidates[0] if columns else "labels")
-
-    def _create_meta_stream(self, seed: int = 0, batches_to_shuffle: int | None = None) -> MetaStream:
-        args = self.args
-        own = args.meta_batch_size
-        batch_size = args.train_batch_size if own is None else own * max(1, args.n_gpu)
-        num_workers, buffer = args.dataloader_num_workers, {}
-        if batches_to_shuffle is not None:
-            # A single batch is not worth the wait for a large buffer, nor for workers to start and load ahead.
-            num_workers, buffer = 0, {"shuffle_buffer_size": batches_to_shuffle * batch_size}
-        dataset = self.train_dataset if self.meta_dataset is None else self.meta_dataset
-        # The same two preparations that Trainer gives to its own loaders; no public method does them.
-        if isinstance(dataset, datasets.Dataset):
-            dataset, collator = self._remove_unused_columns(dataset, description="meta"), self.data_collator
-        else:
-            collator = self._get_collator_with_removed_columns(self.data_collator, description="meta")
-        return MetaStream(
-            dataset,
-            batch_size,
-            collator,
-            seed=seed + (args.seed if args.data_seed is None else args.data_seed),
-            num_workers=num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            process_index=args.process_index,
-            num_processes=args.world_size,
-            **buffer,
-        )
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="mean")

@@ -102,15 +102,19 @@ class LayerRateScheduler(LRScheduler):
             (rate if rates[layer] == given[layer] else rates[layer] * share) * shape for layer, rate, share in groups
         ]
 
-    def record(self, meta_loss: float = math.nan, hypergradients: list[float] | None = None) -> None:
-        """Records the present step.
+    def record(
+        self, meta_loss: float = math.nan, hypergradients: list[float] | None = None, step: int | None = None
+    ) -> None:
+        """Records a step.
 
         Args:
             meta_loss (`float`, *optional*): The validation loss, if there was one.
             hypergradients (`list[float]`, *optional*): ∂L_val/∂α of every layer, if they were measured.
+            step (`int`, *optional*): Which step; the present one by default.
         """
-        shape = self.shape(self.last_epoch)
-        self.history.append(self.last_epoch, (self.learning_rates * shape).tolist(), meta_loss, hypergradients)
+        step = self.last_epoch if step is None else step
+        shape = self.shape(step)
+        self.history.append(step, (self.learning_rates * shape).tolist(), meta_loss, hypergradients)
         # A step of length 0, as a warm-up begins with, used none.
         if shape > 0:
             self.lowest_learning_rates = torch.minimum(self.lowest_learning_rates, self.learning_rates)

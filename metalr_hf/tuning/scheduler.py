@@ -11,19 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..layers.names import head_layers
 from ..settings import check_layer_names, check_settings
-from .calibration import PROBE_LR, Calibration, Calibrator
+from .calibrated import CalibratedScheduler
 from .guard import SHRINK_BLINDLY, TuningGuard
 from .hypergradient import LookAhead
 from .linearity import check_linear
 from .optimizers import check_own_rates, listen_to_steps, only_creates_state, overflow_flags, unwrap
-from .rates import LayerRateScheduler
 from .rules import Rule, get_rule, limit_change
 from .validation import clear_gradients, gather
 
 
-class MetaLRScheduler(LayerRateScheduler):
+class MetaLRScheduler(CalibratedScheduler):
     """Tunes one learning rate per layer while the model trains, in any PyTorch loop.
 
     After each optimizer step it asks a validation batch whether every layer would better have taken a longer or a
@@ -139,43 +137,27 @@ class MetaLRScheduler(LayerRateScheduler):
         self.meta_source, self.meta_every = meta_source, meta_every
         self.tuning_steps = math.inf if tuning_steps is None else tuning_steps
         self.lookahead, self.max_lr_change = lookahead, max_lr_change
-        self.meta_context, self.reduce = meta_context, reduce
         # Whatever has a state that belongs to the run's tuning, such as the stream of validation batches, is saved and
         # loaded with the scheduler when it is put here.
         self.stateful: dict[str, Any] = {}
 
         self.restarted_at, self.validations = 0, 0.0
         self.guard = TuningGuard(active=self.rule.hyper_lr > 0)
-        self._calibrator = Calibrator(calibrate)
-        self._look_ahead = LookAhead(unwrap(optimizer))
-        self._found_inf: list[Tensor] = []
         self._noted: Tensor | None = None
         self._noted_loss: Tensor | None = None
-        self._measured: tuple[float, list[float]] | tuple[()] = ()
         self._measured_loss = math.nan
         self._unheard = False
 
         check_linear(unwrap(optimizer))
-        start_lr = min(max(PROBE_LR, lr_min), lr_max) if calibrate else None
-        super().__init__(optimizer, shape, lr_min, lr_max, start_lr)
+        super().__init__(optimizer, shape, lr_min, lr_max, calibrate, meta_context, reduce)
         check_layer_names("hold_steps", hold_steps or {}, self.layers)
         self.hold_steps = dict(hold_steps or {})
         self._hooks = listen_to_steps(optimizer, self)
 
     @property
-    def calibration(self) -> Calibration | None:
-        """What the calibration found, once it has."""
-        return self._calibrator.found
-
-    @property
     def extra_passes(self) -> float:
         """What calibration and validation have cost so far, in training passes; a forward alone counts as a third."""
         return self.validations + self._calibrator.forwards / 3
-
-    @property
-    def will_calibrate(self) -> bool:
-        """Whether the present step is one whose rates are calibrated."""
-        return self._calibrator.due(self.last_epoch)
 
     @property
     def will_tune(self) -> bool:
@@ -206,8 +188,11 @@ class MetaLRScheduler(LayerRateScheduler):
         # The base class steps once from its own __init__, before any optimizer step.
         if self.last_epoch >= 0:
             meta_loss = meta_loss or self.meta_loss
-            if self.will_calibrate and self._look_ahead.taken:
-                self._calibrate(meta_loss)
+            if self.awaits_calibration and meta_loss is None and self.calibrates_later:
+                # On the next batch, which `calibrate` is called with. Nothing is recorded until the rates are known.
+                return super().step()
+            if self.awaits_calibration:
+                self._calibrate(meta_loss, self.last_epoch)
             elif self.meta_source == "stream":
                 if meta_loss is not None and self._look_ahead.taken and self.will_tune:
                     self._validate_tune_rescale(meta_loss)
@@ -336,27 +321,6 @@ class MetaLRScheduler(LayerRateScheduler):
             self._shrink(meta_loss, before)
         elif tuned:
             look_ahead.rescale(self.ratios(before))
-
-    def _calibrate(self, meta_loss: Callable[[], Tensor] | None) -> None:
-        if any(float(flag) > 0 for flag in self._found_inf):
-            return
-        before = self.learning_rates
-        # Of no use any more, and their room is needed for where the step ended.
-        clear_gradients(p for group in self.optimizer.param_groups for p in group["params"])
-        with self.meta_context():
-            found = self._calibrator.learning_rates(
-                self.last_epoch,
-                self._look_ahead,
-                before.tolist(),
-                self.shape(self.last_epoch),
-                meta_loss,
-                head_layers=len(head_layers(self.layers)),
-                lr_min=self.lr_min,
-                lr_max=self.lr_max,
-                reduce=self.reduce,
-            )
-        self.learning_rates = self.start_learning_rates = before.new_tensor(found)
-        self._look_ahead.rescale(self.ratios(before), keep=self.meta_source == "next_batch")
 
     def _shrink(self, meta_loss: Callable[[], Tensor], before: Tensor) -> None:
         """Takes a harmful step back until its loss is bearable, with forward passes."""

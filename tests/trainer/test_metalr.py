@@ -373,8 +373,10 @@ def test_bad_input_is_refused_before_the_first_step(tmp_path):
         trainer(tmp_path, meta_dataset=other_classes)
     frozen = vit()
     frozen.requires_grad_(False)
+    run = trainer(tmp_path, frozen, eval_dataset=images(12))
+    assert math.isfinite(run.evaluate()["eval_loss"])
     with pytest.raises(ValueError, match="trainable parameter"):
-        trainer(tmp_path, frozen)
+        run.train()
     model = vit()
     names = [name for name, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=names[-1]):

@@ -1,0 +1,91 @@
+"""Which images validation batches are taken from: a set that was given, a share held out, or the training set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+from transformers import Trainer
+
+from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
+
+# What a subclass overrides to draw training images in its own way.
+OWN_DATA = ("get_train_dataloader", "_get_train_sampler")
+
+
+def prepare_meta_dataset(trainer: Any) -> None:
+    """Holds out the share of the training set that `meta_split` names, or checks the meta set that was given.
+
+    Args:
+        trainer ([`~metalr_hf.MetaLRTrainer`]): Its `train_dataset` and `meta_dataset` are set.
+
+    Raises:
+        ValueError: if both are given, or the meta set cannot be tuned on.
+    """
+    args = trainer.args
+    if trainer.meta_dataset is not None and args.meta_split > 0:
+        raise ValueError(
+            f"meta_dataset and meta_split={args.meta_split} are both given. Leave out one: a meta_dataset is used "
+            "as it is, meta_split holds out a share of train_dataset."
+        )
+    if args.meta_split > 0:
+        trainer.train_dataset, trainer.meta_dataset = split_meta_dataset(
+            trainer.train_dataset,
+            args.meta_split,
+            label_column=_label_column(trainer, trainer.train_dataset),
+            seed=args.seed,
+        )
+    elif trainer.meta_dataset is not None:
+        classifier = type(trainer.model).__name__.endswith("ForImageClassification")
+        check_meta_dataset(
+            trainer.meta_dataset,
+            label_column=_label_column(trainer, trainer.meta_dataset),
+            num_classes=trainer.model.config.num_labels if classifier else None,
+        )
+
+
+def create_meta_stream(trainer: Any) -> MetaStream:
+    """Makes the stream of validation batches, from the meta set or else from the training set.
+
+    Args:
+        trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer.
+
+    Returns:
+        [`~metalr_hf.trainer.meta_stream.MetaStream`]
+
+    Raises:
+        ValueError: if the training batches come from a loader or sampler of the user's own, which it would pass by.
+    """
+    own_data = [name for name in OWN_DATA if getattr(type(trainer), name) is not getattr(Trainer, name)]
+    if trainer.meta_dataset is None and (own_data or trainer.train_dataset is None):
+        which = own_data[0] if own_data else "train_dataset=None"
+        raise ValueError(
+            f'meta_source="stream": {which} says which training images are drawn, and a stream of validation batches '
+            'would not know. Pass the images to tune on as meta_dataset, or leave out meta_source: "next_batch" takes '
+            "the training batches as they come."
+        )
+    args = trainer.args
+    own = args.meta_batch_size
+    dataset = trainer.train_dataset if trainer.meta_dataset is None else trainer.meta_dataset
+    # The same two preparations that Trainer gives to its own loaders; no public method does them.
+    if isinstance(dataset, datasets.Dataset):
+        dataset, collator = trainer._remove_unused_columns(dataset, description="meta"), trainer.data_collator
+    else:
+        collator = trainer._get_collator_with_removed_columns(trainer.data_collator, description="meta")
+    return MetaStream(
+        dataset,
+        # What auto_find_batch_size has found, else args.train_batch_size.
+        trainer._train_batch_size if own is None else own * max(1, args.n_gpu),
+        collator,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        process_index=args.process_index,
+        num_processes=args.world_size,
+    )
+
+
+def _label_column(trainer: Any, dataset: Any) -> str:
+    columns = getattr(dataset, "column_names", None) or []
+    candidates = [*(trainer.args.label_names or []), "labels", "label"]
+    return next((name for name in candidates if name in columns), candidates[0] if columns else "labels")

@@ -1,0 +1,394 @@
+"""Scripts as people write them, run through the stock Trainer and through ours: what works there works here."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from small_runs import LABELS, images, same_weights, vit
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, WeightedRandomSampler
+from transformers import Trainer, TrainingArguments, get_constant_schedule
+
+from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+from metalr_hf.models import Classifier
+from metalr_hf.trainer.schedules import schedule_shape
+
+STEPS = 8
+
+
+def stock_arguments(folder, kind=TrainingArguments, **kwargs):
+    defaults = {"max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1}
+    quiet = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    return kind(str(folder), **{**defaults, **quiet, **kwargs})
+
+
+class OwnLoader:
+    """Images that only the loader knows, as the library's maintainers recommend."""
+
+    def get_train_dataloader(self):
+        rows = images()
+        return DataLoader([dict(rows[i]) for i in range(len(rows))], batch_size=self._train_batch_size)
+
+
+class WeightedSampler:
+    """Every image of the first class, and none of the others."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        generator = torch.Generator().manual_seed(0)
+        return WeightedRandomSampler([float(label == 0) for label in LABELS], 48, generator=generator)
+
+
+class TupleBatches:
+    """Batches that are tuples, with a loss that takes them apart."""
+
+    def get_train_dataloader(self):
+        rows = images()
+        return DataLoader(list(zip(rows["pixel_values"], rows["labels"], strict=True)), batch_size=8)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        pixels, labels = inputs
+        return model(pixel_values=pixels, labels=labels).loss
+
+
+class OwnStep:
+    """A training step written by hand, which calls no other."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class OwnOptimizer:
+    """An optimizer made by hand: biases learn at twice the rate."""
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None:
+            named = list(self.model.named_parameters())
+            biases = [p for name, p in named if name.endswith("bias")]
+            others = [p for name, p in named if not name.endswith("bias")]
+            groups = [{"params": others}, {"params": biases, "lr": 2 * self.args.learning_rate}]
+            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate)
+        return self.optimizer
+
+
+class OwnCollator:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, data_collator=self.collate)
+
+    def collate(self, rows):
+        pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+        return {"pixel_values": pixels.flip(-1), "labels": torch.tensor([int(row["labels"]) for row in rows])}
+
+
+SCRIPTS = [OwnLoader, WeightedSampler, TupleBatches, OwnStep, OwnOptimizer, OwnCollator]
+WITHOUT_DATASET = (OwnLoader, TupleBatches)
+
+
+def run(script, trainer_class, folder, model=None, **kwargs):
+    kind = type(script.__name__, (script, trainer_class), {})
+    data = {} if script in WITHOUT_DATASET else {"train_dataset": images()}
+    trained = kind(model=vit() if model is None else model, args=stock_arguments(folder, **kwargs), **data)
+    trained.train()
+    return trained
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_tuning_it_is_the_stock_trainer_bit_for_bit(tmp_path, script):
+    model = vit()
+    stock = run(script, Trainer, tmp_path / "stock", copy.deepcopy(model))
+    kind = type(script.__name__, (script, MetaLRTrainer), {})
+    args = stock_arguments(tmp_path / "ours")
+    args.hyper_lr = 0.0
+    data = {} if script in WITHOUT_DATASET else {"train_dataset": images()}
+    ours = kind(model=copy.deepcopy(model), args=args, **data)
+    ours.train()
+    assert same_weights(stock.model, ours.model)
+    assert not same_weights(stock.model, model)
+    losses = [[row["loss"] for row in one.state.log_history if "loss" in row] for one in (stock, ours)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_by_default_it_is_calibrated_and_tuned(tmp_path, script):
+    trained = run(script, MetaLRTrainer, tmp_path)
+    assert trained.lr_history.steps.tolist() == list(range(STEPS))
+    assert trained.lr_scheduler.calibration is not None
+    assert torch.tensor(trained.lr_history.hypergradients[1:]).isfinite().all()
+
+
+def test_the_calibration_looks_at_the_images_that_the_sampler_draws(tmp_path):
+    seen = []
+
+    class Watching(WeightedSampler, MetaLRTrainer):
+        def compute_meta_loss(self, inputs):
+            seen.append(inputs["labels"])
+            return super().compute_meta_loss(inputs)
+
+    Watching(model=vit(), args=stock_arguments(tmp_path), train_dataset=images()).train()
+    assert seen
+    assert set(torch.cat(seen).tolist()) == {0}
+
+
+@pytest.mark.parametrize("options", [{}, {"meta_source": "stream", "meta_split": 0.25}])
+def test_a_batch_size_that_is_found_holds_for_validation_too(tmp_path, options):
+    class SmallMemory(MetaLRTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if len(inputs["labels"]) > 4:
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    args = stock_arguments(
+        tmp_path, MetaLRTrainingArguments, auto_find_batch_size=True, per_device_train_batch_size=16, **options
+    )
+    trained = SmallMemory(model=vit(), args=args, train_dataset=images())
+    trained.train()
+    assert trained._train_batch_size == 4
+    assert len(trained.lr_history) == STEPS
+
+
+@pytest.mark.parametrize("script", [OwnLoader, WeightedSampler])
+def test_a_stream_that_would_pass_the_users_data_by_is_refused(tmp_path, script):
+    kind = type(script.__name__, (script, MetaLRTrainer), {})
+    args = stock_arguments(tmp_path, MetaLRTrainingArguments, meta_source="stream")
+    with pytest.raises(ValueError, match="Pass the images to tune on as meta_dataset"):
+        kind(model=vit(), args=args, train_dataset=images()).train()
+
+
+@dataclass
+class TemperatureArguments(TrainingArguments):
+    temperature: float = 2.0
+
+    def softened(self, logits):
+        return logits / self.temperature
+
+
+def test_the_arguments_stay_the_object_that_was_given(tmp_path):
+    args = stock_arguments(tmp_path, TemperatureArguments)
+
+    class Distilling(MetaLRTrainer):
+        def compute_loss(self, model, inputs, *rest, **kwargs):
+            return functional.cross_entropy(self.args.softened(model(inputs["pixel_values"]).logits), inputs["labels"])
+
+    run = Distilling(model=vit(), args=args, train_dataset=images())
+    assert run.args is args
+    assert (args.temperature, args.hyper_lr, args.tuning_steps) == (2.0, 0.1, 40)
+    args.max_steps = 3
+    run.train()
+    assert run.state.global_step == 3
+    assert not hasattr(TrainingArguments(str(tmp_path)), "hyper_lr")
+
+
+def test_a_scheduler_that_would_overwrite_the_rates_is_refused_before_the_first_step(tmp_path):
+    class OwnSchedule(MetaLRTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = get_constant_schedule(self.optimizer if optimizer is None else optimizer)
+            return self.lr_scheduler
+
+    run = OwnSchedule(model=vit(), args=stock_arguments(tmp_path), train_dataset=images())
+    with pytest.raises(ValueError, match=r"create_scheduler gave a LambdaLR.*args.lr_scheduler_type"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_an_own_optimizer_resumes_from_its_own_checkpoint(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    whole = run(OwnOptimizer, MetaLRTrainer, tmp_path, **saving)
+    kind = type("OwnOptimizer", (OwnOptimizer, MetaLRTrainer), {})
+    resumed = kind(model=vit(), args=stock_arguments(tmp_path, **saving), train_dataset=images())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same_weights(whole.model, resumed.model)
+    groups = whole.lr_scheduler.optimizer.param_groups
+    assert groups[0]["layer"] == groups[1]["layer"]
+    assert groups[1]["lr"] == pytest.approx(2 * groups[0]["lr"])
+
+
+def test_a_checkpoint_before_the_calibration_resumes_bitwise(tmp_path):
+    # The step waits for the next batch when checkpoint 1 is written.
+    saving = {"save_strategy": "steps", "save_steps": 1}
+
+    def trainer():
+        return MetaLRTrainer(model=vit(), args=stock_arguments(tmp_path, **saving), train_dataset=images())
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert same_weights(whole.model, resumed.model)
+    assert whole.lr_history.learning_rates.tolist() == resumed.lr_history.learning_rates.tolist()
+
+
+class TwoTargets(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x, u=None, v=None):
+        answers = self.head(self.stem(x).relu())
+        loss = None if u is None else ((answers[:, 0] - u) ** 2 + (answers[:, 1] - v) ** 2).mean()
+        return {"loss": loss, "logits": answers}
+
+
+def test_targets_are_those_that_label_names_names(tmp_path):
+    rows = [{"x": torch.randn(6), "u": torch.randn(()), "v": torch.randn(())} for _ in range(16)]
+    args = stock_arguments(tmp_path, label_names=["u", "v"])
+    trained = MetaLRTrainer(model=TwoTargets(), args=args, train_dataset=rows)
+    assert type(trained.model) is TwoTargets
+    trained.train()
+    assert trained.lr_scheduler.calibration is not None
+
+
+def network(outputs=3):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, outputs))
+
+
+def weighted(outputs, labels, num_items_in_batch=None):
+    return functional.cross_entropy(outputs.logits, labels, weight=torch.tensor([1.0, 2.0, 3.0]))
+
+
+def labelled(make):
+    rows = images()
+    return [{"pixel_values": rows[i]["pixel_values"], "labels": make(i)} for i in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "options", "loss_func"),
+    [
+        (3, lambda i: LABELS[i], {}, weighted),
+        (3, lambda i: LABELS[i], {"label_smoothing_factor": 0.1}, None),
+        (3, lambda i: torch.tensor([0.2, 0.3, 0.5]).roll(i), {}, None),
+        (1, lambda i: float(LABELS[i]), {}, None),
+        (1, lambda i: torch.tensor([float(LABELS[i])]), {}, None),
+    ],
+    ids=["class weights", "label smoothing", "mixup", "a number", "a number in a list"],
+)
+def test_a_module_from_images_to_logits_trains_on_every_form_of_labels(tmp_path, outputs, labels, options, loss_func):
+    losses = {"compute_loss_func": loss_func} if loss_func else {}
+    args = stock_arguments(tmp_path, remove_unused_columns=False, **options)
+    trained = MetaLRTrainer(model=network(outputs), args=args, train_dataset=labelled(labels), **losses)
+    assert type(trained.model) is Classifier
+    trained.train()
+    assert len(trained.lr_history) == STEPS
+    # The same through the stock Trainer, which has to be given the wrapped module.
+    args = stock_arguments(tmp_path, remove_unused_columns=False, **options)
+    args.hyper_lr = 0.0
+    ours = MetaLRTrainer(model=network(outputs), args=args, train_dataset=labelled(labels), **losses)
+    ours.train()
+    stock_args = stock_arguments(tmp_path, remove_unused_columns=False, **options)
+    stock = Trainer(Classifier(network(outputs)), stock_args, train_dataset=labelled(labels), **losses)
+    stock.train()
+    assert same_weights(ours.model, stock.model)
+
+
+def test_several_labels_on_such_a_module_are_refused_with_what_to_do(tmp_path):
+    rows = labelled(lambda i: torch.tensor([1.0, 1.0, float(i % 2)]))
+    args = stock_arguments(tmp_path, remove_unused_columns=False)
+    with pytest.raises(ValueError, match=r"compute_loss_func=lambda outputs, labels.*binary_cross_entropy"):
+        MetaLRTrainer(model=network(), args=args, train_dataset=rows).train()
+
+
+SCHEDULES = [
+    ("constant", {}, {}),
+    ("constant_with_warmup", {"warmup_steps": 2}, {}),
+    ("linear", {"warmup_steps": 2}, {}),
+    ("cosine", {}, {}),
+    ("cosine_with_restarts", {}, {"num_cycles": 2}),
+    ("cosine_with_min_lr", {}, {"min_lr": 1e-4}),
+    ("cosine_with_min_lr", {}, {"min_lr_rate": 0.1}),
+    ("polynomial", {}, {}),
+    ("polynomial", {}, {"lr_end": 1e-4, "power": 2.0}),
+    ("inverse_sqrt", {"warmup_steps": 2}, {}),
+    ("warmup_stable_decay", {}, {"num_decay_steps": 4}),
+    ("warmup_stable_decay", {"warmup_steps": 2}, {"num_decay_steps": 4, "min_lr_ratio": 0.1}),
+]
+
+
+@pytest.mark.parametrize("handed_in", [False, True])
+@pytest.mark.parametrize(("name", "options", "details"), SCHEDULES)
+def test_without_tuning_every_schedule_is_that_of_the_stock_trainer(tmp_path, name, options, details, handed_in):
+    def rates(trainer_class, **changes):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        args = stock_arguments(tmp_path, lr_scheduler_type=name, lr_scheduler_kwargs=details, **options)
+        for key, value in changes.items():
+            setattr(args, key, value)
+        rows = [{"pixel_values": torch.randn(4), "labels": i % 2} for i in range(16)]
+        optimizers = (torch.optim.SGD(model.parameters(), lr=0.02), None) if handed_in else (None, None)
+        run = trainer_class(Classifier(model), args, train_dataset=rows, optimizers=optimizers)
+        run.train()
+        return [row["learning_rate"] for row in run.state.log_history if "learning_rate" in row]
+
+    stock = rates(Trainer)
+    assert rates(MetaLRTrainer, hyper_lr=0.0) == pytest.approx(stock, rel=1e-12, abs=0)
+    assert len(set(stock)) > 1 or name == "constant"
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-9, 2.0])
+def test_without_tuning_any_learning_rate_goes(tmp_path, rate):
+    args = stock_arguments(tmp_path, learning_rate=rate)
+    args.hyper_lr = 0.0
+    ours = MetaLRTrainer(vit(), args, train_dataset=images())
+    ours.train()
+    stock = Trainer(vit(), stock_arguments(tmp_path, learning_rate=rate), train_dataset=images())
+    stock.train()
+    assert same_weights(ours.model, stock.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "details", "instead"),
+    [("cosine_with_min_lr", {"min_lr": 1e-3}, "min_lr_rate"), ("polynomial", {"lr_end": 1e-4}, "cosine_with_min_lr")],
+)
+def test_a_floor_in_absolute_units_is_refused_while_rates_are_found(tmp_path, name, details, instead):
+    args = stock_arguments(tmp_path, lr_scheduler_type=name, lr_scheduler_kwargs=details)
+    with pytest.raises(ValueError, match=f"a floor in absolute units would be none.*{instead}"):
+        MetaLRTrainer(vit(), args, train_dataset=images()).train()
+
+
+def test_the_default_end_of_a_polynomial_does_not_depend_on_the_learning_rate(tmp_path):
+    shapes = [
+        schedule_shape(stock_arguments(tmp_path, lr_scheduler_type="polynomial", learning_rate=rate), 10)(9)
+        for rate in (1e-7, 1e-1)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_sparse_gradients_are_refused_before_training(tmp_path):
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2)
+
+        def forward(self, codes, labels=None):
+            logits = self.head(self.table(codes))
+            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+    rows = [{"codes": i % 5, "labels": i % 2} for i in range(16)]
+    run = MetaLRTrainer(Embedded(), stock_arguments(tmp_path, optim="sgd"), train_dataset=rows)
+    with pytest.raises(ValueError, match=r"table has sparse gradients.*hyper_lr=0"):
+        run.train()
+
+
+def test_a_batch_that_spoils_the_run_is_named_at_once(tmp_path, caplog):
+    rows = labelled(lambda i: LABELS[i])
+    rows = [{**row, "pixel_values": row["pixel_values"].clone()} for row in rows[:16]]
+    rows[5]["pixel_values"][0, 0, 0] = float("nan")
+    args = stock_arguments(tmp_path, per_device_train_batch_size=16, max_steps=2, remove_unused_columns=False)
+    run = MetaLRTrainer(network(), args, train_dataset=rows)
+    messages = []
+    import logging
+
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("metalr_hf.trainer.metalr")
+    logger.addHandler(handler)
+    try:
+        with pytest.warns(UserWarning):
+            run.train()
+    finally:
+        logger.removeHandler(handler)
+    said = [message for message in messages if "not finite" in message and "training loss" in message]
+    assert len(said) == 1
+    assert "The training loss of step 1 is not finite: pixel_values of its rows [" in said[0]

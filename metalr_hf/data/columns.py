@@ -1,8 +1,14 @@
-"""Which columns of a data set are meant."""
+"""Which columns of a data set are meant, and the files in them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import io
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import datasets
+from PIL import Image
 
 # The columns of every data set once it is loaded.
 IMAGE, LABEL = "image", "label"
@@ -46,3 +52,33 @@ def find_column(
         message = f"The data set has {seen}. Name the one to use with {argument}. Its columns: {there}. {hint}"
         raise ValueError(message.rstrip())
     return candidates[0]
+
+
+def place(where: str, entry: Mapping[str, Any] | None) -> str:
+    """A place with the path of a file, where that is known.
+
+    Args:
+        where (`str`): Which row.
+        entry (`Mapping`, *optional*): What an undecoded `datasets.Image` column holds.
+
+    Returns:
+        `str`
+    """
+    path = None if entry is None else entry.get("path")
+    return f"{where} ({path})" if path else where
+
+
+def open_image(entry: Mapping[str, Any]) -> Image.Image:
+    """Opens the image of `bytes` or a `path`, without decoding it where that can wait.
+
+    Args:
+        entry (`Mapping`): What an undecoded `datasets.Image` column holds: `bytes` and `path`.
+
+    Returns:
+        `PIL.Image.Image`
+    """
+    if entry["bytes"] is not None:
+        return Image.open(io.BytesIO(entry["bytes"]))
+    path = str(entry["path"])
+    # Others are in archives or on the Hub.
+    return Image.open(path) if os.path.isfile(path) else datasets.Image().decode_example(dict(entry))

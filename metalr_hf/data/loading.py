@@ -13,6 +13,8 @@ from ..messages import first_line
 from ..settings import check_choice
 from .columns import IMAGE, LABEL, find_column
 from .digits import demo_dataset
+from .eight_bits import refuse_lost_content
+from .labels import class_labels, layout_hint
 from .splits import ImageSplits, SplitNames, arrange
 
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip")
@@ -177,6 +179,13 @@ class DataArguments:
         return name if name and "/" in name and not os.path.exists(name) else None
 
     @property
+    def folder(self) -> str | None:
+        """The local folder that the images are in, if they are in one."""
+        parts = [part for part in (self.dataset_name, self.data_dir) if part and part != "imagefolder"]
+        folder = os.path.join(*parts) if parts else ""
+        return folder if os.path.isdir(folder) else None
+
+    @property
     def is_demo(self) -> bool:
         """Whether no data set is named, so that it is one that comes along."""
         return self.dataset_name is None and self.data_dir is None
@@ -195,7 +204,8 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
 
     Raises:
         FileNotFoundError: if there is no such data set, or no network to fetch it.
-        ValueError: if a column or a split is missing, naming those that are there.
+        ValueError: if a column or a split is missing, naming those that are there, a row has no label, or 8 bits do not
+            hold what an image shows.
 
     Example:
 
@@ -210,7 +220,10 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
     splits, names = load_splits(args, demo_dataset)
     kept = [*keep_columns, *([args.group_column] if args.group_column else [])]
     chosen = {name: _choose_columns(splits[name], args, kept) for name in names.used}
-    class_names, chosen = _class_labels(chosen, names.train, args)
+    class_names, chosen = class_labels(chosen, names.train, args.streaming, args.folder)
+    if not (args.streaming or args.is_demo):
+        for name, split in chosen.items():
+            refuse_lost_content(name, split)
     return ImageSplits(class_names=class_names, **arrange(chosen, names, args, seed))
 
 
@@ -280,9 +293,9 @@ def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     image = find_column(features, "image", args.image_column_name, images)
-    label = find_column(
-        features, "label", args.label_column_name, classes or [name for name in ("label", "labels") if name in features]
-    )
+    candidates = classes or [name for name in ("label", "labels") if name in features]
+    hint = "" if candidates or not images else layout_hint(args.folder)
+    label = find_column(features, "label", args.label_column_name, candidates, hint)
     kept = [name for name in keep_columns if name in features]
     split = split.select_columns([image, label, *kept]).rename_columns(
         {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old != new}
@@ -290,49 +303,4 @@ def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]
     if not isinstance(features[image], datasets.Image):
         # Paths or encoded bytes.
         split = split.cast_column(IMAGE, datasets.Image())
-    return split
-
-
-def _class_labels(
-    splits: Mapping[str, Any], train_name: str, args: DataArguments
-) -> tuple[tuple[str, ...], dict[str, Any]]:
-    feature = splits[train_name].features[LABEL] if splits[train_name].features else None
-    if isinstance(feature, datasets.ClassLabel):
-        names = tuple(feature.names)
-    elif args.streaming:
-        raise ValueError(
-            f"The labels of the data set are no class labels but {feature}, so the classes of a stream are not known "
-            "before its end. Leave out streaming."
-        )
-    else:
-        values = splits[train_name].unique(LABEL)
-        if any(value is None or isinstance(value, (float, list, dict)) for value in values):
-            raise ValueError(
-                f"The labels of the training split are no classes: {values[:3]}. Name the column of the classes with "
-                "label_column_name."
-            )
-        names = tuple(str(value) for value in sorted(values))
-    return names, {name: _cast_labels(name, split, names) for name, split in splits.items()}
-
-
-def _cast_labels(name: str, split: Any, class_names: tuple[str, ...]) -> Any:
-    target = datasets.ClassLabel(names=list(class_names))
-    if isinstance(split, datasets.IterableDataset):
-        return split
-    feature = split.features[LABEL]
-    if not isinstance(feature, datasets.ClassLabel):
-        values = {str(value) for value in split.unique(LABEL)}
-        if values - set(class_names):
-            raise ValueError(
-                f"Split {name!r} has the labels {sorted(values - set(class_names))[:5]}, which the training split does "
-                f"not have. Its classes: {', '.join(class_names[:10])}."
-            )
-        return split.cast_column(LABEL, datasets.Value("string")).cast_column(LABEL, target)
-    if tuple(feature.names) != class_names:
-        raise ValueError(
-            f"Split {name!r} has other classes than the training split: {feature.names[:10]} and "
-            f"{list(class_names[:10])}."
-        )
-    if any(value is None or value < 0 for value in split.unique(LABEL)):
-        raise ValueError(f"Split {name!r} has images without a label. Use another split.")
     return split

@@ -13,9 +13,10 @@ from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
 from ..settings import check_choice
-from .columns import IMAGE, LABEL
+from .columns import IMAGE, LABEL, place
+from .eight_bits import to_rgb
 from .loading import AUGMENTATIONS
-from .masks import MaskClasses, check_size, place, read_mask
+from .masks import MaskClasses, check_size, read_mask
 from .transforms import random_crop
 
 
@@ -82,14 +83,14 @@ class MaskTransform:
         where = place("A row", entry)
         try:
             ids = self.classes.ids(read_mask(entry))
+            rgb = to_rgb(image)
         except ValueError as error:
             raise ValueError(f"{where}: {error}.") from error
         check_size(where, ids.shape, (image.height, image.width))
-        image = image.convert("RGB")
         if self.crop is not None:
-            pixels, mask = self.crop(image, tv_tensors.Mask(torch.from_numpy(ids)))
+            pixels, mask = self.crop(rgb, tv_tensors.Mask(torch.from_numpy(ids)))
         else:
-            inputs = self.processor(image, segmentation_maps=ids, return_tensors="pt")
+            inputs = self.processor(rgb, segmentation_maps=ids, return_tensors="pt")
             pixels, mask = inputs["pixel_values"][0], inputs["labels"][0]
         if self.flip is not None:
             pixels, mask = self.flip(pixels, tv_tensors.Mask(mask))

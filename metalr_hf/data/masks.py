@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,11 +9,12 @@ from typing import Any, ClassVar
 
 import datasets
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
 from ..models.losses import IGNORE_INDEX
 from .cells import CLASS_NAMES, demo_cells
-from .columns import IMAGE, LABEL, find_column
+from .columns import IMAGE, LABEL, find_column, open_image, place
+from .eight_bits import refuse_lost_image
 from .loading import SHUFFLE_BUFFER_SIZE, DataArguments, load_splits
 from .splits import ImageSplits, arrange
 
@@ -196,7 +195,7 @@ def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
         `numpy.ndarray` of shape `(height, width)`, an integer type
 
     Raises:
-        ValueError: if it is a picture with colours.
+        ValueError: if it is a picture with colours, or its values are no whole numbers.
 
     Example:
 
@@ -209,29 +208,29 @@ def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
     ```
     """
     with open_image(entry) as picture:
-        if picture.mode not in MASK_MODES:
+        mode = picture.mode
+        values = np.asarray(picture if mode in (*MASK_MODES, "F") else picture.convert("RGB"))
+    if mode == "F":
+        return _whole_numbers(values)
+    if mode not in MASK_MODES:
+        if (values != values[..., :1]).any():
             raise ValueError(
-                f"the mask has colours (mode {picture.mode}), but a mask has one channel that holds class ids. Convert "
-                "the colours to ids"
+                f"the mask has colours (mode {mode}), but a mask has one channel that holds class ids. Convert the "
+                "colours to ids"
             )
-        values = np.asarray(picture)
+        # Grey, stored as three channels that are equal.
+        return values[..., 0]
     return values.astype(np.uint8) if values.dtype == bool else values
 
 
-def open_image(entry: Mapping[str, Any]) -> Image.Image:
-    """Opens the image of `bytes` or a `path`, without decoding it where that can wait.
-
-    Args:
-        entry (`Mapping`): What an undecoded `datasets.Image` column holds: `bytes` and `path`.
-
-    Returns:
-        `PIL.Image.Image`
-    """
-    if entry["bytes"] is not None:
-        return Image.open(io.BytesIO(entry["bytes"]))
-    path = str(entry["path"])
-    # Others are in archives or on the Hub.
-    return Image.open(path) if os.path.isfile(path) else datasets.Image().decode_example(dict(entry))
+def _whole_numbers(values: np.ndarray) -> np.ndarray:
+    whole = np.nan_to_num(values, nan=0.5).round().astype(np.int64)
+    if (whole != values).any():
+        raise ValueError(
+            f"the mask holds the value {values[whole != values][0]:.6g} (mode F), but a mask holds class ids, which "
+            "are whole numbers. Round them"
+        )
+    return whole
 
 
 def _size(entry: Mapping[str, Any]) -> tuple[int, int]:
@@ -271,6 +270,7 @@ def _check_masks(splits: Mapping[str, Any], train_name: str, args: MaskArguments
                 raise ValueError(f"{where}: there is no {'mask' if entry[LABEL] is None else 'image'}.")
             mask = _named(where, read_mask, entry[LABEL])
             check_size(where, mask.shape, _named(where, _size, entry[IMAGE]))
+            refuse_lost_image(place(f"Split {name!r}, row {row}", entry[IMAGE]), entry[IMAGE])
             for value in _values(mask):
                 first[name].setdefault(value, where)
     classes = _named_classes(args, set(first[train_name]), first[train_name])
@@ -344,20 +344,6 @@ def check_size(where: str, mask: tuple[int, ...], image: tuple[int, ...]) -> Non
         raise ValueError(
             f"{where}: the mask is {mask[1]} × {mask[0]} pixels (width × height), its image {image[1]} × {image[0]}."
         )
-
-
-def place(where: str, entry: Mapping[str, Any] | None) -> str:
-    """A place with the path of a file, where that is known.
-
-    Args:
-        where (`str`): Which row.
-        entry (`Mapping`, *optional*): What an undecoded `datasets.Image` column holds.
-
-    Returns:
-        `str`
-    """
-    path = None if entry is None else entry.get("path")
-    return f"{where} ({path})" if path else where
 
 
 def _named(where: str, read: Any, argument: Any) -> Any:

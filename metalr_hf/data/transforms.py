@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcess
 
 from ..settings import check_choice
 from .columns import IMAGE, LABEL
+from .eight_bits import to_rgb
 from .loading import AUGMENTATIONS, SHUFFLE_BUFFER_SIZE
 from .splits import ImageSplits, Splits
 
@@ -212,9 +213,12 @@ class ImageTransform:
 
         Returns:
             `dict[str, list]`: `pixel_values` (float32 tensors `(channels, height, width)`) and `labels`.
+
+        Raises:
+            ValueError: if 8 bits do not hold what an image shows.
         """
         return {
-            "pixel_values": [self.transform(image.convert("RGB")) for image in rows[IMAGE]],
+            "pixel_values": [self.transform(to_rgb(image)) for image in rows[IMAGE]],
             "labels": list(rows[LABEL]),
         }
 
@@ -246,8 +250,20 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
 
     ```
     """
-    height, width = _Processed(processor)(Image.new("RGB", (64, 64))).shape[-2:]
+    height, width = model_input(processor).shape[-2:]
     return height, width
+
+
+def model_input(processor: BaseImageProcessor) -> torch.Tensor:
+    """What an image processor makes of a black square.
+
+    Args:
+        processor (`transformers.BaseImageProcessor`): An image processor.
+
+    Returns:
+        `torch.Tensor` of shape `(channels, height, width)`
+    """
+    return _Processed(processor)(Image.new("RGB", (64, 64)))
 
 
 def random_crop(processor: BaseImageProcessor) -> list[Callable[..., Any]]:

@@ -122,7 +122,7 @@ def test_a_stream_that_leaves_open_what_255_is_is_refused_with_what_to_do(tmp_pa
 def test_a_bad_mask_among_the_first_of_a_stream_is_named(tmp_path):
     save_cells(tmp_path / "images")
     broken = tmp_path / "images" / "train" / "3_mask.png"
-    Image.open(broken).convert("RGB").save(broken)
+    Image.new("RGB", (SIZE, SIZE), "red").save(broken)
     with pytest.raises(ValueError, match=r"Split 'train', row 3.*has colours"):
         load_masks(arguments(tmp_path / "images", streaming=True, class_names=["inside", "membrane"]))
 
@@ -188,7 +188,7 @@ def test_a_class_id_out_of_range_is_refused_with_its_row_and_the_value(tmp_path,
 def test_masks_that_are_pictures_or_of_one_class_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    name = folder(tmp_path / "a", lambda mask, *_: np.repeat(mask[..., None], 3, -1))
+    name = folder(tmp_path / "a", lambda mask, *_: mask[..., None] * np.array([1, 0, 0], "uint8"))
     with pytest.raises(ValueError, match=r"Split 'train', row 0.*has colours \(mode RGB\)"):
         load_masks(arguments(name))
     name = folder(tmp_path / "b", lambda mask, *_: mask * 0)
@@ -219,3 +219,46 @@ def test_segmentation_is_measured_by_dice():
     assert DataArguments().metrics == ["accuracy", "macro_f1"]
     with pytest.raises(ValueError, match=r"metrics=\['accuracy'\]: segmentation is measured by dice"):
         arguments(metrics=["accuracy"])
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        lambda mask: np.repeat(mask[..., None], 3, -1),
+        lambda mask: np.stack([mask, mask, mask, np.full_like(mask, 255)], -1),
+        lambda mask: mask.astype("float32"),
+        lambda mask: mask.astype("int32"),
+        lambda mask: mask.astype("uint16"),
+    ],
+    ids=["rgb", "rgba", "float", "int32", "uint16"],
+)
+def test_grey_masks_hold_the_same_ids_however_they_are_stored(tmp_path, store):
+    for name, split in cells().items():
+        lines = []
+        for i, row in enumerate(split):
+            (tmp_path / name).mkdir(exist_ok=True)
+            row["image"].save(tmp_path / name / f"{i}.png")
+            Image.fromarray(store(np.array(row["mask"]))).save(tmp_path / name / f"{i}_mask.tif")
+            lines.append(f'{{"file_name": "{i}.png", "mask_file_name": "{i}_mask.tif"}}')
+        (tmp_path / name / "metadata.jsonl").write_text("\n".join(lines))
+    splits = load_masks(arguments(tmp_path))
+    assert splits.class_names == ("0", "1")
+    for loaded, mask in zip(masks(splits.test), cells()["test"]["mask"], strict=True):
+        assert (loaded == np.array(mask)).all()
+        assert splits.classes.ids(loaded).dtype == np.uint8
+
+
+def test_a_mask_with_fractions_is_refused_with_the_value(tmp_path):
+    save_cells(tmp_path)
+    file = tmp_path / "train" / "3_mask.png"
+    Image.fromarray(np.full((SIZE, SIZE), 0.25, "float32")).save(file, format="tiff")
+    with pytest.raises(ValueError, match=r"3_mask.png\): the mask holds the value 0.25 \(mode F\), but"):
+        load_masks(arguments(tmp_path))
+
+
+def test_an_image_that_8_bits_do_not_hold_is_refused_beside_its_mask(tmp_path):
+    save_cells(tmp_path)
+    file = tmp_path / "train" / "3.png"
+    Image.fromarray(np.array(Image.open(file)).astype("uint16") * 257).save(file)
+    with pytest.raises(ValueError, match=r"row \d+ \(.*/3.png\): the image has values from .*\(mode I;16\)"):
+        load_masks(arguments(tmp_path))

@@ -110,6 +110,7 @@ class Task(ABC):
 
         Raises:
             FileNotFoundError: if there is none, or no network to fetch it.
+            ValueError: if the model cannot take what it gives.
         """
 
     @abstractmethod

@@ -16,8 +16,9 @@ from transformers.trainer_utils import PredictionOutput
 
 from ..data.loading import DataArguments, load_images
 from ..data.splits import ImageSplits
-from ..data.transforms import ImageTransform, Transform, load_image_processor
+from ..data.transforms import ImageTransform, Transform, load_image_processor, model_input
 from ..models.loading import ModelArguments, naming_the_model
+from ..models.probe import check_input
 from .base import Task, register_task
 from .metrics import build_compute_metrics, score_classes
 
@@ -58,7 +59,9 @@ class Classification(Task):
     ) -> BaseImageProcessor:
         name = arguments.model_name_or_path
         with naming_the_model(name, "image processor"):
-            return load_image_processor(model, name, image_size, trust_remote_code=arguments.trust_remote_code)
+            processor = load_image_processor(model, name, image_size, trust_remote_code=arguments.trust_remote_code)
+        check_input(model, model_input(processor), image_size)
+        return processor
 
     def transforms(
         self, splits: ImageSplits, processor: BaseImageProcessor, augment: str

@@ -20,12 +20,13 @@ from transformers.trainer_utils import PredictionOutput
 
 from ..data.mask_transforms import MaskTransform, collate_masks
 from ..data.masks import MaskArguments, MaskSplits, load_masks
-from ..data.transforms import Transform, load_image_processor
+from ..data.transforms import Transform, load_image_processor, model_input
 
 # The 3-D U-Net for its entry in transformers' Auto classes.
 from ..models import unet3d as unet3d
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import segmentation_loss
+from ..models.probe import check_input
 from ..models.unet import TimmUNetForSemanticSegmentation
 from .base import DEMO_ARGUMENTS, Task, register_task
 from .metrics import build_dice_metrics, predicted_classes
@@ -72,7 +73,9 @@ class Segmentation(Task):
     ) -> BaseImageProcessor:
         name = arguments.model_name_or_path
         with naming_the_model(name, "image processor"):
-            return load_mask_processor(model, name, image_size, trust_remote_code=arguments.trust_remote_code)
+            processor = load_mask_processor(model, name, image_size, trust_remote_code=arguments.trust_remote_code)
+        check_input(model, model_input(processor), image_size)
+        return processor
 
     def transforms(
         self, splits: MaskSplits, processor: BaseImageProcessor, augment: str

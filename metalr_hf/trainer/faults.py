@@ -31,6 +31,30 @@ def refuse_sparse_gradients(model: nn.Module) -> None:
             )
 
 
+def refuse_label_smoothing(model: nn.Module | None, factor: float) -> None:
+    """Raises `ValueError` if labels are to be smoothed for a module that Trainer cannot ask what its task is.
+
+    Args:
+        model (`torch.nn.Module`, *optional*): The model.
+        factor (`float`): `label_smoothing_factor` of the training arguments.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.trainer.faults import refuse_label_smoothing
+    >>> refuse_label_smoothing(torch.nn.Linear(4, 2), factor=0.0)
+
+    ```
+    """
+    if factor and model is not None and not hasattr(model, "config"):
+        raise ValueError(
+            f"label_smoothing_factor={factor}: Trainer smooths labels of models with a config only, and this one has "
+            "none. Smooth them in the loss: compute_loss_func=lambda outputs, labels, num_items_in_batch=None: "
+            f"cross_entropy(outputs.logits, labels, label_smoothing={factor})."
+        )
+
+
 def describe_bad_batch(inputs: Any, step: int) -> str:
     """What is known of a batch whose training loss is not finite.
 

@@ -28,7 +28,7 @@ from .arguments import MetaLRTrainingArguments, refuse_deepspeed, with_tuning_ar
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
 from .collapse import CollapseGuard, are_classes
 from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
-from .faults import describe_bad_batch, refuse_sparse_gradients
+from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients
 from .meta_sets import create_meta_stream, prepare_meta_dataset
 from .meta_stream import MetaStream
 from .schedules import schedule_shape
@@ -113,6 +113,7 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         self._given_layer_groups = self._own_layer_groups = layer_groups
         if model is not None:
             model = self._wrap(model)
+        refuse_label_smoothing(model, args.label_smoothing_factor)
         optimizer, scheduler = given.get("optimizers") or (None, None)
         if scheduler is not None:
             raise ValueError(

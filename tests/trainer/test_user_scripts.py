@@ -1,6 +1,7 @@
 """Scripts as people write them, run through the stock Trainer and through ours: what works there works here."""
 
 import copy
+import logging
 from dataclasses import dataclass
 
 import pytest
@@ -254,11 +255,15 @@ def labelled(make):
     return [{"pixel_values": rows[i]["pixel_values"], "labels": make(i)} for i in range(len(rows))]
 
 
+def smoothed(outputs, labels, num_items_in_batch=None):
+    return functional.cross_entropy(outputs.logits, labels, label_smoothing=0.1)
+
+
 @pytest.mark.parametrize(
     ("outputs", "labels", "options", "loss_func"),
     [
         (3, lambda i: LABELS[i], {}, weighted),
-        (3, lambda i: LABELS[i], {"label_smoothing_factor": 0.1}, None),
+        (3, lambda i: LABELS[i], {}, smoothed),
         (3, lambda i: torch.tensor([0.2, 0.3, 0.5]).roll(i), {}, None),
         (1, lambda i: float(LABELS[i]), {}, None),
         (1, lambda i: torch.tensor([float(LABELS[i])]), {}, None),
@@ -281,6 +286,12 @@ def test_a_module_from_images_to_logits_trains_on_every_form_of_labels(tmp_path,
     stock = Trainer(Classifier(network(outputs)), stock_args, train_dataset=labelled(labels), **losses)
     stock.train()
     assert same_weights(ours.model, stock.model)
+
+
+def test_smoothing_the_labels_of_such_a_module_says_how(tmp_path):
+    args = stock_arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1.*cross_entropy\(outputs.logits, labels"):
+        MetaLRTrainer(model=network(), args=args, train_dataset=labelled(lambda i: LABELS[i]))
 
 
 def test_several_labels_on_such_a_module_are_refused_with_what_to_do(tmp_path):
@@ -371,21 +382,19 @@ def test_sparse_gradients_are_refused_before_training(tmp_path):
         run.train()
 
 
-def test_a_batch_that_spoils_the_run_is_named_at_once(tmp_path, caplog):
+def test_a_batch_that_spoils_the_run_is_named_at_once(tmp_path):
     rows = labelled(lambda i: LABELS[i])
     rows = [{**row, "pixel_values": row["pixel_values"].clone()} for row in rows[:16]]
     rows[5]["pixel_values"][0, 0, 0] = float("nan")
     args = stock_arguments(tmp_path, per_device_train_batch_size=16, max_steps=2, remove_unused_columns=False)
     run = MetaLRTrainer(network(), args, train_dataset=rows)
     messages = []
-    import logging
-
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logger = logging.getLogger("metalr_hf.trainer.metalr")
     logger.addHandler(handler)
     try:
-        with pytest.warns(UserWarning):
+        with pytest.warns(UserWarning, match="finite|doubt"):
             run.train()
     finally:
         logger.removeHandler(handler)

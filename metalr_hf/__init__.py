@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from .layers import layer_groups
     from .plots import plot_learning_rates
     from .trainer import MetaLRTrainer, MetaLRTrainingArguments
-    from .tuning import LRHistory, MetaLRScheduler
+    from .tuning import LRHistory, MetaLRScheduler, WeightAverage
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "MetaLRScheduler",
     "MetaLRTrainer",
     "MetaLRTrainingArguments",
+    "WeightAverage",
     "layer_groups",
     "plot_learning_rates",
 ]
@@ -25,6 +26,7 @@ _HOMES = {
     "MetaLRScheduler": "tuning",
     "MetaLRTrainer": "trainer",
     "MetaLRTrainingArguments": "trainer",
+    "WeightAverage": "tuning",
     "layer_groups": "layers",
     "plot_learning_rates": "plots",
 }

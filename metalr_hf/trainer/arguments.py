@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ..settings import LAYER_GRANULARITIES, META_MODES, check_choice, check_count, check_number, check_settings
+from ..tuning.averaging import averaging_share
 from ..tuning.rules import get_rule
 from .defaults import calibrates
 
@@ -86,6 +87,9 @@ class MetaLRTrainingArguments(TrainingArguments):
             What gets a learning rate of its own: every `block`, every `stage` of blocks, or every `tensor`.
         head_module (`list[str]`, *optional*):
             The module or modules that are the head, where they are not recognised.
+        average_weights (`str`, *optional*):
+            Evaluate, save and end with an average of the weights along the run: `polynomial`, over a fixed share of the
+            steps so far (Shamir and Zhang 2013), or the decay of an exponential moving average, such as `0.99`.
         preset (`str`, *optional*):
             `paper` gives the settings of the paper to all of these that are left at their defaults, and a constant
             schedule.
@@ -198,6 +202,14 @@ class MetaLRTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "The module or modules that are the head, where they are not recognised."},
     )
+    average_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate, save and end with an average of the weights along the run: `polynomial`, over a fixed "
+            "share of the steps so far (Shamir and Zhang 2013), or the decay of an exponential moving average, such as "
+            "`0.99`."
+        },
+    )
     preset: str | None = field(
         default=None,
         metadata={
@@ -291,6 +303,8 @@ def check_tuning_arguments(args: Any) -> None:
         lookahead=args.lookahead,
     )
     get_rule(args.lr_rule, args.hyper_lr)
+    if args.average_weights is not None:
+        averaging_share(args.average_weights)
     check_choice("meta_mode", args.meta_mode, META_MODES)
     check_choice("layer_granularity", args.layer_granularity, LAYER_GRANULARITIES)
     if args.meta_batch_size is not None:

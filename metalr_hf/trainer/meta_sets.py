@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import datasets
 from transformers import Trainer
 
-from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
+from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset, stream_of
 
 # What a subclass overrides to draw training images in its own way.
 OWN_DATA = ("get_train_dataloader", "_get_train_sampler")
@@ -64,24 +63,12 @@ def create_meta_stream(trainer: Any) -> MetaStream:
             'would not know. Pass the images to tune on as meta_dataset, or leave out meta_source: "next_batch" takes '
             "the training batches as they come."
         )
-    args = trainer.args
-    own = args.meta_batch_size
-    dataset = trainer.train_dataset if trainer.meta_dataset is None else trainer.meta_dataset
-    # The same two preparations that Trainer gives to its own loaders; no public method does them.
-    if isinstance(dataset, datasets.Dataset):
-        dataset, collator = trainer._remove_unused_columns(dataset, description="meta"), trainer.data_collator
-    else:
-        collator = trainer._get_collator_with_removed_columns(trainer.data_collator, description="meta")
-    return MetaStream(
-        dataset,
+    own, dataset = trainer.args.meta_batch_size, trainer.meta_dataset
+    return stream_of(
+        trainer,
+        trainer.train_dataset if dataset is None else dataset,
         # What auto_find_batch_size has found, else args.train_batch_size.
-        trainer._train_batch_size if own is None else own * max(1, args.n_gpu),
-        collator,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
-        process_index=args.process_index,
-        num_processes=args.world_size,
+        trainer._train_batch_size if own is None else own * max(1, trainer.args.n_gpu),
     )
 
 

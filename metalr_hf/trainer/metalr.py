@@ -25,6 +25,7 @@ from ..tuning.optimizers import unwrap
 from ..tuning.scheduler import MetaLRScheduler
 from ..tuning.sharding import refuse_fsdp1, reshard
 from .arguments import MetaLRTrainingArguments, refuse_deepspeed, with_tuning_arguments
+from .averaging import AveragingTrainer
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
 from .collapse import CollapseGuard, are_classes
 from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
@@ -38,7 +39,7 @@ logger = logging.get_logger(__name__)
 COLLAPSE_FACTOR = 0.1
 
 
-class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
+class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
     """[`~transformers.Trainer`] with one meta-tuned learning rate per layer.
 
     The start rates are calibrated at the first step, so that `args.learning_rate` makes no difference. After each of
@@ -366,6 +367,8 @@ class MetaLRTrainer(CheckpointingTrainer, HubTrainer):
         elif guard.collapsed(logits, self._mean_over_processes):
             guard.go_back(self.model)
             scheduler.restart(COLLAPSE_FACTOR)
+            if self.weight_average is not None:
+                self.weight_average.restart()
             guard.stop()
             logger.warning(
                 f"By step {self.state.global_step} the model answered every image alike, at the loss of a constant "

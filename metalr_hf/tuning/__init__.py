@@ -1,8 +1,9 @@
 """How a learning rate moves: torch only, for any training loop."""
 
+from .averaging import WeightAverage
 from .contexts import untouched
 from .history import LRHistory
 from .rules import Rule, register_rule
 from .scheduler import MetaLRScheduler
 
-__all__ = ["LRHistory", "MetaLRScheduler", "Rule", "register_rule", "untouched"]
+__all__ = ["LRHistory", "MetaLRScheduler", "Rule", "WeightAverage", "register_rule", "untouched"]

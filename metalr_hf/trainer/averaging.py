@@ -1,0 +1,135 @@
+"""A Trainer that evaluates, saves and ends with an average of the weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..tuning.averaging import POLYNOMIAL, WeightAverage
+from ..tuning.contexts import preserve_random_state
+from .meta_stream import stream_of
+
+AVERAGE_FILE = "weight_average.pt"
+# Training batches that the statistics of batch norm are estimated from.
+STATISTICS_BATCHES = 8
+
+
+class AveragingTrainer(Trainer):
+    """[`~transformers.Trainer`] with an average of the weights along the run, if `args.average_weights` says so.
+
+    The steps are taken with the weights as they are. `evaluate`, `predict` and `save_model` see the average, and after
+    `train()` it is what the model holds. Checkpoints hold the average as the model, and both in a file of their own, so
+    that a run goes on from its own weights.
+    """
+
+    args: Any
+    model: Any
+    optimizer: Any
+    weight_average: WeightAverage | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.average_weights is not None:
+            if self.is_fsdp_enabled:
+                raise ValueError(
+                    f"average_weights={self.args.average_weights!r}: an average of weights that FSDP shards is not "
+                    "there yet. Leave average_weights out, or use DDP."
+                )
+            # Before callbacks that look at the step's end.
+            self.callback_handler.callbacks.insert(0, _UpdateAverage(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; the model ends with the average, or with that of the best step once it is loaded."""
+        output = super().train(*args, **kwargs)
+        if self.weight_average is not None:
+            self.weight_average.copy_to_model(self._statistics_forwards)
+            self.weight_average = None
+        return output
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's, with the average of the weights."""
+        with self.averaged():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with the average of the weights."""
+        with self.averaged():
+            super().save_model(*args, **kwargs)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context in which the model holds the average of its weights, while it is trained."""
+        average = self.weight_average
+        with nullcontext() if average is None else average.applied(self._statistics_forwards):
+            yield
+
+    def _statistics_forwards(self) -> None:
+        if self.train_dataset is None:
+            # Of a loader of the user's own: those that were averaged along are kept.
+            return
+        # No batch is taken from the training's own order, and no random number.
+        stream = stream_of(self, self.train_dataset, self._train_batch_size, batches_to_shuffle=4)
+        with preserve_random_state(self.args.device):
+            for batch in islice(stream, STATISTICS_BATCHES):
+                count = None
+                if self.compute_loss_func is not None:
+                    _, count = self.get_batch_samples(iter([batch]), 1, self.args.device)
+                with self.compute_loss_context_manager():
+                    self.compute_loss(self.model, self._prepare_inputs(batch), num_items_in_batch=count)
+        if self.args.world_size > 1:
+            for buffer in self.model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
+
+    # Of a run's beginning and of checkpoints, Trainer has no public hooks.
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        self.weight_average = None
+        return super()._init_training_state(*args, **kwargs)
+
+    def _start_average(self) -> WeightAverage:
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return WeightAverage(self.model, self.args.average_weights or POLYNOMIAL, trained)
+
+    def _update_average(self) -> None:
+        # In float16 a step that overflowed was not taken.
+        if self.accelerator.optimizer_step_was_skipped:
+            return
+        if self.weight_average is None:
+            self.weight_average = self._start_average()
+        self.weight_average.update()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.weight_average is not None and self.args.should_save:
+            torch.save(self.weight_average.state_dict(), os.path.join(output_dir, AVERAGE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = os.path.join(checkpoint or "", AVERAGE_FILE)
+        if checkpoint is None or not os.path.isfile(file):
+            return
+        # A run that averages no more goes on from its own weights too.
+        self.weight_average = self._start_average()
+        self.weight_average.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        if self.args.average_weights is None:
+            self.weight_average = None
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # What was loaded is an average already.
+        self.weight_average = None
+
+
+class _UpdateAverage(TrainerCallback):
+    def __init__(self, trainer: AveragingTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer._update_average()

@@ -1,0 +1,193 @@
+"""A run with an average of the weights: what is evaluated, saved and resumed."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from small_runs import arguments, images, resnet, same_weights, trainer, vit
+from transformers import TrainerCallback
+
+from metalr_hf import MetaLRTrainer, WeightAverage
+from metalr_hf.trainer.averaging import AVERAGE_FILE
+
+AVERAGED = {"average_weights": "polynomial", "calibrate": True}
+SAVING = {**AVERAGED, "logging_strategy": "no", "save_strategy": "steps", "save_steps": 3, "max_steps": 12}
+
+
+class Notes(TrainerCallback):
+    """The weights after each step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights.append({name: value.clone() for name, value in model.state_dict().items()})
+
+
+def averaged(notes, names):
+    """The average as a plain loop over the weights of each step."""
+    result = dict(notes[0])
+    for t, weights in enumerate(notes[1:], start=2):
+        for name in names:
+            result[name] = result[name].lerp(weights[name], 9 / (t + 8))
+    return result
+
+
+def trained_names(model):
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"meta_source": "stream"}], ids=str)
+def test_evaluate_predict_and_what_is_saved_are_of_the_average(tmp_path, options):
+    eval_dataset = images(24, seed=1)
+    run = trainer(
+        tmp_path, vit(), eval_dataset=eval_dataset, eval_strategy="steps", eval_steps=3, **AVERAGED, **options
+    )
+    run.add_callback(notes := Notes())
+    run.train()
+    # One update a step, whatever it accumulates; the run itself goes on from its own weights.
+    assert len(notes.weights) == 6
+    ours = run.model.state_dict()
+    expected = averaged(notes.weights, trained_names(run.model))
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-7)
+    assert not same_weights(run.model, Loaded(notes.weights[-1]))
+    evaluations = [row["eval_loss"] for row in run.state.log_history if "eval_loss" in row]
+    model = vit()
+    model.load_state_dict(averaged(notes.weights[:3], trained_names(model)))
+    other = trainer(tmp_path / "other", model)
+    assert evaluations[0] == pytest.approx(other.evaluate(eval_dataset)["eval_loss"], rel=1e-5)
+    assert evaluations[1] == run.evaluate()["eval_loss"] == run.predict(eval_dataset).metrics["test_loss"]
+    run.save_model(tmp_path / "saved")
+    saved = type(run.model).from_pretrained(tmp_path / "saved")
+    assert same_weights(saved, run.model)
+
+
+class Loaded:
+    def __init__(self, weights):
+        self.weights = weights
+
+    def state_dict(self):
+        return self.weights
+
+
+def test_the_steps_are_bitwise_those_of_a_run_without_it(tmp_path):
+    runs = []
+    for options in ({}, {"average_weights": "polynomial", "eval_strategy": "steps", "eval_steps": 2}):
+        run = trainer(tmp_path, resnet(), calibrate=True, eval_dataset=images(24, seed=1), **options)
+        run.add_callback(notes := Notes())
+        run.train()
+        runs.append((run, notes.weights))
+    (plain, own), (_, others) = runs
+    assert all(same_weights(Loaded(a), Loaded(b)) for a, b in zip(own, others, strict=True))
+    assert same_weights(plain.model, Loaded(own[-1]))
+
+
+@pytest.mark.parametrize("make_model", [vit, resnet])
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"average_weights": "0.9"}], ids=str)
+def test_a_resumed_run_ends_bitwise_as_if_never_interrupted(tmp_path, make_model, options):
+    whole = trainer(tmp_path / "a", make_model(), **{**SAVING, **options})
+    whole.add_callback(notes := Notes())
+    whole.train()
+    for step in (3, 9):
+        again = trainer(tmp_path / "b", make_model(), **{**SAVING, **options})
+        again.add_callback(resumed := Notes())
+        again.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+        assert same_weights(Loaded(notes.weights[-1]), Loaded(resumed.weights[-1])), step
+        assert same_weights(whole.model, again.model), step
+
+
+def test_a_checkpoint_holds_both(tmp_path):
+    run = trainer(tmp_path, vit(), **SAVING)
+    run.add_callback(notes := Notes())
+    run.train()
+    folder = tmp_path / "checkpoint-6"
+    state = torch.load(folder / AVERAGE_FILE, weights_only=True)
+    assert all(torch.equal(value, notes.weights[5][name]) for name, value in state["weights"].items())
+    saved = type(run.model).from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in state["average"].items())
+    # A run without the average goes on from its own weights, not from the average.
+    plain = trainer(tmp_path / "plain", vit(), **{**SAVING, "average_weights": None})
+    plain.add_callback(without := Notes())
+    plain.train(resume_from_checkpoint=str(folder))
+    assert same_weights(Loaded(notes.weights[-1]), Loaded(without.weights[-1]))
+    assert same_weights(plain.model, Loaded(without.weights[-1]))
+
+
+def test_the_best_checkpoint_is_the_average_of_its_step(tmp_path):
+    class WorseAndWorse(MetaLRTrainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            return metrics | {"eval_loss": float(self.state.global_step)}
+
+    args = arguments(tmp_path, **SAVING, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
+    run = WorseAndWorse(model=vit(), args=args, train_dataset=images(), eval_dataset=images(24, seed=1))
+    run.add_callback(notes := Notes())
+    run.train()
+    assert run.state.best_global_step == 3
+    for name, value in averaged(notes.weights[:3], trained_names(run.model)).items():
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_statistics_of_batch_norm_are_estimated_at_the_average(tmp_path):
+    run = trainer(tmp_path, resnet(), **AVERAGED, meta_source="next_batch")
+    run.add_callback(notes := Notes())
+    torch.manual_seed(0)
+    run.train()
+    model = copy.deepcopy(run.model)
+    pixels = torch.stack(list(images()["pixel_values"]))
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum, module.num_batches_tracked = None, torch.tensor(0)
+            module.train()
+    with torch.no_grad():
+        # All images a few times, as the eight batches of the estimate took them: near, for other batches.
+        for _ in range(4):
+            for rows_of_batch in torch.randperm(48).split(8):
+                model(pixels[rows_of_batch])
+    for name, value in model.state_dict().items():
+        if "running_mean" in name:
+            torch.testing.assert_close(value, run.model.state_dict()[name], rtol=0.1, atol=0.1)
+            assert not torch.equal(value, notes.weights[-1][name])
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_is_averaged_and_the_rest_left_alone(tmp_path):
+    model = get_peft_model(vit(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    run = trainer(tmp_path, model, **SAVING)
+    run.add_callback(notes := Notes())
+    run.train()
+    state = torch.load(tmp_path / "checkpoint-6" / AVERAGE_FILE, weights_only=True)
+    assert state["average"].keys() == set(trained_names(model))
+    expected = averaged(notes.weights[:6], trained_names(model))
+    saved = load_file(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
+    for name, value in saved.items():
+        own = next(key for key in expected if key.replace(".default", "").endswith(name))
+        torch.testing.assert_close(value, expected[own], rtol=1e-5, atol=1e-7)
+
+
+def test_a_collapse_restarts_it(tmp_path, monkeypatch):
+    restarted = []
+    monkeypatch.setattr(WeightAverage, "restart", lambda self: restarted.append(self.steps))
+    monkeypatch.setattr("metalr_hf.trainer.collapse.CollapseGuard.collapsed", lambda self, *args: len(self.losses) == 4)
+    monkeypatch.setattr("metalr_hf.trainer.collapse.CollapseGuard.go_back", lambda self, model: None)
+    trainer(tmp_path, **AVERAGED).train()
+    assert restarted == [4]
+
+
+def test_a_second_run_begins_its_own_average(tmp_path):
+    run = trainer(tmp_path, vit(), **AVERAGED)
+    run.train()
+    assert run.weight_average is None
+    run.add_callback(notes := Notes())
+    run.train()
+    for name, value in averaged(notes.weights, trained_names(run.model)).items():
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_a_kind_that_is_none_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"average_weights='mean' must be"):
+        arguments(tmp_path, average_weights="mean")

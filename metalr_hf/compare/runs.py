@@ -78,7 +78,7 @@ class Comparison:
     """What is compared on each cell.
 
     Args:
-        strategies (`list[str]`): Names of registered strategies.
+        strategies (`list[str]`): Names of registered strategies, with `+average` for the average of their weights.
         learning_rates (`list[float]`): Start learning rates. A strategy that uses none runs once per seed.
         seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): Each determines training subset, new head and order.
         steps (`int`, *optional*, defaults to 60): Optimizer steps of every run.
@@ -338,7 +338,9 @@ class _Watch:
 
     def cost(self) -> float:
         """Forward and backward passes over those of a plain run; a forward alone counts for a third."""
-        return (self.steps + getattr(self.trainer.lr_scheduler, "extra_passes", 0.0)) / max(1, self.steps)
+        extra = getattr(self.trainer.lr_scheduler, "extra_passes", 0.0)
+        extra += getattr(self.trainer, "statistics_passes", 0.0)
+        return (self.steps + extra) / max(1, self.steps)
 
 
 def _prepared(data: datasets.Dataset, transform: RowTransform) -> datasets.Dataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..layers.groups import layer_groups, split_optimizer
 from ..messages import did_you_mean
 from ..trainer.arguments import MetaLRTrainingArguments
+from ..trainer.averaging import AveragingTrainer
 from ..trainer.metalr import MetaLRTrainer
+from ..tuning.averaging import POLYNOMIAL
 from .layer_factors import AutoLR, AutoRGN, LayerFactors
 
 
@@ -29,6 +31,7 @@ class Job:
         arguments (`dict`): Keyword arguments of `TrainingArguments`, the same for every strategy.
         trainer_arguments (`dict`): Keyword arguments of `Trainer`: data sets, collator, callbacks.
         tuning_arguments (`dict`): Keyword arguments of [`MetaLRTrainingArguments`] for the strategies that tune.
+        average_weights (`str`, *optional*): An average of the weights, as of `MetaLRTrainingArguments`.
 
     Example:
 
@@ -49,6 +52,7 @@ class Job:
     arguments: dict[str, Any]
     trainer_arguments: dict[str, Any]
     tuning_arguments: dict[str, Any] = field(default_factory=dict)
+    average_weights: str | None = None
 
     def trainer(
         self,
@@ -56,7 +60,7 @@ class Job:
         callback: TrainerCallback | None = None,
         **arguments: Any,
     ) -> Trainer:
-        """A stock Trainer.
+        """A stock Trainer, but for the average of the weights where there is one.
 
         Args:
             optimizer (`torch.optim.Optimizer`, *optional*): In place of AdamW.
@@ -64,14 +68,19 @@ class Job:
             **arguments: Changes to the training arguments.
         """
         args = TrainingArguments(**{**self.arguments, "learning_rate": self.learning_rate, **arguments})
-        trainer = Trainer(self.model, args, optimizers=(optimizer, None), **self.trainer_arguments)
+        options: dict[str, Any] = {"optimizers": (optimizer, None), **self.trainer_arguments}
+        if self.average_weights is None:
+            trainer = Trainer(self.model, args, **options)
+        else:
+            trainer = AveragingTrainer(self.model, args, average_weights=self.average_weights, **options)
         if callback is not None:
             trainer.add_callback(callback)
         return trainer
 
     def tuned(self, **arguments: Any) -> MetaLRTrainer:
         """A MetaLRTrainer with the comparison's tuning arguments and the given ones."""
-        tuning = {**arguments, **self.tuning_arguments}
+        averaging = {} if self.average_weights is None else {"average_weights": self.average_weights}
+        tuning = {**arguments, **self.tuning_arguments, **averaging}
         args = MetaLRTrainingArguments(**{**self.arguments, "learning_rate": self.learning_rate, **tuning})
         return MetaLRTrainer(self.model, args, **self.trainer_arguments)
 
@@ -125,6 +134,7 @@ class Strategy:
 
 
 STRATEGIES: dict[str, Strategy] = {}
+AVERAGED = "+average"
 
 
 def register_strategy(
@@ -162,7 +172,7 @@ def get_strategy(name: str) -> Strategy:
     """The strategy of a name.
 
     Args:
-        name (`str`): Its name.
+        name (`str`): Its name; with `+average` after it, the strategy with the polynomial average of its weights.
 
     Returns:
         [`Strategy`]
@@ -179,10 +189,18 @@ def get_strategy(name: str) -> Strategy:
 
     ```
     """
+    plain = name.removesuffix(AVERAGED)
+    if plain != name and plain in STRATEGIES:
+        strategy = STRATEGIES[plain]
+        return replace(strategy, name=name, make_trainer=partial(_averaged, strategy.make_trainer))
     if name not in STRATEGIES:
         hint = did_you_mean(name, STRATEGIES, cutoff=0.4)
         raise ValueError(f"strategies={name!r} is not one.{hint} There are: {', '.join(STRATEGIES)}.")
     return STRATEGIES[name]
+
+
+def _averaged(make_trainer: Callable[[Job], Trainer], job: Job) -> Trainer:
+    return make_trainer(replace(job, average_weights=POLYNOMIAL))
 
 
 @register_strategy("cosine")

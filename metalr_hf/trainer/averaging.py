@@ -22,28 +22,42 @@ STATISTICS_BATCHES = 8
 
 
 class AveragingTrainer(Trainer):
-    """[`~transformers.Trainer`] with an average of the weights along the run, if `args.average_weights` says so.
+    """[`~transformers.Trainer`] with an average of the weights along the run.
 
     The steps are taken with the weights as they are. `evaluate`, `predict` and `save_model` see the average, and after
     `train()` it is what the model holds. Checkpoints hold the average as the model, and both in a file of their own, so
     that a run goes on from its own weights.
+
+    Args:
+        *args: Of `Trainer`, in its order.
+        average_weights (`str`, *optional*): Which average, by default what `args.average_weights` says, if it is there.
+        **kwargs: Of `Trainer`, by keyword.
     """
 
     args: Any
     model: Any
     optimizer: Any
     weight_average: WeightAverage | None = None
+    # What estimating the statistics of batch norm has cost, in training passes; a forward alone counts as a third.
+    statistics_passes: float = 0.0
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, average_weights: str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.args.average_weights is not None:
-            if self.is_fsdp_enabled:
-                raise ValueError(
-                    f"average_weights={self.args.average_weights!r}: an average of weights that FSDP shards is not "
-                    "there yet. Leave average_weights out, or use DDP."
-                )
-            # Before callbacks that look at the step's end.
-            self.callback_handler.callbacks.insert(0, _UpdateAverage(self))
+        self.average_weights = average_weights or getattr(self.args, "average_weights", None)
+        if self.average_weights is None:
+            return
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                f"average_weights={self.average_weights!r}: an average of weights that FSDP shards is not there yet. "
+                "Leave average_weights out, or use DDP."
+            )
+        if "schedule_free" in self.args.optim:
+            raise ValueError(
+                f"average_weights={self.average_weights!r}: a schedule-free optimizer averages the weights itself. "
+                "Leave average_weights out."
+            )
+        # Before callbacks that look at the step's end.
+        self.callback_handler.callbacks.insert(0, _UpdateAverage(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; the model ends with the average, or with that of the best step once it is loaded."""
@@ -83,6 +97,7 @@ class AveragingTrainer(Trainer):
                     _, count = self.get_batch_samples(iter([batch]), 1, self.args.device)
                 with self.compute_loss_context_manager():
                     self.compute_loss(self.model, self._prepare_inputs(batch), num_items_in_batch=count)
+                self.statistics_passes += 1 / 3
         if self.args.world_size > 1:
             for buffer in self.model.buffers():
                 if buffer.is_floating_point():
@@ -90,12 +105,12 @@ class AveragingTrainer(Trainer):
 
     # Of a run's beginning and of checkpoints, Trainer has no public hooks.
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        self.weight_average = None
+        self.weight_average, self.statistics_passes = None, 0.0
         return super()._init_training_state(*args, **kwargs)
 
     def _start_average(self) -> WeightAverage:
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return WeightAverage(self.model, self.args.average_weights or POLYNOMIAL, trained)
+        return WeightAverage(self.model, self.average_weights or POLYNOMIAL, trained)
 
     def _update_average(self) -> None:
         # In float16 a step that overflowed was not taken.
@@ -118,7 +133,7 @@ class AveragingTrainer(Trainer):
         # A run that averages no more goes on from its own weights too.
         self.weight_average = self._start_average()
         self.weight_average.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        if self.args.average_weights is None:
+        if self.average_weights is None:
             self.weight_average = None
 
     def _load_best_model(self) -> None:

@@ -179,3 +179,24 @@ def test_with_a_rate_a_layer_the_same_decays_as_in_the_stock_trainer(tmp_path, n
     arguments = {"output_dir": str(tmp_path), "max_steps": 2, "weight_decay": 0.1, "report_to": "none", "use_cpu": True}
     job = Job(model, 1e-3, arguments, {"train_dataset": images()})
     assert decayed(get_strategy(name).make_trainer(job)) == decayed(job.trainer())
+
+
+@pytest.mark.parametrize("name", ["cosine", "auto_rgn", "metalr"])
+def test_every_strategy_can_have_the_average_of_its_weights(tmp_path, name):
+    plain, _, _ = run(tmp_path / "a", name)
+    watch, _, _ = run(tmp_path / "b", f"{name}+average")
+    # It takes the same steps.
+    assert watch.rates == plain.rates
+    for one, other in zip(plain.weights, watch.weights, strict=True):
+        assert all(torch.equal(value, other[parameter]) for parameter, value in one.items())
+    assert get_strategy(f"{name}+average").uses_learning_rate == get_strategy(name).uses_learning_rate
+
+
+def test_what_averages_already_is_not_averaged(tmp_path):
+    with pytest.raises(ValueError, match=r"average_weights='polynomial': a schedule-free optimizer averages"):
+        run(tmp_path, "schedule_free+average")
+
+
+def test_an_average_of_an_unknown_strategy_is_refused():
+    with pytest.raises(ValueError, match=r"strategies='cosin\+average' is not one"):
+        get_strategy("cosin+average")

@@ -170,8 +170,14 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
         "device": _device(args),
         "seed": args.seed if args.data_seed is None else f"{args.seed}, {args.data_seed} for the data",
     }
+    weights = []
+    if args.average_weights is not None:
+        kind = str(args.average_weights)
+        weights.append(f"an average along the run ({kind if kind.isalpha() else f'exponential, decay {kind}'})")
     if trainer.step_of_weights != state.global_step:
-        settings["weights"] = f"those of step {trainer.step_of_weights}, the best on the evaluation set"
+        weights.append(f"those of step {trainer.step_of_weights}, the best on the evaluation set")
+    if weights:
+        settings["weights"] = "; ".join(weights)
     packages = ["metalr_hf", "transformers", "torch", "datasets"]
     modules = {type(module).__module__.split(".")[0] for module in trainer.model.modules()}
     packages += sorted(modules & {"timm", "peft"})

@@ -244,6 +244,20 @@ def test_how_often_rates_were_tuned(tmp_path, options, tuned, drawn):
     assert f"{drawn} validation batch" in text
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("polynomial", "an average along the run (polynomial)"),
+        ("0.9", "an average along the run (exponential, decay 0.9)"),
+    ],
+)
+def test_that_the_weights_are_an_average(tmp_path, kind, told):
+    run = MetaLRTrainer(vit(), arguments(tmp_path, max_steps=1, average_weights=kind), train_dataset=images())
+    run.train()
+    run.create_model_card()
+    assert f"| weights | {told} |" in (tmp_path / "README.md").read_text()
+
+
 class RatesAtEveryStep(TrainerCallback):
     def __init__(self):
         self.rates = []

@@ -13,15 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..settings import check_number
 
 POLYNOMIAL = "polynomial"
-POLYNOMIAL_ETA = 8.0
+POLYNOMIAL_ETA = 3.0
 
 
 def averaging_share(kind: str | float) -> Callable[[int], float]:
     """How much of a step's weights goes into the average.
 
-    `"polynomial"` is the polynomial-decay averaging of Shamir and Zhang 2013 with η = 8: (η + 1) / (t + η) at step t.
-    Step s weighs about as s to the power of η, so that the average is always over the same last share of the steps
-    (about a tenth of them back, in the mean), however many there will be. A number is the decay of an exponential
+    `"polynomial"` is the polynomial-decay averaging of Shamir and Zhang 2013 with η = 3: (η + 1) / (t + η) at step t.
+    Step s weighs about as s to the power of η, so that the average is always over the same last share of the steps (a
+    fifth of them back, in the mean), however many there will be. A number is the decay of an exponential
     moving average: 1 - decay, and more in the first steps, min(decay, (1 + t) / (10 + t)), as TensorFlow's and timm's.
 
     Args:
@@ -38,7 +38,7 @@ def averaging_share(kind: str | float) -> Callable[[int], float]:
     ```python
     >>> from metalr_hf.tuning.averaging import averaging_share
     >>> [round(averaging_share("polynomial")(step), 3) for step in (1, 10, 100)]
-    [1.0, 0.5, 0.083]
+    [1.0, 0.308, 0.039]
     >>> [round(averaging_share(0.9)(step), 3) for step in (1, 10, 100)]
     [1.0, 0.45, 0.1]
 

@@ -31,7 +31,7 @@ def averaged(notes, names):
     result = dict(notes[0])
     for t, weights in enumerate(notes[1:], start=2):
         for name in names:
-            result[name] = result[name].lerp(weights[name], 9 / (t + 8))
+            result[name] = result[name].lerp(weights[name], 4 / (t + 3))
     return result
 
 

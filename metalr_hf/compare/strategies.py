@@ -314,6 +314,12 @@ def metalr(job: Job) -> Trainer:
     return job.tuned()
 
 
+@register_strategy("metalr_constant", uses_learning_rate=False)
+def metalr_constant(job: Job) -> Trainer:
+    """This package's default with tuned rates that stay up to the end; for the average of the weights."""
+    return job.tuned(lr_scheduler_type="constant")
+
+
 @register_strategy("metalr_uncalibrated")
 def metalr_uncalibrated(job: Job) -> Trainer:
     """Tuning from the start learning rate given, without calibration."""

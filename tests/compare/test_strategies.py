@@ -181,6 +181,13 @@ def test_with_a_rate_a_layer_the_same_decays_as_in_the_stock_trainer(tmp_path, n
     assert decayed(get_strategy(name).make_trainer(job)) == decayed(job.trainer())
 
 
+def test_rates_that_stay_up_to_the_end(tmp_path):
+    watch, _, _ = run(tmp_path, "metalr_constant", steps=50)
+    decayed, _, _ = run(tmp_path, "metalr", steps=50)
+    assert watch.rates[41:] == [watch.rates[41]] * 9
+    assert decayed.rates[-1]["head"] < 0.1 * watch.rates[-1]["head"]
+
+
 @pytest.mark.parametrize("name", ["cosine", "auto_rgn", "metalr"])
 def test_every_strategy_can_have_the_average_of_its_weights(tmp_path, name):
     plain, _, _ = run(tmp_path / "a", name)

@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from small_runs import arguments, images, resnet, same_weights, trainer, vit
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from metalr_hf import MetaLRTrainer, WeightAverage
-from metalr_hf.trainer.averaging import AVERAGE_FILE
+from metalr_hf.trainer.averaging import AVERAGE_FILE, AveragingTrainer
 
 AVERAGED = {"average_weights": "polynomial", "calibrate": True}
 SAVING = {**AVERAGED, "logging_strategy": "no", "save_strategy": "steps", "save_steps": 3, "max_steps": 12}
@@ -191,3 +191,37 @@ def test_a_second_run_begins_its_own_average(tmp_path):
 def test_a_kind_that_is_none_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"average_weights='mean' must be"):
         arguments(tmp_path, average_weights="mean")
+
+
+def test_fsdp_is_refused(tmp_path):
+    class Sharded(MetaLRTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = True
+
+    with pytest.raises(ValueError, match=r"average_weights='polynomial': an average of weights that FSDP shards"):
+        Sharded(vit(), arguments(tmp_path, average_weights="polynomial"), train_dataset=images())
+
+
+def test_a_schedule_free_optimizer_is_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), optim="schedule_free_adamw", report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=r"a schedule-free optimizer averages the weights itself"):
+        AveragingTrainer(vit(), args, train_dataset=images(), average_weights="0.9")
+
+
+def test_in_bfloat16_the_average_is_in_float32(tmp_path):
+    run = trainer(tmp_path, vit().to(torch.bfloat16), **SAVING)
+    run.train()
+    state = torch.load(tmp_path / "checkpoint-6" / AVERAGE_FILE, weights_only=True)
+    assert {value.dtype for value in state["average"].values()} == {torch.float32}
+    assert {value.dtype for value in state["weights"].values()} == {torch.bfloat16}
+    assert next(run.model.parameters()).dtype == torch.bfloat16
+
+
+def test_what_looking_at_it_costs_is_counted(tmp_path):
+    run = trainer(tmp_path, resnet(), eval_dataset=images(24, seed=1), **AVERAGED)
+    run.train()
+    assert run.statistics_passes == pytest.approx(8 / 3)
+    plain = trainer(tmp_path, vit(), **AVERAGED)
+    plain.train()
+    assert plain.statistics_passes == 0

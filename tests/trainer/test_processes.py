@@ -86,6 +86,9 @@ def folder(request, tmp_path_factory):
         runs.append({**runs[0], "folder": str(root / "profiled"), "max_steps": 12, "profiled": True})
         unused = {"model": "vit with an unused layer", "ddp_find_unused_parameters": True}
         runs.append({**runs[0], "folder": str(root / "unused"), "max_steps": 12, **unused})
+        averaged = {**common, "meta_source": "next_batch", "average_weights": "polynomial"}
+        runs.append({"folder": str(root / "averaged"), **EXACT, **averaged})
+        runs += saved_and_resumed("averaged", **averaged, model="resnet")
         for name, sets in STREAMS.items():
             runs += saved_and_resumed(name, **sets, dataloader_num_workers=2)
     launch(runs, root)
@@ -99,6 +102,16 @@ def test_two_processes_of_a_batch_are_one_of_a_batch_twice_as_large(folder, tmp_
     torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
     assert far_apart(tmp_path, folder / source) < 1e-6
     assert (of_process(folder / source)["sharded"] > 0) == (not is_ddp(folder))
+
+
+def test_the_average_of_two_processes_is_that_of_one(folder, tmp_path):
+    if not is_ddp(folder):
+        pytest.skip("not with FSDP yet")
+    options = {"meta_source": "next_batch", "average_weights": "polynomial", **EXACT}
+    run(str(tmp_path), per_device_train_batch_size=8, **options)
+    assert far_apart(tmp_path, folder / "averaged") < 1e-6
+    # The statistics of batch norm, estimated from batches of all processes, among it.
+    assert far_apart(folder / "averaged-whole", folder / "averaged-resumed") == 0.0
 
 
 def test_a_layer_without_gradients_changes_nothing(folder, tmp_path):

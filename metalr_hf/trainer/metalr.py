@@ -108,12 +108,11 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
         # The user's own loss knows what to feed the module and what it returns.
         self._feeds_itself = type(self).compute_loss is not MetaLRTrainer.compute_loss
         self._own_loss = self._feeds_itself or given.get("compute_loss_func") is not None
-        self._label_names = args.label_names or ()
         # Before Trainer sets it: a module from model_init is wrapped by what the data has.
         self.train_dataset = given.get("train_dataset")
         self._given_layer_groups = self._own_layer_groups = layer_groups
         if model is not None:
-            model = self._wrap(model)
+            model = self._wrap(model, args)
         refuse_label_smoothing(model, args.label_smoothing_factor)
         optimizer, scheduler = given.get("optimizers") or (None, None)
         if scheduler is not None:
@@ -175,18 +174,14 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Trainer's, in each run of a search too; a bare module is wrapped as one that is given as `model`."""
-        return self._wrap(super().call_model_init(trial))
+        return self._wrap(super().call_model_init(trial), self.args)
 
-    def _wrap(self, model: nn.Module) -> nn.Module:
+    def _wrap(self, model: nn.Module, args: Any) -> nn.Module:
         if self._feeds_itself and not hasattr(model, "pretrained_cfg"):
             return model
-        model, self._own_layer_groups = wrap_bare_module(
-            model,
-            self._given_layer_groups,
-            self.train_dataset,
-            own_loss=self._own_loss,
-            label_names=self._label_names,
-        )
+        options: Any = {"own_loss": self._own_loss, "label_names": args.label_names or ()}
+        groups, dataset = self._given_layer_groups, self.train_dataset
+        model, self._own_layer_groups = wrap_bare_module(model, groups, dataset, **options)
         return model
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def say(message: str) -> None:
-    """Prints a message to the user on standard error; of several processes one speaks.
+    """Prints a message to the user on standard error, in one of several processes only.
 
     Args:
         message (`str`): The message.

@@ -147,7 +147,7 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         try:
             results |= trainer.evaluate(prepared.test, metric_key_prefix="test")
         finally:
-            # What a run has learnt is not lost with a test that fails.
+            # If the test fails, the files of the trained model are still written.
             trainer.save_metrics("all", results, combined=False)
             trainer.save_state()
             trainer.create_model_card()
@@ -196,7 +196,7 @@ def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
 
 
 def _to_resume(argv: Sequence[str]) -> list[str]:
-    """A run's arguments without tokens, which a screen must not show, and without how the run itself began."""
+    """The arguments that resume a run: without tokens, which must not be displayed, and without how the run started."""
     kept: list[str] = []
     dropping = False
     for part in argv:

@@ -285,7 +285,7 @@ def _first_values(stream: Any, name: str, args: MaskArguments) -> set[int]:
     values: set[int] = set()
     if len(args.class_names or ()) != 2 or args.ignore_index == WHITE:
         return values
-    # Not more than are read before the first step anyway.
+    # No more rows than are read before the first step in any case.
     for row, entry in enumerate(stream.select_columns([LABEL]).take(SHUFFLE_BUFFER_SIZE)):
         if row >= FIRST_MASKS and len(values) > 1:
             break

@@ -1,4 +1,4 @@
-"""What meets transformers' Trainer."""
+"""The subclass of transformers' Trainer, its arguments and its checkpoints."""
 
 from .arguments import MetaLRTrainingArguments
 from .metalr import MetaLRTrainer

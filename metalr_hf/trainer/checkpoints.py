@@ -1,4 +1,4 @@
-"""Trainer's checkpoints: is one whole, is it of this run, and are all its weights in the model."""
+"""Checks of Trainer's checkpoints: that one is complete, belongs to this run, and loads all of its weights."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def load_renamed_weights(model: PreTrainedModel, folder: str | None) -> None:
 
 
 class CheckpointingTrainer(Trainer):
-    """[`~transformers.Trainer`] whose checkpoints are whole, and from which a run goes on bit for bit."""
+    """[`~transformers.Trainer`] with complete checkpoints, from which a run resumes bit for bit."""
 
     model: Any
     lr_scheduler: Any
@@ -205,7 +205,7 @@ class CheckpointingTrainer(Trainer):
                 ) from error
             raise
 
-    # Of saving, Trainer's private methods are the only ones that all processes pass.
+    # Trainer's private methods are the only ones that all processes run when a checkpoint is saved.
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._meta_stream is not None and self.args.world_size > 1:
             # One process writes the state of all.

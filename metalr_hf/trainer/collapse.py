@@ -1,4 +1,4 @@
-"""A run that has collapsed to a constant output: noticed within a few steps, and undone."""
+"""Detects within a few steps that a run has collapsed to a constant output, and restores its first weights."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class CollapseGuard:
         device = self.losses[-1].device
         loss = torch.stack([loss.to(device, torch.float32) for loss in self.losses]).mean()
         labels = torch.cat([labels.to(device) for labels in self.labels])
-        # Those below zero are of no class.
+        # Negative labels mark images without a class.
         shares = labels[labels >= 0].bincount().float()
         shares = shares / shares.sum()
         entropy = -torch.special.xlogy(shares, shares).sum()
@@ -116,7 +116,7 @@ class CollapseGuard:
         model.load_state_dict(self._start.load())
 
     def stop(self) -> None:
-        """Gives the room back; there is nothing to watch any more."""
+        """Frees the stored weights and stops watching the run."""
         self.active = False
         self.losses, self.labels, self._start = [], [], _Kept({})
 
@@ -144,7 +144,7 @@ class CollapseGuard:
 
 
 def are_classes(labels: Any) -> bool:
-    """Whether labels are one class per image: not boxes, masks or numbers to be met.
+    """Whether labels are one class per image, and not boxes, masks or numbers to predict.
 
     Args:
         labels (`Any`): The labels of a batch, as the data collator makes them.

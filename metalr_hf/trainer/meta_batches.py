@@ -1,4 +1,4 @@
-"""What a stream of validation batches is made of: collated batches of map-style and of iterable datasets."""
+"""Collated batches of map-style and iterable datasets, from which the stream of validation batches is made."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INTERRUPTIONS = {
 
 
 class EmptyMetaSetError(ValueError):
-    """There is no row to tune on."""
+    """The meta set has no rows."""
 
 
 class UnusableRowError(RuntimeError):
@@ -51,7 +51,7 @@ class InterruptedStreamError(UnusableRowError):
 def numbered_rows(
     rows: int, batch_size: int, seed: int, process_index: int, num_processes: int, first: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Numbers and rows of this process's batches: the epochs' permutations one after the other, dealt out in turn.
+    """Yields the batches of this process: each epoch is a permutation, whose batches go to the processes in turn.
 
     Args:
         rows (`int`): Rows of the dataset.

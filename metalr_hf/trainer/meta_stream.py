@@ -130,7 +130,7 @@ class MetaStream:
                 self.position += 1
                 return batch
             except Exception as error:
-                # Workers would go on with the batch after, and the position would be one short.
+                # Workers would continue with the batch after it, and the stored position would be one batch behind.
                 self._iterator = None
                 if wait is None or not isinstance(error, InterruptedStreamError):
                     raise

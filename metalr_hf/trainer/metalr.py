@@ -173,7 +173,7 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
         return result
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Trainer's, in each run of a search too; a bare module is wrapped as one that is given as `model`."""
+        """As Trainer's, also in each run of a search; a plain module is wrapped like one that is passed as `model`."""
         return self._wrap(super().call_model_init(trial), self.args)
 
     def _wrap(self, model: nn.Module, args: Any) -> nn.Module:
@@ -262,7 +262,7 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Trainer's forward and backward; then a validation batch is pulled if the step about to be taken is tuned."""
+        """Runs Trainer's forward and backward pass, and fetches a validation batch if the coming step is tuned."""
         self._undo_collapse(inputs)
         self._calibrate_on(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)

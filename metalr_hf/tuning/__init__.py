@@ -1,4 +1,4 @@
-"""How a learning rate moves: torch only, for any training loop."""
+"""How learning rates start and change. It needs only torch and works in any training loop."""
 
 from .averaging import WeightAverage
 from .contexts import untouched

@@ -19,8 +19,8 @@ CALIBRATED_STEPS = (0, 5, 10)
 LONGER_FIRST_STEP = 10**0.5
 # Half a decade apart: what one step says is not finer than that.
 LADDER = tuple(10 ** (k / 2) for k in range(-12, 1))
-# Which rate takes the step that is calibrated does not matter, but it has to be the same in every run, so that the
-# learning rate given makes no difference, not even in the last digit.
+# The step that is calibrated may have any learning rate, but the same one in every run, so that the learning rate that
+# the user gave makes no difference, not even in the last digit.
 PROBE_LR = 1e-3
 FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 1e-3
 RISE, TOLERANCE = 0.01, 0.003
@@ -245,7 +245,7 @@ def calibrate(
     backbone_losses: list[float] = []
     if layers > head_layers:
         backbone_lr, backbone_losses = first_valley(ladder, lambda rate: loss_at(rate, head_step), start_loss)
-        # A batch whose loss no step of the backbone lowers, as far as it was walked, says nothing of how long to step.
+        # If no step of the backbone lowered the loss of this batch, it does not tell how long the step should be.
         if backbone_lr is None or not min(backbone_losses) <= raised(start_loss, -TOLERANCE):
             doubts.append(BACKBONE_DOUBT)
             backbone_lr = None

@@ -1,4 +1,4 @@
-"""The step that an optimizer has just taken, read off the state that it keeps anyway: no copy of the parameters."""
+"""Computes the last optimizer step from the state of the optimizer, without a copy of the parameters."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ def dot(gradient: Tensor | None, direction: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.promote_types(direction.dtype, torch.float32), device=direction.device)
     if gradient.dtype in (torch.float32, torch.float64):
         return torch.dot(gradient.reshape(-1), direction.reshape(-1))
-    # Half precision has too few digits to add up a whole tensor.
+    # Half precision is too coarse for the sum over a whole tensor.
     return torch.dot(gradient.reshape(-1).float(), direction.reshape(-1).float())
 
 
 class StepFromState:
-    """The last step of Adam, AdamW or SGD with momentum, as their moments tell it, until the next one.
+    """The last step of Adam, AdamW or SGD with momentum, computed from their moments; valid until the next step.
 
     Where the optimizer has no such state (plain or Nesterov's SGD needs the gradient, which is gone) and for
     parameters in half precision, whose step is rounded, the parameters have to be copied.

@@ -1,4 +1,4 @@
-"""What watches over tuning: validation losses that are not finite, and steps that do harm."""
+"""Detects validation losses that are not finite, and optimizer steps that do harm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHRINK_BLINDLY = 1 / 16
 
 
 class TuningGuard:
-    """Counts the steps at which nothing could be tuned, and tells a harmful step from a noisy one.
+    """Counts the steps at which nothing could be tuned, and distinguishes harmful steps from noisy ones.
 
     A step did harm if the loss after it is above three times the running mean *and* three times the loss that the run
     began with: a loss that noise does not reach. Of a loss that can be below zero, twice its size is added instead,
@@ -79,7 +79,7 @@ class TuningGuard:
             )
 
     def harmful(self, loss: float) -> bool:
-        """Whether the step just taken did harm. A loss that is not is added to the running mean.
+        """Whether the last step did harm. If not, its loss is added to the running mean.
 
         Args:
             loss (`float`): The loss after the step, on images that it did not see. NaN if it is not known.
@@ -102,7 +102,7 @@ class TuningGuard:
         return False
 
     def bearable_factor(self, loss_at: Callable[[float], float]) -> float:
-        """How much of a harmful step can stay.
+        """The fraction of a harmful step that is kept.
 
         Args:
             loss_at (`Callable[[float], float]`): A factor of the step to the loss after it, by a forward pass.
@@ -116,7 +116,7 @@ class TuningGuard:
     def limit(self) -> float:
         """The loss above which a step did harm."""
         reference = max(self.mean_loss, self.first_loss)
-        # A loss that crosses zero is near it at times, where its own size says nothing of what noise reaches.
+        # A loss that crosses zero is sometimes close to it; its own size then does not tell how large its noise is.
         return reference + (HARM - 1) * max(abs(reference), -self.lowest_loss)
 
     def state_dict(self) -> dict[str, Any]:

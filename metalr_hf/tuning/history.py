@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LRHistory:
-    """What every layer's learning rate was at every recorded step, and what moved it.
+    """The learning rate of every layer at every recorded step, with the validation losses and hypergradients.
 
     Args:
         layers (`Sequence[str]`): Layer names, input side first and the head last.

@@ -17,7 +17,7 @@ from .validation import clear_gradients, validation_gradient
 
 
 class LookAhead:
-    """One optimizer step, held open until its learning rates are settled.
+    """One optimizer step, kept adjustable until its learning rates are final.
 
     The step moved the parameters of layer j from θ_j to θ̂_j = θ_j + Δ_j, with Δ_j = α_j u_j and u_j independent of
     the learning rate α_j. So the derivative of a loss at θ̂ with respect to α_j is one inner product,

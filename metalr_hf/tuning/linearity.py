@@ -1,4 +1,4 @@
-"""Which optimizers can be tuned: those whose update is linear in the learning rate, and whose state never sees it."""
+"""Checks that an optimizer can be tuned: its update is linear in the learning rate, and its state independent of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the scheduler reads off an optimizer and writes to it: hooks, layers and their rates, overflow."""
+"""The interface between scheduler and optimizer: step hooks, layers, learning rates, overflow of gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HOOKS: weakref.WeakKeyDictionary[Optimizer, list[torch.utils.hooks.RemovableHan
 
 
 class StepListener(Protocol):
-    """What wants to know of every step of an optimizer."""
+    """The methods that are called before and after every step of an optimizer."""
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None: ...
 
@@ -22,7 +22,7 @@ class StepListener(Protocol):
 
 
 def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> list[torch.utils.hooks.RemovableHandle]:
-    """Registers hooks that tell the listener of every step. A listener before it, of a run before, hears no more.
+    """Registers hooks that call the listener at every step. A listener of an earlier run is no longer called.
 
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer.
@@ -77,7 +77,7 @@ def overflow_flags(optimizer: Optimizer) -> list[Tensor]:
 
 
 def only_creates_state(optimizer: Optimizer) -> bool:
-    """Whether a step about to be taken is none of the training, but one of length 0 that creates the optimizer's state.
+    """Whether the coming step is not a training step, but a step of length 0 that only creates the optimizer's state.
 
     `torch.distributed.checkpoint` takes such a step before it loads the state of a fresh optimizer.
 
@@ -180,7 +180,7 @@ def write_learning_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) 
 
 
 def check_own_rates(optimizer: Optimizer, rates: Sequence[float | Tensor], group_layers: list[str]) -> None:
-    """Raises if a learning rate is not the one that was written: the step would not be the one that is tuned.
+    """Raises if someone else changed a learning rate: the step would then not be the one that is tuned.
 
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer.

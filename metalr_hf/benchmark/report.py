@@ -93,7 +93,7 @@ def run_ratio(measured: dict[str, dict[str, Any]], case: Case, clock: str, run_s
     """The ratio of the cost of a whole run to that of a plain one, computed from the costs of its steps.
 
     By default a run calibrates, tunes at its first steps and then leaves the rates alone. So it is its first step with
-    everything that comes before it, the calibrations made up for later, the steps that tune, and all others.
+    everything that comes before it, the calibration in the steps after it, the steps that tune, and all others.
 
     Args:
         measured (`dict[str, dict]`): The measurements of a repeat, by case.
@@ -107,15 +107,20 @@ def run_ratio(measured: dict[str, dict[str, Any]], case: Case, clock: str, run_s
     if case.kind is not MetaLRTrainer or case.key == SETTLED or not {DEFAULT, SETTLED} <= set(measured):
         return None
     default = measured[DEFAULT]
-    beside, usual = default["beside"], seconds_a_step(default, None, clock)
-    made_up_for = sum(step[clock] - usual for step in default["steps"][1:] if step["passes"])
-    start = default["steps"][0][clock] - beside["steps"][0][clock] + made_up_for
+    beside = default["beside"]
+    start = default["steps"][0][clock] - beside["steps"][0][clock] + _more_than_usual(default, clock)
     tuned_steps = min(run_steps, MetaLRTrainingArguments.tuning_steps) - 1
     # In plain steps.
     more = start / seconds_a_step(beside, None, clock)
     more += tuned_steps * (step_ratio(measured[case.key], case, clock) - 1)
     more += (run_steps - 1 - tuned_steps) * (step_ratio(measured[SETTLED], None, clock) - 1)
     return 1 + more / run_steps
+
+
+def _more_than_usual(row: dict[str, Any], clock: str) -> float:
+    """Seconds that the steps with forward passes of the calibration took more than the others."""
+    usual = seconds_a_step(row, None, clock)
+    return sum(step[clock] - usual for step in row["steps"][1:] if step["passes"])
 
 
 def make_tables(summary: Sequence[dict[str, Any]], arguments: BenchmarkArguments) -> list[Table]:
@@ -168,13 +173,12 @@ def calibration_line(rows: Sequence[dict[str, Any]]) -> str | None:
     own = [row for row in rows if row["case"] == DEFAULT and row["calibration"]]
     if not own:
         return None
-    costs = {
-        clock: median(step["tuning"][clock] for row in own for step in row["steps"][:1]) * 1000 for clock in CLOCKS
-    }
+    costs = {clock: 1000 * median(_more_than_usual(row, clock) for row in own) for clock in CLOCKS}
     plain = median(seconds_a_step(row, None, "wall") for row in rows if row["case"] == PLAIN) * 1000
-    passes = sorted({round(3 * row["steps"][0]["passes"]) for row in own})
+    passes = sorted({round(3 * sum(step["passes"] for step in row["steps"])) for row in own})
     return (
-        f"The calibration at the first step: {costs['wall']:.0f} ms ({costs['cpu']:.0f} ms of processor time), as long "
+        "The calibration, once the next batch is there: "
+        f"{costs['wall']:.0f} ms ({costs['cpu']:.0f} ms of processor time), as long "
         f"as {costs['wall'] / plain:.1f} plain steps, with {' or '.join(map(str, passes))} forward passes."
     )
 

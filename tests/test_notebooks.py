@@ -49,7 +49,11 @@ def execute(path, folder):
     return client.execute()
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if "how_it_works" in path.stem else pytest.mark.slow) for path in NOTEBOOKS],
+    ids=[path.stem for path in NOTEBOOKS],
+)
 def test_a_notebook_runs_without_an_error_and_shows_its_pictures(path, tmp_path, monkeypatch):
     # Nothing may come from the network.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -18,6 +18,8 @@ from metalr_hf.benchmark.report import run_ratio, seconds_a_step, summarise
 from metalr_hf.benchmark.second_order import SecondOrderTrainer
 from metalr_hf.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_papers_way_gives_the_hypergradients_of_its_equations(tmp_path):
     model, seen = vit(dropout=0.0), []

@@ -64,6 +64,7 @@ def never_their_turn(file):
         time.sleep(20)
 
 
+@pytest.mark.slow
 def test_those_whose_caller_was_killed_end_too(tmp_path):
     code = "from pathlib import Path; from test_turns import *; calls = [(Path(sys.argv[1]),)] * 2"
     command = [sys.executable, "-c", f"import sys; {code}; run_in_turn(never_their_turn, calls)", str(tmp_path)]

@@ -274,6 +274,7 @@ def test_every_command_lists_its_arguments(command, capsys):
     assert f"usage: metalr-hf {command}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, images, vit):
     output = tmp_path / "run with space"
     arguments = ["--output_dir", str(output), "--dataset_name", images, "--model_name_or_path", vit, *QUICK]

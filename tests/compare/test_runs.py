@@ -63,6 +63,7 @@ def test_only_what_is_missing_runs_and_a_line_cut_off_is_run_again(tmp_path):
     assert len(histories) == 4
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again_ends_with_the_same_results(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

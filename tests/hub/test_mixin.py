@@ -372,6 +372,7 @@ def test_unets_bring_their_code_and_reload_where_this_package_is_not(hub, user, 
     assert "tensor(" in done.stdout
 
 
+@pytest.mark.slow
 def test_only_the_first_of_two_processes_pushes_and_the_figures_are_of_both(hub, start, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "metalr_hf.cli"]
     command = [*launcher, *train(start, tmp_path / "run", **PUSH)]

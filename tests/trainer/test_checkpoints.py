@@ -40,8 +40,13 @@ WAYS = {
 }
 
 
+QUICK = ("next_batch", "stream")
+CASES = [*((vit, way) for way in WAYS), *((resnet, way) for way in ("next_batch", "accumulation"))]
+
+
 @pytest.mark.parametrize(
-    ("make_model", "way"), [*((vit, way) for way in WAYS), *((resnet, way) for way in ("next_batch", "accumulation"))]
+    ("make_model", "way"),
+    [pytest.param(*case, marks=() if case[1] in QUICK else pytest.mark.slow) for case in CASES],
 )
 def test_a_run_resumed_from_any_checkpoint_ends_bitwise_as_if_never_interrupted(tmp_path, make_model, way):
     whole = trainer(tmp_path / "a", make_model(), **WAYS[way], **SAVING)
@@ -60,6 +65,7 @@ def assert_same_histories(a, b, steps):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["next_batch", "stream"])
 def test_a_run_of_60_steps_resumes_before_at_and_after_the_end_of_tuning(tmp_path, source):
     # 40 steps are tuned, then the copy of the parameters is given back; the rates decay from step 18 on.

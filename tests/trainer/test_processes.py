@@ -20,6 +20,8 @@ from metalr_hf.cli import main
 from metalr_hf.cli.train import RUN_FILES
 from metalr_hf.tuning.calibration import CALIBRATED_STEPS
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 5
 # Where a gradient is nothing but rounding (a ViT's key biases), Adam's step is as long as anywhere else.
 EXACT = {"max_steps": 30, "adam_epsilon": 1e-3}

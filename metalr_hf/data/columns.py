@@ -63,6 +63,15 @@ def place(where: str, entry: Mapping[str, Any] | None) -> str:
 
     Returns:
         `str`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.columns import place
+    >>> place("row 3", {"bytes": None, "path": "scan.png"})
+    'row 3 (scan.png)'
+
+    ```
     """
     path = None if entry is None else entry.get("path")
     return f"{where} ({path})" if path else where
@@ -76,6 +85,17 @@ def open_image(entry: Mapping[str, Any]) -> Image.Image:
 
     Returns:
         `PIL.Image.Image`
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from PIL import Image
+    >>> from metalr_hf.data.columns import open_image
+    >>> open_image(datasets.Image().encode_example(Image.new("L", (4, 2)))).size
+    (4, 2)
+
+    ```
     """
     if entry["bytes"] is not None:
         return Image.open(io.BytesIO(entry["bytes"]))

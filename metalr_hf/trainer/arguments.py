@@ -99,8 +99,8 @@ class MetaLRTrainingArguments(TrainingArguments):
     ```python
     >>> from metalr_hf import MetaLRTrainingArguments
     >>> args = MetaLRTrainingArguments("runs/example", learning_rate=1e-4, meta_split=0.2)
-    >>> args.resolve_meta_source(has_meta_dataset=False)
-    'stream'
+    >>> args.hyper_lr, args.tuning_steps
+    (0.1, 40)
 
     ```
     """
@@ -222,9 +222,9 @@ class MetaLRTrainingArguments(TrainingArguments):
         # transformers would want DeepSpeed installed first.
         refuse_deepspeed(self)
         self._apply_preset()
-        refuse_watching_schedules(self)
+        _refuse_watching_schedules(self)
         super().__post_init__()
-        check_tuning_arguments(self)
+        _check_tuning_arguments(self)
 
     def _apply_preset(self) -> None:
         if self.preset is None:
@@ -267,12 +267,12 @@ def with_tuning_arguments(args: TrainingArguments | None) -> TrainingArguments:
             if f.name not in stock and not hasattr(args, f.name):
                 setattr(args, f.name, f.default)
         refuse_deepspeed(args)
-        refuse_watching_schedules(args)
-        check_tuning_arguments(args)
+        _refuse_watching_schedules(args)
+        _check_tuning_arguments(args)
     return args
 
 
-def refuse_watching_schedules(args: TrainingArguments) -> None:
+def _refuse_watching_schedules(args: TrainingArguments) -> None:
     """Raises `ValueError` if a schedule is not a function of the step.
 
     Args:
@@ -286,7 +286,7 @@ def refuse_watching_schedules(args: TrainingArguments) -> None:
         )
 
 
-def check_tuning_arguments(args: Any) -> None:
+def _check_tuning_arguments(args: Any) -> None:
     """Raises if an argument that tuning adds is of the wrong type or out of range.
 
     Args:
@@ -330,6 +330,15 @@ def refuse_deepspeed(args: TrainingArguments) -> None:
 
     Args:
         args (`TrainingArguments`): The arguments.
+
+    Example:
+
+    ```python
+    >>> from transformers import TrainingArguments
+    >>> from metalr_hf.trainer.arguments import refuse_deepspeed
+    >>> refuse_deepspeed(TrainingArguments("runs/example"))
+
+    ```
     """
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
         raise ValueError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
 from transformers import Trainer
 
-from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset, stream_of
+from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
 
 # What a subclass overrides to draw training images in its own way.
 OWN_DATA = ("get_train_dataloader", "_get_train_sampler")
@@ -69,6 +70,44 @@ def create_meta_stream(trainer: Any) -> MetaStream:
         trainer.train_dataset if dataset is None else dataset,
         # What auto_find_batch_size has found, else args.train_batch_size.
         trainer._train_batch_size if own is None else own * max(1, trainer.args.n_gpu),
+    )
+
+
+def stream_of(
+    trainer: Any, dataset: Any, batch_size: int, seed: int = 0, batches_to_shuffle: int | None = None
+) -> MetaStream:
+    """A stream of a trainer's batches: its columns, collator, workers and processes.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or torch dataset): Where the rows come from.
+        batch_size (`int`): Rows a batch.
+        seed (`int`, *optional*, defaults to 0): Added to that of the run's data.
+        batches_to_shuffle (`int`, *optional*): For a few batches only, not worth the wait for workers: how many a
+            streamed dataset is shuffled over.
+
+    Returns:
+        [`MetaStream`]
+    """
+    args = trainer.args
+    num_workers, buffer = args.dataloader_num_workers, {}
+    if batches_to_shuffle is not None:
+        num_workers, buffer = 0, {"shuffle_buffer_size": batches_to_shuffle * batch_size}
+    # The same two preparations that Trainer gives to its own loaders; no public method does them.
+    if isinstance(dataset, datasets.Dataset):
+        dataset, collator = trainer._remove_unused_columns(dataset, description="meta"), trainer.data_collator
+    else:
+        collator = trainer._get_collator_with_removed_columns(trainer.data_collator, description="meta")
+    return MetaStream(
+        dataset,
+        batch_size,
+        collator,
+        seed=seed + (args.seed if args.data_seed is None else args.data_seed),
+        num_workers=num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        process_index=args.process_index,
+        num_processes=args.world_size,
+        **buffer,
     )
 
 

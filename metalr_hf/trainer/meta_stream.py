@@ -189,44 +189,6 @@ def _one_shard_at_a_time(dataset: datasets.IterableDataset) -> dict[str, int]:
     return {name: 1} if name in inspect.signature(dataset.shuffle).parameters else {}
 
 
-def stream_of(
-    trainer: Any, dataset: Any, batch_size: int, seed: int = 0, batches_to_shuffle: int | None = None
-) -> MetaStream:
-    """A stream of a trainer's batches: its columns, collator, workers and processes.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-        dataset (`datasets.Dataset`, `datasets.IterableDataset` or torch dataset): Where the rows come from.
-        batch_size (`int`): Rows a batch.
-        seed (`int`, *optional*, defaults to 0): Added to that of the run's data.
-        batches_to_shuffle (`int`, *optional*): For a few batches only, not worth the wait for workers: how many a
-            streamed dataset is shuffled over.
-
-    Returns:
-        [`MetaStream`]
-    """
-    args = trainer.args
-    num_workers, buffer = args.dataloader_num_workers, {}
-    if batches_to_shuffle is not None:
-        num_workers, buffer = 0, {"shuffle_buffer_size": batches_to_shuffle * batch_size}
-    # The same two preparations that Trainer gives to its own loaders; no public method does them.
-    if isinstance(dataset, datasets.Dataset):
-        dataset, collator = trainer._remove_unused_columns(dataset, description="meta"), trainer.data_collator
-    else:
-        collator = trainer._get_collator_with_removed_columns(trainer.data_collator, description="meta")
-    return MetaStream(
-        dataset,
-        batch_size,
-        collator,
-        seed=seed + (args.seed if args.data_seed is None else args.data_seed),
-        num_workers=num_workers,
-        pin_memory=args.dataloader_pin_memory,
-        process_index=args.process_index,
-        num_processes=args.world_size,
-        **buffer,
-    )
-
-
 def split_meta_dataset(
     dataset: Any, meta_split: float, *, label_column: str = "label", seed: int = 0
 ) -> tuple[Any, Any]:

@@ -93,12 +93,17 @@ class CalibratedScheduler(LayerRateScheduler):
         return self.will_calibrate and self._look_ahead.taken
 
     @property
+    def overflowed(self) -> bool:
+        """Whether the step just taken met an overflow, so that a fused optimizer left the parameters where they were."""
+        return any(float(flag) > 0 for flag in self._found_inf)
+
+    @property
     def calibration_is_late(self) -> bool:
         """Whether the step before the present one is still to be calibrated."""
         return self.last_epoch > len(self.history) and self._look_ahead.taken
 
     def _calibrate(self, meta_loss: Callable[[], Tensor] | None, step: int) -> None:
-        if any(float(flag) > 0 for flag in self._found_inf):
+        if self.overflowed:
             return
         before = self.learning_rates
         # Of no use any more, and their room is needed for where the step ended.

@@ -188,7 +188,7 @@ class MetaLRScheduler(CalibratedScheduler):
         # The base class steps once from its own __init__, before any optimizer step.
         if self.last_epoch >= 0:
             meta_loss = meta_loss or self.meta_loss
-            if self.awaits_calibration and meta_loss is None and self.calibrates_later:
+            if self.awaits_calibration and meta_loss is None and self.calibrates_later and not self.overflowed:
                 # On the next batch, which `calibrate` is called with. Nothing is recorded until the rates are known.
                 return super().step()
             if self.awaits_calibration:

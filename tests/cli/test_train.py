@@ -223,9 +223,9 @@ def test_evaluations_look_at_images_held_out_of_the_training_split(tmp_path, ima
 
 
 def test_an_error_of_a_library_keeps_its_traceback(tmp_path, images, vit):
-    # A ViT takes one image size only.
-    with pytest.raises(ValueError, match="doesn't match model"):
-        run(tmp_path, images, vit, "--image_size", "32")
+    schedule = ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"no_such_argument": 1}']
+    with pytest.raises(TypeError, match="no_such_argument"):
+        run(tmp_path, images, vit, *schedule)
 
 
 def test_an_error_that_torchs_compiled_code_raises_keeps_its_traceback(monkeypatch):

@@ -277,8 +277,8 @@ def test_the_range_of_a_rate_is_before_the_schedule_also_where_that_was_changed_
 
     _, before = train(4)
     run, after = train(9, str(tmp_path / "checkpoint-3"))
-    # The first step has the length 0, and the second is calibrated.
-    rates = torch.stack([*before[1:3], *after])
+    # The first step has the length 0. The second is calibrated, when the third begins.
+    rates = torch.stack([run.lr_scheduler.start_learning_rates, before[2], *after])
     layers = run_facts(run).layers
     assert [layer.name for layer in layers] == run.lr_history.layers
     assert [layer.low for layer in layers] == rates.amin(0).tolist()

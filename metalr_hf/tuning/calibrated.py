@@ -94,7 +94,7 @@ class CalibratedScheduler(LayerRateScheduler):
 
     @property
     def overflowed(self) -> bool:
-        """Whether the step just taken met an overflow, so that a fused optimizer left the parameters where they were."""
+        """Whether the step just taken met an overflow, so that a fused optimizer did not move the parameters."""
         return any(float(flag) > 0 for flag in self._found_inf)
 
     @property

@@ -241,6 +241,8 @@ class MetaLRScheduler(CalibratedScheduler):
             "rule": {"name": type(self.rule).__name__, "state": self.rule.state_dict()},
             "guard": self.guard.state_dict(),
             "calibrator": self._calibrator.state_dict(),
+            # Of a step that is recorded when its calibration is done.
+            "measured": list(self._measured),
             "look_ahead": self._look_ahead.state_dict(self.parameters_by_layer()),
             "stateful": {name: part.state_dict() for name, part in self.stateful.items()},
         }
@@ -258,6 +260,7 @@ class MetaLRScheduler(CalibratedScheduler):
         self.restarted_at, self.validations = state_dict["restarted_at"], state_dict["validations"]
         self.guard.load_state_dict(state_dict["guard"])
         self._calibrator.load_state_dict(state_dict["calibrator"])
+        self._measured = tuple(state_dict["measured"])
         # Another rule, or another source of validation batches, than before starts anew.
         if state_dict["rule"]["name"] == type(self.rule).__name__:
             self.rule.load_state_dict(state_dict["rule"]["state"])

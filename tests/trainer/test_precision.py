@@ -96,7 +96,7 @@ def test_steps_that_overflow_in_the_trainer_tune_nothing_and_calibration_waits_f
     assert first >= 2
     # The calibrated head grows, and with it the gradients, until the scale is small enough: 2**16 at the most.
     assert any(unmoved[first:])
-    assert sum(unmoved) >= 5
+    assert sum(unmoved) >= 4
     changed = [not torch.equal(a, b) for a, b in zip(steps.rates, steps.rates[1:], strict=False)]
     # With the next batch, the calibration comes when the step after the first that moved begins.
     calibrated = first - 1 if source == "stream" else first

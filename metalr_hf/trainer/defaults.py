@@ -79,12 +79,13 @@ def meta_source_of(args: Any, has_meta_dataset: bool) -> str:
     return args.meta_source
 
 
-def head_hold_steps_of(args: Any, train_dataset: Any) -> int:
+def head_hold_steps_of(args: Any, train_dataset: Any, batch_size: int | None = None) -> int:
     """How many optimizer steps the head is held at its learning rate.
 
     Args:
         args ([`MetaLRTrainingArguments`]): The arguments, or others that have the same.
         train_dataset (`datasets.Dataset` or torch dataset): The training set.
+        batch_size (`int`, *optional*): What `auto_find_batch_size` has found; `args.train_batch_size` by default.
 
     Returns:
         `int`
@@ -99,5 +100,5 @@ def head_hold_steps_of(args: Any, train_dataset: Any) -> int:
             f"head_hold_epochs={args.head_hold_epochs} needs a training set with a length, to know how many steps "
             "an epoch has. Leave it at 0 for a streamed training set."
         )
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = (batch_size or args.train_batch_size) * args.gradient_accumulation_steps * args.world_size
     return math.ceil(args.head_hold_epochs * math.ceil(len(train_dataset) / rows))

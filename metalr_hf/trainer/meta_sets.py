@@ -65,11 +65,16 @@ def create_meta_stream(trainer: Any) -> MetaStream:
             "the training batches as they come."
         )
     own, dataset = trainer.args.meta_batch_size, trainer.meta_dataset
+    # What auto_find_batch_size has found, else args.train_batch_size.
+    found = trainer._train_batch_size
+    if own is not None:
+        own = own * max(1, trainer.args.n_gpu)
+        # A batch size of the user's own has to shrink too, or no training batch would ever be small enough.
+        own = min(own, found) if found < trainer.args.train_batch_size else own
     return stream_of(
         trainer,
         trainer.train_dataset if dataset is None else dataset,
-        # What auto_find_batch_size has found, else args.train_batch_size.
-        trainer._train_batch_size if own is None else own * max(1, trainer.args.n_gpu),
+        found if own is None else own,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gr
 from .meta_sets import create_meta_stream, prepare_meta_dataset
 from .meta_stream import MetaStream
 from .schedules import schedule_shape
+from .step_hooks import StepHooks, calibrate_on, fetch_validation_batch, step_hooks
 
 logger = logging.get_logger(__name__)
 
@@ -131,6 +131,7 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
         self._left_out: dict[str, Tensor] = {}
         self._has_warned = False
         self._collapse_guard: CollapseGuard | None = None
+        self._step_hooks: StepHooks | None = None
         super().__init__(model, args, *trainer_args, **kwargs)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
@@ -167,7 +168,8 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
         if self.lr_scheduler is not None and self._created_optimizer:
             # A second run, which Trainer would begin with the moments of the first.
             self.optimizer = None
-        result = super().train(checkpoint, *args, **kwargs)
+        with step_hooks(self) as self._step_hooks:
+            result = super().train(checkpoint, *args, **kwargs)
         if isinstance(self.lr_scheduler, MetaLRScheduler):
             self.lr_scheduler.settle()
         return result
@@ -244,7 +246,7 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
                 meta_context=lambda: untouched(self.model, args.meta_mode),
                 reduce=self._mean_over_processes if args.world_size > 1 else None,
             )
-            held_for = head_hold_steps_of(args, self.train_dataset)
+            held_for = head_hold_steps_of(args, self.train_dataset, self._train_batch_size)
             scheduler.hold_steps = dict.fromkeys(head_layers(scheduler.layers), held_for)
             scheduler.calibrates_later = self.meta_source == "next_batch"
             if self.meta_source == "stream":
@@ -264,7 +266,8 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Runs Trainer's forward and backward pass, and fetches a validation batch if the coming step is tuned."""
         self._undo_collapse(inputs)
-        self._calibrate_on(inputs)
+        # For a get_batch_samples of a subclass that does not call ours.
+        calibrate_on(self, inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._refuse_thawed()
         # Trainer waits for the loss to look at it next, so that looking here costs nothing.
@@ -277,11 +280,7 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
             if scheduler.awaits_gradients:
                 # Before Trainer clips them.
                 scheduler.note_gradients(self._loss_scale(loss.device), self._step_loss)
-            # A batch of a step that overflowed and was not taken is let go: no checkpoint would know of it.
-            if self._meta_stream is not None and scheduler.will_tune:
-                # The scale is as large as training gradients bear. Those of a validation batch may be larger.
-                scheduler.meta_loss_scale = self._loss_scale(loss.device, headroom=8)
-                scheduler.meta_loss = partial(self.compute_meta_loss, next(self._meta_stream))
+            fetch_validation_batch(self)
             if guard is not None and guard.active:
                 guard.note(torch.as_tensor(self._step_loss), inputs["labels"])
             self._step_loss = 0.0
@@ -289,18 +288,17 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's; a module that is not one of transformers may also return its loss alone."""
-        # For a training_step of a subclass that does not call ours.
-        self._calibrate_on(inputs)
         bare = not isinstance(self.model, PreTrainedModel) and self.label_smoother is None
         if bare and self.compute_loss_func is None:
             return super().compute_loss(LossAlone(model, self.args.n_gpu), inputs, *args, **kwargs)  # type: ignore[arg-type]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _calibrate_on(self, inputs: Any) -> None:
-        # The step before waits for the batch that comes next: no other batch, loader or collator is needed.
-        scheduler = self.lr_scheduler
-        if self.model.training and torch.is_grad_enabled() and getattr(scheduler, "calibration_is_late", False):
-            scheduler.calibrate(partial(self.compute_meta_loss, inputs))
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """As Trainer's; the step before may wait for one of the batches to be calibrated on."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if self._step_hooks is not None:
+            self._step_hooks.note(batches)
+        return batches, count
 
     def compute_meta_loss(self, inputs: Any) -> Tensor:
         """The loss of a validation batch, computed as the training loss is.

@@ -223,6 +223,7 @@ class MetaLRScheduler(CalibratedScheduler):
         Args:
             factor (`float`): What the start rates, calibrated or given, are multiplied by.
         """
+        self.settle()
         self._look_ahead.discard()
         self._noted = self._noted_loss = None
         self.optimizer.state.clear()
@@ -278,6 +279,11 @@ class MetaLRScheduler(CalibratedScheduler):
         self._unheard = only_creates_state(optimizer)
         if self._unheard:
             return
+        if self.calibration_is_late:
+            raise ValueError(
+                f"Optimizer step {self.last_epoch - 1} waits for a batch to be calibrated on: call "
+                "scheduler.calibrate(loss) with the loss of the next batch, before its backward."
+            )
         check_own_rates(optimizer, self.get_lr(), self._group_layers)
         if self.awaits_gradients:
             if self._noted is None:

@@ -63,6 +63,45 @@ class OwnStep:
         return loss.detach()
 
 
+class OwnLoss:
+    """A loss written by hand, which calls no other and takes the batch apart in place."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs["pixel_values"].mul_(0.5)
+        outputs = model(pixel_values=inputs["pixel_values"])
+        loss = functional.cross_entropy(outputs.logits, inputs.pop("labels"))
+        return (loss, outputs) if return_outputs else loss
+
+
+class OwnStepAndLoss(OwnLoss, OwnStep):
+    """Neither of which calls ours."""
+
+
+class StepWithoutLoss:
+    """A training step that asks the model for its loss itself."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        model.train()
+        loss = model(**self._prepare_inputs(inputs)).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class OwnBatches:
+    """Batches that are fetched by hand."""
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return [next(epoch_iterator) for _ in range(num_batches)], None
+
+
+class HeldInEval:
+    """A model that no one can put into training mode."""
+
+    def __init__(self, model, *args, **kwargs):
+        model.__class__ = type("Held", (type(model),), {"train": lambda self, mode=True: nn.Module.train(self, False)})
+        super().__init__(model.eval(), *args, **kwargs)
+
+
 class OwnOptimizer:
     """An optimizer made by hand: biases learn at twice the rate."""
 
@@ -85,13 +124,26 @@ class OwnCollator:
         return {"pixel_values": pixels.flip(-1), "labels": torch.tensor([int(row["labels"]) for row in rows])}
 
 
-SCRIPTS = [OwnLoader, WeightedSampler, TupleBatches, OwnStep, OwnOptimizer, OwnCollator]
+SCRIPTS = [
+    OwnLoader,
+    WeightedSampler,
+    TupleBatches,
+    OwnStep,
+    OwnLoss,
+    OwnStepAndLoss,
+    StepWithoutLoss,
+    OwnBatches,
+    HeldInEval,
+    OwnOptimizer,
+    OwnCollator,
+]
 WITHOUT_DATASET = (OwnLoader, TupleBatches)
 
 
 def run(script, trainer_class, folder, model=None, **kwargs):
     kind = type(script.__name__, (script, trainer_class), {})
     data = {} if script in WITHOUT_DATASET else {"train_dataset": images()}
+    data |= {"eval_dataset": images(24, seed=1)} if "eval_strategy" in kwargs else {}
     trained = kind(model=vit() if model is None else model, args=stock_arguments(folder, **kwargs), **data)
     trained.train()
     return trained
@@ -113,12 +165,54 @@ def test_without_tuning_it_is_the_stock_trainer_bit_for_bit(tmp_path, script):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"eval_strategy": "steps", "eval_steps": 1}]
+)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_by_default_it_is_calibrated_and_tuned(tmp_path, script):
-    trained = run(script, MetaLRTrainer, tmp_path)
+def test_by_default_it_is_calibrated_and_tuned(tmp_path, script, options):
+    if script is TupleBatches and "eval_steps" in options:
+        pytest.skip("Trainer evaluates no tuples")
+    trained = run(script, MetaLRTrainer, tmp_path, **options)
+    # Forwards of the ladder at three steps, and none at every step.
+    assert trained.lr_scheduler._calibrator.forwards < 3 * 28
     assert trained.lr_history.steps.tolist() == list(range(STEPS))
     assert trained.lr_scheduler.calibration is not None
     assert torch.tensor(trained.lr_history.hypergradients[1:]).isfinite().all()
+
+
+@pytest.mark.parametrize("script", [OwnLoss, OwnStepAndLoss, StepWithoutLoss])
+def test_a_stream_tunes_it_too(tmp_path, script):
+    kind = type(script.__name__, (script, MetaLRTrainer), {})
+    args = stock_arguments(tmp_path, MetaLRTrainingArguments, meta_split=0.25)
+    trained = kind(model=vit(), args=args, train_dataset=images())
+    trained.train()
+    assert trained.lr_scheduler.calibration is not None
+    # Step 0 is calibrated; of the others every second one is tuned.
+    measured = torch.tensor(trained.lr_history.hypergradients).isfinite().all(1)
+    assert measured.tolist() == [step > 0 and step % 2 == 0 for step in range(STEPS)]
+    assert trained._meta_stream.position == STEPS // 2
+
+
+def test_the_calibration_changes_nothing_of_the_batch_that_is_trained_on(tmp_path):
+    scales = []
+
+    class Watching(OwnLoss, MetaLRTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            before = inputs["pixel_values"].clone()
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            scales.append(float((inputs["pixel_values"] / before).mean()))
+            return loss
+
+    Watching(model=vit(), args=stock_arguments(tmp_path), train_dataset=images()).train()
+    assert scales == pytest.approx([0.5] * STEPS)
+
+
+def test_the_callbacks_are_those_of_the_stock_trainer(tmp_path):
+    kinds = []
+    for trainer_class in (Trainer, MetaLRTrainer):
+        trained = run(OwnCollator, trainer_class, tmp_path, max_steps=2)
+        kinds.append([type(callback) for callback in trained.callback_handler.callbacks])
+    assert kinds[0] == kinds[1]
 
 
 def test_the_calibration_looks_at_the_images_that_the_sampler_draws(tmp_path):
@@ -134,7 +228,11 @@ def test_the_calibration_looks_at_the_images_that_the_sampler_draws(tmp_path):
     assert set(torch.cat(seen).tolist()) == {0}
 
 
-@pytest.mark.parametrize("options", [{}, {"meta_source": "stream", "meta_split": 0.25}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"meta_split": 0.25}, {"meta_split": 0.25, "meta_batch_size": 16}, {"head_hold_epochs": 1.0}],
+    ids=lambda options: "-".join(options) or "default",
+)
 def test_a_batch_size_that_is_found_holds_for_validation_too(tmp_path, options):
     class SmallMemory(MetaLRTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -149,6 +247,8 @@ def test_a_batch_size_that_is_found_holds_for_validation_too(tmp_path, options):
     trained.train()
     assert trained._train_batch_size == 4
     assert len(trained.lr_history) == STEPS
+    # 48 images are 12 steps of 4.
+    assert trained.lr_scheduler.hold_steps == {"head": 12 if "head_hold_epochs" in options else 0}
 
 
 @pytest.mark.parametrize("script", [OwnLoader, WeightedSampler])
@@ -207,12 +307,15 @@ def test_an_own_optimizer_resumes_from_its_own_checkpoint(tmp_path):
     assert groups[1]["lr"] == pytest.approx(2 * groups[0]["lr"])
 
 
-def test_a_checkpoint_before_the_calibration_resumes_bitwise(tmp_path):
+@pytest.mark.parametrize("script", [OwnCollator, OwnStep, StepWithoutLoss])
+def test_a_checkpoint_before_the_calibration_resumes_bitwise(tmp_path, script):
     # The step waits for the next batch when checkpoint 1 is written.
-    saving = {"save_strategy": "steps", "save_steps": 1}
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    kind = type(script.__name__, (script, MetaLRTrainer), {})
 
     def trainer():
-        return MetaLRTrainer(model=vit(), args=stock_arguments(tmp_path, **saving), train_dataset=images())
+        data = {"train_dataset": images(), "eval_dataset": images(24, seed=1)}
+        return kind(model=vit(), args=stock_arguments(tmp_path, **saving), **data)
 
     whole, resumed = trainer(), trainer()
     whole.train()
@@ -337,6 +440,19 @@ def test_without_tuning_every_schedule_is_that_of_the_stock_trainer(tmp_path, na
     assert len(set(stock)) > 1 or name == "constant"
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"])
+def test_without_tuning_every_optimizer_is_that_of_the_stock_trainer(tmp_path, optim):
+    def trained(trainer_class, **changes):
+        args = stock_arguments(tmp_path, optim=optim, weight_decay=0.1, warmup_steps=2, max_grad_norm=0)
+        for key, value in changes.items():
+            setattr(args, key, value)
+        run = trainer_class(vit(), args, train_dataset=images())
+        run.train()
+        return run.model
+
+    assert same_weights(trained(Trainer), trained(MetaLRTrainer, hyper_lr=0.0))
+
+
 @pytest.mark.parametrize("rate", [0.0, 1e-9, 2.0])
 def test_without_tuning_any_learning_rate_goes(tmp_path, rate):
     args = stock_arguments(tmp_path, learning_rate=rate)
@@ -380,6 +496,28 @@ def test_sparse_gradients_are_refused_before_training(tmp_path):
     run = MetaLRTrainer(Embedded(), stock_arguments(tmp_path, optim="sgd"), train_dataset=rows)
     with pytest.raises(ValueError, match=r"table has sparse gradients.*hyper_lr=0"):
         run.train()
+
+
+def test_sparse_gradients_train_without_tuning(tmp_path):
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2)
+
+        def forward(self, codes, labels=None):
+            logits = self.head(self.table(codes))
+            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+    rows = [{"codes": i % 5, "labels": i % 2} for i in range(16)]
+    models = []
+    for trainer_class in (Trainer, MetaLRTrainer):
+        args = stock_arguments(tmp_path, optim="sgd", max_grad_norm=0)
+        args.hyper_lr = 0.0
+        run = trainer_class(Embedded(), args, train_dataset=rows)
+        run.train()
+        models.append(run.model)
+    assert same_weights(*models)
 
 
 def test_a_batch_that_spoils_the_run_is_named_at_once(tmp_path):

@@ -193,6 +193,43 @@ def test_it_needs_a_validation_batch():
         scheduler.step()
 
 
+def test_a_step_that_waits_for_the_next_batch_is_not_passed_over():
+    model = network()
+    optimizer = torch.optim.AdamW(groups(model, 1e-3))
+    scheduler = MetaLRScheduler(optimizer, meta_source="next_batch", calibrate=True)
+    scheduler.calibrates_later = True
+
+    def step(start):
+        loss_of(model, slice(start, start + 64)).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    step(0)
+    assert len(scheduler.history) == 0
+    with pytest.raises(ValueError, match=r"Optimizer step 0 waits for a batch.*scheduler.calibrate\(loss\)"):
+        step(64)
+    optimizer.zero_grad()
+    scheduler.calibrate(lambda: loss_of(model, slice(64, 128)))
+    assert len(scheduler.history) == 1
+    step(64)
+    assert scheduler.history.steps.tolist() == [0, 1]
+    assert scheduler.history.learning_rates[0].tolist() == scheduler.calibration.learning_rates(2)
+
+
+def test_a_restart_records_the_step_that_waits():
+    model = network()
+    optimizer = torch.optim.AdamW(groups(model, 1e-3))
+    scheduler = MetaLRScheduler(optimizer, meta_source="next_batch", calibrate=True)
+    scheduler.calibrates_later = True
+    loss_of(model, slice(0, 64)).backward()
+    optimizer.step()
+    scheduler.step()
+    scheduler.restart(0.1)
+    assert scheduler.history.steps.tolist() == [0]
+    assert not scheduler.calibration_is_late
+
+
 def test_it_waits_for_the_end_of_a_warm_up_from_zero():
     _, scheduler = train(1e-4, "stream", steps=3, shape=lambda step: min(1.0, step / 2))
     rates = scheduler.history.learning_rates

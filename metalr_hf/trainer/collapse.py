@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.target_losses import TargetLoss
+
 # Log-probabilities that differ by less than this from image to image, and by less than this share of what they did at
 # the start, are the same answer to all of them.
 SPREAD, SHARE_OF_SPREAD = 0.02, 0.1
@@ -31,6 +33,8 @@ class CollapseGuard:
     Args:
         model (`torch.nn.Module`): The model. Its weights at the first look are the first weights.
         every (`int`, *optional*, defaults to 10): How many steps apart it looks, over the mean loss between.
+        loss ([`~metalr_hf.models.target_losses.TargetLoss`], *optional*):
+            The loss, for labels that are not one class an image; it knows what a constant answer to them costs.
 
     Example:
 
@@ -54,8 +58,11 @@ class CollapseGuard:
     ```
     """
 
-    def __init__(self, model: nn.Module, every: int = 10):
+    def __init__(self, model: nn.Module, every: int = 10, loss: TargetLoss | None = None):
         self.every = every
+        self.reads = are_classes if loss is None else loss.reads
+        self._constant_loss = _entropy if loss is None else loss.constant_loss
+        self._answers = _log_probabilities if loss is None else loss.answers
         self.active = True
         self.losses: list[Tensor] = []
         self.labels: list[Tensor] = []
@@ -67,10 +74,10 @@ class CollapseGuard:
 
         Args:
             loss (`torch.Tensor` of shape `()`): The training loss.
-            labels (`torch.Tensor` of shape `(batch,)`, int64): The class of every image.
+            labels (`torch.Tensor`): The class of every image (int64), or what the loss is for.
         """
         self.losses.append(loss.detach())
-        self.labels.append(labels.detach().reshape(-1))
+        self.labels.append(labels.detach())
 
     def collapsed(
         self, logits: Callable[[], Tensor | None], reduce: Callable[[Tensor], Tensor] = lambda values: values
@@ -88,24 +95,23 @@ class CollapseGuard:
             if answers is None:
                 self.stop()
                 return False
-            self.start_spread = float(reduce(_spread(answers)))
+            self.start_spread = float(reduce(self._spread(answers)))
             self._start = _Kept(self._model.state_dict())
         if len(self.losses) < self.every:
             return False
         device = self.losses[-1].device
         loss = torch.stack([loss.to(device, torch.float32) for loss in self.losses]).mean()
         labels = torch.cat([labels.to(device) for labels in self.labels])
-        # Negative labels mark images without a class.
-        shares = labels[labels >= 0].bincount().float()
-        shares = shares / shares.sum()
-        entropy = -torch.special.xlogy(shares, shares).sum()
         self.losses = []
-        loss, entropy = reduce(torch.stack([loss, entropy])).tolist()
-        if not loss >= NOTHING_LEARNED * entropy:
+        mean_loss, constant = reduce(torch.stack([loss, self._constant_loss(labels)])).tolist()
+        if not mean_loss >= NOTHING_LEARNED * constant:
             return False
         answers = logits()
         assert answers is not None
-        return float(reduce(_spread(answers))) < min(SPREAD, SHARE_OF_SPREAD * self.start_spread)
+        return float(reduce(self._spread(answers))) < min(SPREAD, SHARE_OF_SPREAD * self.start_spread)
+
+    def _spread(self, logits: Tensor) -> Tensor:
+        return self._answers(logits.detach().float()).std(0).mean().reshape(1)
 
     def go_back(self, model: nn.Module) -> None:
         """Puts the first weights and buffers back.
@@ -141,6 +147,30 @@ class CollapseGuard:
         self._start = _Kept(state_dict["start"])
         self.losses = [torch.tensor(loss) for loss in state_dict["losses"]]
         self.labels = [state_dict["labels"]]
+
+
+def guard_for(model: nn.Module, loss: Any = None) -> CollapseGuard | None:
+    """The guard of a run, if a constant answer can be told from its loss.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        loss (`Callable`, *optional*): The `compute_loss_func` of the run.
+
+    Returns:
+        [`CollapseGuard`], *optional*: `None` for a loss of the user's own.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.trainer.collapse import guard_for
+    >>> guard_for(torch.nn.Linear(4, 2), loss=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum())
+
+    ```
+    """
+    if loss is not None and not isinstance(loss, TargetLoss):
+        return None
+    return CollapseGuard(model, loss=loss)
 
 
 def are_classes(labels: Any) -> bool:
@@ -197,5 +227,12 @@ class _Kept:
             return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _spread(logits: Tensor) -> Tensor:
-    return logits.detach().float().log_softmax(-1).std(0).mean().reshape(1)
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1)
+
+
+def _entropy(labels: Tensor) -> Tensor:
+    # Negative labels mark images without a class.
+    shares = labels[labels >= 0].bincount().float()
+    shares = shares / shares.sum()
+    return -torch.special.xlogy(shares, shares).sum()

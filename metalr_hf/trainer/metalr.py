@@ -26,7 +26,7 @@ from ..tuning.sharding import refuse_fsdp1, reshard
 from .arguments import MetaLRTrainingArguments, refuse_deepspeed, with_tuning_arguments
 from .averaging import AveragingTrainer
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
-from .collapse import CollapseGuard, are_classes
+from .collapse import CollapseGuard, guard_for
 from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
 from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients
 from .meta_sets import create_meta_stream, prepare_meta_dataset
@@ -252,8 +252,9 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
             if self.meta_source == "stream":
                 self._meta_stream = create_meta_stream(self)
                 scheduler.stateful["meta_stream"] = self._meta_stream
-            if args.hyper_lr > 0 and args.tuning_steps and not self.is_fsdp_enabled and not self._own_loss:
-                self._collapse_guard = scheduler.stateful["collapse_guard"] = CollapseGuard(self.model)
+            if args.hyper_lr > 0 and args.tuning_steps and not (self.is_fsdp_enabled or self._feeds_itself):
+                self._collapse_guard = guard_for(self.model, self.compute_loss_func)
+                scheduler.stateful |= {} if self._collapse_guard is None else {"collapse_guard": self._collapse_guard}
             held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
             parameters = self.model.named_parameters()
             self._left_out = {name: p for name, p in parameters if id(p) not in held and not p.requires_grad}
@@ -355,7 +356,7 @@ class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
             with torch.no_grad(), untouched(self.model, "eval"):
                 return logits_of(self.model(**self._prepare_inputs(inputs)))
 
-        if not are_classes(inputs.get("labels")):
+        if not guard.reads(inputs.get("labels")):
             guard.stop()
         elif guard.collapsed(logits, self._mean_over_processes):
             guard.go_back(self.model)

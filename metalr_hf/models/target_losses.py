@@ -1,0 +1,135 @@
+"""Losses of several labels or numbers an image, for the Trainer's `compute_loss_func`.
+
+Each is a sum over the labels that are known, divided by the number of them in the whole accumulated batch, so that
+accumulated batches and one large batch have the same gradient. Each also says what a constant answer would cost, by
+which [`~metalr_hf.trainer.collapse.CollapseGuard`] knows a run that has collapsed to one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .losses import first_logits
+
+
+class TargetLoss(ABC):
+    """A loss that can be accumulated and that knows what a constant answer costs."""
+
+    @abstractmethod
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of every label, zero where it is unknown.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch, labels)`): Of the model, float32.
+            labels (`torch.Tensor` of shape `(batch, labels)`): What is known.
+
+        Returns:
+            `torch.Tensor` of the shape of the labels
+        """
+
+    @abstractmethod
+    def reads(self, labels: Any) -> bool:
+        """Whether labels are of the kind that the loss is for.
+
+        Args:
+            labels (`Any`): The labels of a batch.
+        """
+
+    @abstractmethod
+    def constant_loss(self, labels: Tensor) -> Tensor:
+        """The loss of the best constant answer to some labels.
+
+        Args:
+            labels (`torch.Tensor` of shape `(rows, labels)`): The labels of some steps.
+
+        Returns:
+            `torch.Tensor` of shape `()`
+        """
+
+    @abstractmethod
+    def answers(self, logits: Tensor) -> Tensor:
+        """Logits on the scale on which answers to different images are compared.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch, labels)`): Of the model.
+
+        Returns:
+            `torch.Tensor`, its first dimension that of the images
+        """
+
+    def known(self, labels: Tensor) -> Tensor:
+        """Which labels count: all but -100, as Trainer counts them.
+
+        Args:
+            labels (`torch.Tensor`): The labels of a batch.
+        """
+        return labels.ne(-100)
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The loss of a batch, or its part of the loss of an accumulated one.
+
+        Args:
+            outputs (`Any`): What the model returned.
+            labels (`torch.Tensor`): What is known.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Known labels of the whole accumulated batch.
+
+        Returns:
+            `torch.Tensor` of shape `()`: 0 if nothing is known.
+        """
+        total = self.losses(first_logits(outputs).float(), labels).sum()
+        count = self.known(labels).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+
+
+class LabelSetLoss(TargetLoss):
+    """Binary cross-entropy of every label that is known.
+
+    Args:
+        pos_weight (`Sequence[float]`, *optional*): Weight of the images that have a label, one for each label.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.models.target_losses import LabelSetLoss
+    >>> loss = LabelSetLoss()
+    >>> labels = torch.tensor([[1.0, -100.0], [0.0, 1.0]])  # the second label of the first image is unknown
+    >>> round(loss(torch.zeros(2, 2), labels).item(), 4)
+    0.6931
+    >>> parts = [loss(torch.zeros(1, 2), part, num_items_in_batch=3) for part in labels.split(1)]
+    >>> round(sum(parts).item(), 4)
+    0.6931
+
+    ```
+    """
+
+    def __init__(self, pos_weight: Sequence[float] | None = None):
+        self.pos_weight = None if pos_weight is None else torch.tensor(list(pos_weight))
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        known = self.known(labels)
+        weight = None if self.pos_weight is None else self.pos_weight.to(logits.device)
+        truth = labels.where(known, 0).to(logits.dtype)
+        loss = functional.binary_cross_entropy_with_logits(logits, truth, pos_weight=weight, reduction="none")
+        return loss * known
+
+    def reads(self, labels: Any) -> bool:
+        return isinstance(labels, Tensor) and labels.dim() == 2 and labels.is_floating_point()
+
+    def constant_loss(self, labels: Tensor) -> Tensor:
+        known = self.known(labels)
+        count = known.sum(0).clamp(min=1)
+        positive = (labels == 1).sum(0) / count
+        weight = 1.0 if self.pos_weight is None else self.pos_weight.to(labels.device)
+        answer = weight * positive / (weight * positive + 1 - positive)
+        loss = -weight * torch.special.xlogy(positive, answer) - torch.special.xlogy(1 - positive, 1 - answer)
+        return (loss * count).sum() / count.sum()
+
+    def answers(self, logits: Tensor) -> Tensor:
+        return torch.cat([functional.logsigmoid(logits), functional.logsigmoid(-logits)], -1)

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from ..data.loading import DataArguments
 from ..messages import did_you_mean
 from ..models.loading import ModelArguments
-from ..tasks import Task, get_task
+from ..tasks import TASKS, Task, get_task
 from ..trainer.arguments import PRESETS, MetaLRTrainingArguments
 
 
@@ -33,7 +33,7 @@ class TaskArguments:
     task: str = field(
         default="classification",
         metadata={
-            "help": "What the model is to learn: `classification`, `segmentation`, or a task of your own. "
+            "help": f"What the model is to learn: {', '.join(f'`{name}`' for name in TASKS)}, or a task of your own. "
             "`--task segmentation --help` lists the further arguments of that task."
         },
     )

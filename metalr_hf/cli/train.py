@@ -129,6 +129,12 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     prepared = task.prepare(splits, processor, data.augment, seed=training.seed)
     for name, value in task.training_arguments.items():
         setattr(training, name, value)
+    of_task = task.trainer_arguments(splits.class_names, data.metrics)
+    if training.label_smoothing_factor and "compute_loss_func" in of_task:
+        raise ValueError(
+            f"label_smoothing_factor={training.label_smoothing_factor}: the loss of this task does not smooth labels. "
+            "Leave it out."
+        )
     trainer = MetaLRTrainer(
         model=model,
         args=training,
@@ -136,7 +142,7 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         eval_dataset=prepared.validation if evaluates else None,
         meta_dataset=prepared.meta,
         processing_class=processor,
-        **task.trainer_arguments(splits.class_names, data.metrics),
+        **of_task,
     )
     trainer.task = task
     trainer.dataset_name = task.demo_description if data.is_demo else data.hub_id

@@ -2,6 +2,7 @@
 
 from .cells import CLASS_NAMES, demo_cells
 from .digits import demo_dataset
+from .label_sets import LabelSetArguments, load_label_sets
 from .loading import DataArguments, load_images
 from .masks import MaskArguments, MaskSplits, load_masks
 from .splits import ImageSplits
@@ -12,12 +13,14 @@ __all__ = [
     "DataArguments",
     "ImageSplits",
     "ImageTransform",
+    "LabelSetArguments",
     "MaskArguments",
     "MaskSplits",
     "demo_cells",
     "demo_dataset",
     "load_image_processor",
     "load_images",
+    "load_label_sets",
     "load_masks",
     "prepare_images",
 ]

@@ -18,8 +18,10 @@ UNPUBLISHED = "your-name/your-model"
 # A rate that changed by less than this factor stayed where it was.
 MOVED = 1.25
 # The Hub's names of metrics.
-METRIC_TYPES = {"macro_f1": "f1", "auroc": "roc_auc"}
+METRIC_TYPES = {"macro_f1": "f1", "auroc": "roc_auc", "macro_auroc": "roc_auc"}
 DATASET_TYPE = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+# What makes answers of logits, in the code that the card shows.
+ACTIVATIONS = {"softmax": ".softmax(-1)", "sigmoid": ".sigmoid()", "none": ""}
 TIMM_TAGS = ["timm", "transformers"]
 USAGE = {
     "transformers": """
@@ -42,7 +44,7 @@ from PIL import Image
 
 model = timm.create_model("hf-hub:{model_id}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-print(model(transform(Image.open("image.png").convert("RGB"))[None]).softmax(-1))
+print(model(transform(Image.open("image.png").convert("RGB"))[None]){activation})
 """,
     "peft": """
 from peft import PeftModel
@@ -157,6 +159,7 @@ class RunFacts:
     dataset_on_hub: bool = False
     classes: Sequence[str] = ()
     answers: str = "It tells {count} classes apart: {names}"
+    activation: str = "softmax"
     evaluation: Evaluation | None = None
     train_images: int | None = None
     tags: Sequence[str] = ()
@@ -302,6 +305,7 @@ def _usage(facts: RunFacts) -> str:
             channels=facts.volume_channels,
             base_model=facts.base_model,
             classes=len(facts.classes),
+            activation=ACTIVATIONS[facts.activation],
         )
     )
 

@@ -81,6 +81,7 @@ def run_facts(
         dataset_on_hub=bool(_hub_id(dataset)),
         classes=class_names(model),
         answers=(trainer.task or Task).card_sentence,
+        activation=(trainer.task or Task).activation,
         evaluation=trainer.evaluation,
         train_images=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
     )
@@ -103,7 +104,9 @@ def read_evaluation(model: Any, output: EvalLoopOutput, split: str, step: int) -
         for name, value in (output.metrics or {}).items()
         if isinstance(value, (int, float)) and not name.endswith(NOT_A_RESULT)
     }
-    return Evaluation(split, metrics, _class_results(class_names(model), output), step) if metrics else None
+    several = getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
+    results = (_label_results if several else _class_results)(class_names(model), output)
+    return Evaluation(split, metrics, results, step) if metrics else None
 
 
 def class_names(model: Any) -> list[str]:
@@ -144,6 +147,21 @@ def _class_results(names: list[str], output: EvalLoopOutput) -> list[list[object
         [name, f"{precision:.3f}", f"{recall:.3f}", f"{f1:.3f}", int(images)]
         for name, precision, recall, f1, images in zip(names, *figures, strict=True)
     ]
+
+
+def _label_results(names: list[str], output: EvalLoopOutput) -> list[list[object]]:
+    predictions, labels = output.predictions, output.label_ids
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    if not isinstance(logits, np.ndarray) or not isinstance(labels, np.ndarray) or logits.shape != labels.shape:
+        return []
+    results: list[list[object]] = []
+    for name, truth, logit in zip(names, labels.T, logits.T, strict=True):
+        # Those below zero are unknown.
+        known = truth >= 0
+        answers = logit[known] > 0
+        figures = precision_recall_fscore_support(truth[known], answers, average="binary", zero_division=0.0)[:3]
+        results.append([name, *(f"{value:.3f}" for value in figures), int((truth == 1).sum())])
+    return results
 
 
 def _layers(scheduler: Any) -> list[LayerFacts]:

@@ -45,6 +45,7 @@ class Task(ABC):
         demo_arguments (`Mapping[str, Any]`): Arguments of a run that names neither a model nor a data set.
         demo_augment (`str`): Augmentation of the images that are trained on where no data set is named.
         card_sentence (`str`): What the model answers; `{count}` and `{names}` stand for the classes.
+        activation (`str`): What makes answers of the logits: `"softmax"`, `"sigmoid"` or `"none"`.
         metric (`str`): The key of [`~Task.score`] that says how good a run is; higher is better.
     """
 
@@ -57,6 +58,7 @@ class Task(ABC):
     demo_arguments: ClassVar[Mapping[str, Any]] = DEMO_ARGUMENTS
     demo_augment: ClassVar[str] = "none"
     card_sentence: ClassVar[str] = "It tells {count} classes apart: {names}"
+    activation: ClassVar[str] = "softmax"
     metric: ClassVar[str] = "accuracy"
 
     @abstractmethod

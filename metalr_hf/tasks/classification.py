@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import (
     AutoConfig,
@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PredictionOutput
 
-from ..data.loading import DataArguments, load_images
+from ..data.loading import load_images
 from ..data.splits import ImageSplits
 from ..data.transforms import ImageTransform, Transform, load_image_processor, model_input
 from ..models.loading import ModelArguments, naming_the_model
@@ -25,14 +25,22 @@ from .metrics import build_compute_metrics, score_classes
 
 @register_task("classification")
 class Classification(Task):
-    """One class an image; see [`~metalr_hf.tasks.base.Task`] for its methods."""
+    """One class an image; see [`~metalr_hf.tasks.base.Task`] for its methods.
+
+    Attributes:
+        problem_type (`str`, *optional*):
+            What `transformers` calls the task, by which its pipelines and losses know it. Of one class an image it
+            finds that out by itself.
+    """
+
+    problem_type: ClassVar[Any] = None
 
     pipeline_tag = "image-classification"
     demo_name = "digits"
     demo_description = "scikit-learn's digits"
     demo_augment = "crop"
 
-    def load_splits(self, data: DataArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
+    def load_splits(self, data: Any, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
         return load_images(data, seed=seed, keep_columns=keep_columns)
 
     def load_model(
@@ -42,11 +50,15 @@ class Classification(Task):
         if name is None:
             from ..models.demo import demo_model
 
-            return demo_model(id2label)
+            model = demo_model(id2label)
+            model.config.problem_type = self.problem_type
+            return model
         with naming_the_model(name, "model"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
             config.id2label = dict(id2label)
             config.label2id = {label: i for i, label in id2label.items()}
+            # The model may come from another task.
+            config.problem_type = self.problem_type
             if hasattr(config, "label_names"):
                 # timm's own list of the classes, which would be saved instead of the new ones.
                 config.label_names = list(id2label.values())

@@ -1,5 +1,7 @@
 """Real images and small models for the tests: handwritten digits in folders, a ViT and a timm network on disk."""
 
+import json
+
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -53,3 +55,22 @@ def save_timm(folder, architecture="test_resnet", classes=5):
     wrap_timm_model(timm.create_model(architecture, num_classes=classes)).save_pretrained(folder)
     make_portable(folder)
     return folder
+
+
+def save_with_metadata(folder, columns, train=60, test=30):
+    """A folder a split, in it images and a metadata.jsonl; `columns` takes a digit's name, image and number of row."""
+    for split, count, start in (("train", train, 0), ("test", test, train)):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        rows = []
+        for i, (image, name) in enumerate(zip(*digit_images(count, start), strict=True)):
+            image.save(folder / split / f"{i}.png")
+            rows.append({"file_name": f"{i}.png", **columns(name, image, i)})
+        # One of CSV is left open by `datasets`.
+        (folder / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def findings(name, image, row):
+    """Three columns of 0 and 1, some entries of the second unknown."""
+    loop = None if row % 10 == 7 else int(name == "nil")
+    return {"even": int(name != "one"), "loop": loop, "bent": int(name == "two")}

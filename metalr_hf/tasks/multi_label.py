@@ -1,0 +1,42 @@
+"""Several labels an image, each there or not, learned with binary cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import default_data_collator
+from transformers.trainer_utils import PredictionOutput
+
+from ..data.label_sets import LabelSetArguments, load_label_sets
+from ..data.splits import ImageSplits
+from ..models.target_losses import LabelSetLoss
+from .base import register_task
+from .classification import Classification
+from .label_metrics import build_label_metrics, score_label_sets
+
+
+@register_task("multi_label")
+class MultiLabel(Classification):
+    """Several labels an image; see [`~metalr_hf.tasks.base.Task`] for its methods."""
+
+    data_arguments = LabelSetArguments
+    problem_type = "multi_label_classification"
+    activation = "sigmoid"
+    demo_name = "labels of digits"
+    demo_description = "scikit-learn's digits with several labels each"
+    card_sentence = "It says which of {count} labels an image has: {names}"
+    metric = "macro_auroc"
+
+    def load_splits(self, data: LabelSetArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
+        return load_label_sets(data, seed=seed, keep_columns=keep_columns)
+
+    def trainer_arguments(self, class_names: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+        return {
+            "data_collator": default_data_collator,
+            "compute_metrics": build_label_metrics(metrics),
+            "compute_loss_func": LabelSetLoss(),
+        }
+
+    def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:
+        return score_label_sets(output.predictions, output.label_ids, class_names)

@@ -234,6 +234,7 @@ def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments, r
         train_transform=train_transform,
         test_transform=test_transform,
         task=task,
+        fit=lambda model, train: task.fit(model, train, processor, data),
         class_names=splits.class_names,
     )
 

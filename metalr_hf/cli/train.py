@@ -130,6 +130,7 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     for name, value in task.training_arguments.items():
         setattr(training, name, value)
     of_task = task.trainer_arguments(splits.class_names, data.metrics)
+    of_task |= task.fit(model, splits.train, processor, data)
     if training.label_smoothing_factor and "compute_loss_func" in of_task:
         raise ValueError(
             f"label_smoothing_factor={training.label_smoothing_factor}: the loss of this task does not smooth labels. "

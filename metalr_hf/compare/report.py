@@ -258,7 +258,7 @@ def _results_table(rows: pd.DataFrame, expected: int) -> str:
         level = next((point for rate, point in by_rate.items() if np.isnan(rate)), None)
         entries = [_entry(level if level is not None else by_rate.get(rate), best, expected) for rate in rates]
         # Where all runs failed there is no mean, which would be taken for the largest.
-        top = points.iloc[int(points["mean"].fillna(-1.0).to_numpy().argmax())]
+        top = points.iloc[int(points["mean"].fillna(-np.inf).to_numpy().argmax())]
         lines.append(
             [
                 escape(name),
@@ -297,7 +297,7 @@ def _class_table(rows: pd.DataFrame) -> str:
     lines: list[list[object]] = []
     summary = summarise(rows)
     for name in dict.fromkeys(rows["strategy"]):
-        rate = summary.loc[[name], "mean"].fillna(-1.0).idxmax()[1]
+        rate = summary.loc[[name], "mean"].fillna(-np.inf).idxmax()[1]
         same = rows["learning_rate"].isna() if pd.isna(rate) else rows["learning_rate"] == rate
         chosen = rows[(rows["strategy"] == name) & same & (rows["status"] == DONE)]
         if chosen.empty:

@@ -56,6 +56,9 @@ class Cell:
         test_transform (`Callable`): The same without augmentation.
         task ([`~metalr_hf.tasks.base.Task`], *optional*): What is learned; classification by default.
         class_names (`Sequence[str]`, *optional*): By default those of the `ClassLabel`.
+        fit (`Callable`, *optional*):
+            Takes the model and the rows that a run trains on, as [`~metalr_hf.tasks.base.Task.fit`], and returns
+            further arguments of the Trainer.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Cell:
     test_transform: RowTransform
     task: Task = field(default_factory=lambda: get_task("classification"))
     class_names: Sequence[str] | None = None
+    fit: Callable[[nn.Module, datasets.Dataset], dict[str, Any]] = lambda model, train: {}
 
     @property
     def classes(self) -> list[str]:
@@ -303,13 +307,15 @@ def _make_trainer(
         "log_level": "error",
         **cell.task.training_arguments,
     }
+    model = _with_loss(model, cell.classes)
     job = Job(
-        model=_with_loss(model, cell.classes),
+        model=model,
         learning_rate=run.learning_rate or 5e-5,  # Trainer's default for a strategy that does not look at it.
         arguments=arguments,
         trainer_arguments={
             "train_dataset": _prepared(train, cell.train_transform),
             **cell.task.trainer_arguments(cell.classes, cell.task.data_arguments.default_metrics),
+            **cell.fit(model, train),
         },
         tuning_arguments=comparison.tuning,
     )

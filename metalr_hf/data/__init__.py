@@ -5,6 +5,7 @@ from .digits import demo_dataset
 from .label_sets import LabelSetArguments, load_label_sets
 from .loading import DataArguments, load_images
 from .masks import MaskArguments, MaskSplits, load_masks
+from .quantities import QuantityArguments, load_quantities
 from .splits import ImageSplits
 from .transforms import ImageTransform, load_image_processor, prepare_images
 
@@ -16,11 +17,13 @@ __all__ = [
     "LabelSetArguments",
     "MaskArguments",
     "MaskSplits",
+    "QuantityArguments",
     "demo_cells",
     "demo_dataset",
     "load_image_processor",
     "load_images",
     "load_label_sets",
     "load_masks",
+    "load_quantities",
     "prepare_images",
 ]

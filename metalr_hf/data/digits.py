@@ -62,6 +62,28 @@ def demo_label_sets(seed: int = 0) -> datasets.DatasetDict:
     )
 
 
+def demo_quantities(seed: int = 0) -> datasets.DatasetDict:
+    """scikit-learn's handwritten digits, and how much of each image is ink, in per cent.
+
+    Args:
+        seed (`int`, *optional*, defaults to 0): Of the split, which is stratified by digit.
+
+    Returns:
+        `datasets.DatasetDict`: `train` and `test`, with `image` (RGB, 32 × 32 pixels) and `ink`.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.digits import demo_quantities
+    >>> round(demo_quantities()["train"][0]["ink"], 1)
+    35.7
+
+    ```
+    """
+    rows = _divided(datasets.Value("float32"), lambda digit, image: float(image.mean() / 16 * 100), seed)
+    return rows.rename_column("label", "ink")
+
+
 def _divided(kind: Any, label_of: Callable[[int, Any], Any], seed: int) -> datasets.DatasetDict:
     digits = load_digits()
     images = [

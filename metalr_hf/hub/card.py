@@ -18,7 +18,13 @@ UNPUBLISHED = "your-name/your-model"
 # A rate that changed by less than this factor stayed where it was.
 MOVED = 1.25
 # The Hub's names of metrics.
-METRIC_TYPES = {"macro_f1": "f1", "auroc": "roc_auc", "macro_auroc": "roc_auc"}
+METRIC_TYPES = {
+    "macro_f1": "f1",
+    "auroc": "roc_auc",
+    "macro_auroc": "roc_auc",
+    "r2": "r_squared",
+    "pearson": "pearsonr",
+}
 DATASET_TYPE = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 # What makes answers of logits, in the code that the card shows.
 ACTIVATIONS = {"softmax": ".softmax(-1)", "sigmoid": ".sigmoid()", "none": ""}
@@ -136,6 +142,8 @@ class RunFacts:
         dataset_on_hub (`bool`): Whether `dataset` is a Hub id.
         classes (`Sequence[str]`): The class names.
         answers (`str`): What the model answers; `{count}` and `{names}` stand for the classes.
+        activation (`str`): What makes answers of the logits: `"softmax"`, `"sigmoid"` or `"none"`.
+        purpose (`str`): What the card calls the task, if not as the Hub does.
         evaluation ([`Evaluation`], *optional*): The results.
         train_images (`int`, *optional*): Size of the training set.
         tags (`Sequence[str]`): Further tags.
@@ -160,6 +168,7 @@ class RunFacts:
     classes: Sequence[str] = ()
     answers: str = "It tells {count} classes apart: {names}"
     activation: str = "softmax"
+    purpose: str | None = None
     evaluation: Evaluation | None = None
     train_images: int | None = None
     tags: Sequence[str] = ()
@@ -273,7 +282,8 @@ def _title(facts: RunFacts) -> str:
 
 
 def _introduction(facts: RunFacts) -> str:
-    task = f" for {facts.task.replace('-', ' ')}" if facts.task else ""
+    purpose = facts.purpose or (facts.task and facts.task.replace("-", " "))
+    task = f" for {purpose}" if purpose else ""
     text = f"A model{task}: {escape(facts.architecture)}"
     if facts.base_model:
         text += f", fine-tuned from [{escape(facts.base_model)}](https://huggingface.co/{facts.base_model})"

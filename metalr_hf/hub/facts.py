@@ -82,6 +82,7 @@ def run_facts(
         classes=class_names(model),
         answers=(trainer.task or Task).card_sentence,
         activation=(trainer.task or Task).activation,
+        purpose=trainer.task.purpose if trainer.task else None,
         evaluation=trainer.evaluation,
         train_images=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
     )

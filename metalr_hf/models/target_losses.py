@@ -133,3 +133,36 @@ class LabelSetLoss(TargetLoss):
 
     def answers(self, logits: Tensor) -> Tensor:
         return torch.cat([functional.logsigmoid(logits), functional.logsigmoid(-logits)], -1)
+
+
+class QuantityLoss(TargetLoss):
+    """Mean squared error of answers in units, over the variance of the training set.
+
+    Args:
+        scale (`Sequence[float]`): Standard deviation of every number in the training set, in its units.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.models.target_losses import QuantityLoss
+    >>> QuantityLoss(scale=[10.0])(torch.tensor([[45.0]]), torch.tensor([[50.0]])).item()
+    0.25
+
+    ```
+    """
+
+    def __init__(self, scale: Sequence[float]):
+        self.scale = torch.tensor(list(scale), dtype=torch.float32)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return ((logits - labels) / self.scale.to(logits.device)).square()
+
+    def reads(self, labels: Any) -> bool:
+        return isinstance(labels, Tensor) and labels.dim() == 2 and labels.is_floating_point()
+
+    def constant_loss(self, labels: Tensor) -> Tensor:
+        return (labels / self.scale.to(labels.device)).var(0, correction=0).mean()
+
+    def answers(self, logits: Tensor) -> Tensor:
+        return logits / self.scale.to(logits.device)

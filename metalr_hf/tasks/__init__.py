@@ -4,12 +4,14 @@ from .base import TASKS, Task, get_task, register_task
 from .classification import Classification
 from .metrics import build_compute_metrics
 from .multi_label import MultiLabel
+from .regression import Regression
 from .segmentation import Segmentation, segmentation_trainer_arguments
 
 __all__ = [
     "TASKS",
     "Classification",
     "MultiLabel",
+    "Regression",
     "Segmentation",
     "Task",
     "build_compute_metrics",

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.trainer_utils import PredictionOutput
 
@@ -44,6 +45,7 @@ class Task(ABC):
         demo_model_name (`str`): What a comparison calls the model that is trained where none is named.
         demo_arguments (`Mapping[str, Any]`): Arguments of a run that names neither a model nor a data set.
         demo_augment (`str`): Augmentation of the images that are trained on where no data set is named.
+        purpose (`str`, *optional*): What the card calls the task, where that says more than the Hub's name of it.
         card_sentence (`str`): What the model answers; `{count}` and `{names}` stand for the classes.
         activation (`str`): What makes answers of the logits: `"softmax"`, `"sigmoid"` or `"none"`.
         metric (`str`): The key of [`~Task.score`] that says how good a run is; higher is better.
@@ -57,6 +59,7 @@ class Task(ABC):
     demo_model_name: ClassVar[str] = "EfficientNet-Lite0"
     demo_arguments: ClassVar[Mapping[str, Any]] = DEMO_ARGUMENTS
     demo_augment: ClassVar[str] = "none"
+    purpose: ClassVar[str | None] = None
     card_sentence: ClassVar[str] = "It tells {count} classes apart: {names}"
     activation: ClassVar[str] = "softmax"
     metric: ClassVar[str] = "accuracy"
@@ -140,6 +143,24 @@ class Task(ABC):
             `dict[str, Any]`: `data_collator`, `compute_metrics` and, where they are other than Trainer's,
                 `compute_loss_func` and `preprocess_logits_for_metrics`.
         """
+
+    def fit(self, model: nn.Module, rows: Any, processor: BaseImageProcessor, data: Any) -> dict[str, Any]:
+        """Fits to the rows that are trained on what depends on them, such as units or weights in the loss.
+
+        Args:
+            model (`torch.nn.Module`): What is trained; it may be changed.
+            rows (`datasets.Dataset` or `datasets.IterableDataset`): To train on, with the columns `image` and `label`.
+            processor (`transformers.BaseImageProcessor`): The model's image processor.
+            data ([`DataArguments`]): The arguments that the rows were loaded with.
+
+        Returns:
+            `dict[str, Any]`: further arguments of the Trainer, in place of those of [`~Task.trainer_arguments`]
+                that have the same name. None by default.
+
+        Raises:
+            ValueError: if that is not possible with these rows or this model.
+        """
+        return {}
 
     @abstractmethod
     def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:

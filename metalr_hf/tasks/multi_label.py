@@ -23,6 +23,7 @@ class MultiLabel(Classification):
     data_arguments = LabelSetArguments
     problem_type = "multi_label_classification"
     activation = "sigmoid"
+    purpose = "multi-label image classification"
     demo_name = "labels of digits"
     demo_description = "scikit-learn's digits with several labels each"
     card_sentence = "It says which of {count} labels an image has: {names}"

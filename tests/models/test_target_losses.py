@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from metalr_hf.models.target_losses import LabelSetLoss
+from metalr_hf.models.target_losses import LabelSetLoss, QuantityLoss
 from metalr_hf.trainer.collapse import CollapseGuard, guard_for
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -60,6 +60,17 @@ def test_a_constant_answer_to_several_labels_is_a_collapse_and_a_slow_start_is_n
     assert not watched(LOGITS, constant), "answers differ from image to image"
     assert not watched(torch.zeros(12, 3), 0.5 * constant), "an easy set may be learned by a constant"
     assert logsigmoid(LOGITS).std() > 0.1
+
+
+@pytest.mark.parametrize(("spread", "loss", "expected"), [(0.0, 1.0, True), (1.0, 1.0, False), (0.0, 0.5, False)])
+def test_the_mean_of_all_numbers_for_every_image_is_a_collapse(spread, loss, expected):
+    scale = torch.tensor([10.0, 0.1])
+    truth, noise = torch.tensor([40.0, 3.0]) + scale * LOGITS[:, :2], LOGITS[:, 1:]
+    watch = guard_for(torch.nn.Linear(4, 2), loss=QuantityLoss(scale.tolist()))
+    watch.every = 1
+    assert not watch.collapsed(lambda: scale * noise)
+    watch.note(loss * watch._constant_loss(truth), truth)
+    assert watch.collapsed(lambda: truth.mean(0) + spread * scale * noise) == expected
 
 
 def test_a_loss_that_cannot_say_so_is_not_watched():

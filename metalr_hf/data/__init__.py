@@ -2,6 +2,7 @@
 
 from .cells import CLASS_NAMES, demo_cells
 from .digits import demo_dataset
+from .imbalance import ClassArguments
 from .label_sets import LabelSetArguments, load_label_sets
 from .loading import DataArguments, load_images
 from .masks import MaskArguments, MaskSplits, load_masks
@@ -11,6 +12,7 @@ from .transforms import ImageTransform, load_image_processor, prepare_images
 
 __all__ = [
     "CLASS_NAMES",
+    "ClassArguments",
     "DataArguments",
     "ImageSplits",
     "ImageTransform",

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 
 from .digits import demo_label_sets
+from .imbalance import ClassArguments
 from .splits import ImageSplits
 from .targets import TargetArguments, TargetRows, Targets, figures_of, is_list
 
@@ -23,7 +24,7 @@ HINT = (
 
 
 @dataclass
-class LabelSetArguments(TargetArguments):
+class LabelSetArguments(TargetArguments, ClassArguments):
     """Where images with several labels each come from.
 
     Args:
@@ -32,7 +33,8 @@ class LabelSetArguments(TargetArguments):
         class_names (`list[str]`, *optional*):
             The labels to learn, by default all. For 0/1 lists their names, in the order of the figures.
 
-    All others are those of [`~metalr_hf.data.targets.TargetArguments`]. Labels are lists of names or numbers, lists of
+    All others are those of [`~metalr_hf.data.targets.TargetArguments`] and
+    [`~metalr_hf.data.imbalance.ClassArguments`]. Labels are lists of names or numbers, lists of
     0 and 1, or columns of 0 and 1. An empty entry, NaN and -1 are unknown: they take no part in loss and metrics.
     """
 

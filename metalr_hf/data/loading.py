@@ -60,7 +60,8 @@ class DataArguments:
             Augmentation of the training images: `none`, `flip`, `crop` or `crop_flip`. The demo's digits are only
             cropped, for a mirrored digit is no digit.
         metrics (`list[str]`, *optional*):
-            Metrics of the test split. By default `accuracy` and `macro_f1`, of segmentation `dice`.
+            Metrics of the test split. By default `accuracy`, `macro_f1`, `balanced_accuracy` and `auroc` in
+            classification, in other tasks their own.
 
     Example:
 
@@ -153,7 +154,10 @@ class DataArguments:
     )
     metrics: list[str] = field(
         default_factory=list,
-        metadata={"help": "Metrics of the test split. By default `accuracy` and `macro_f1`, of segmentation `dice`."},
+        metadata={
+            "help": "Metrics of the test split. By default `accuracy`, `macro_f1`, `balanced_accuracy` and `auroc` "
+            "in classification, in other tasks their own."
+        },
     )
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 from yaml import YAMLError
 
 from ..models.bare import Classifier
+from ..models.target_losses import TargetLoss
 from ..models.unet3d import UNet3DConfig
 from ..tasks.base import Task
 from ..tuning.optimizers import unwrap
@@ -178,6 +179,7 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
     args, state, optimizer = trainer.args, trainer.state, unwrap(trainer.lr_scheduler.optimizer)
     warmup = args.get_warmup_steps(state.max_steps)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    loss: Any = trainer.compute_loss_func
     decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
     settings: dict[str, object] = {
         "optimizer steps": f"{state.global_step} ({state.epoch or 0:.4g} epochs)",
@@ -185,6 +187,7 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
         "optimizer": f"{type(optimizer).__name__}, weight decay {decay:g}",
         "schedule": f"{SchedulerType(args.lr_scheduler_type).value}{f', {warmup} warm-up steps' if warmup else ''}",
         **_tuning(trainer),
+        **({"loss": loss.description} if isinstance(loss, TargetLoss) else {}),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else str(next(trainer.model.parameters()).dtype)[6:],
         "device": _device(args),
         "seed": args.seed if args.data_seed is None else f"{args.seed}, {args.data_seed} for the data",

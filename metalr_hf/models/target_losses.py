@@ -19,7 +19,13 @@ from .losses import first_logits
 
 
 class TargetLoss(ABC):
-    """A loss that can be accumulated and that knows what a constant answer costs."""
+    """A loss that can be accumulated and that knows what a constant answer costs.
+
+    Attributes:
+        description (`str`): What the card says of it.
+    """
+
+    description: str
 
     @abstractmethod
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -87,6 +93,48 @@ class TargetLoss(ABC):
         return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
+class ClassLoss(TargetLoss):
+    """Cross-entropy in which the images of a class count by its weight.
+
+    It is divided by the number of images and not by the sum of their weights: with weights whose mean over the training
+    set is 1, as [`~metalr_hf.data.imbalance.class_weights`] gives them, the two are the same on average, and only the
+    first can be accumulated.
+
+    Args:
+        weights (`Sequence[float]`): A weight for each class.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.models.target_losses import ClassLoss
+    >>> loss = ClassLoss([0.5, 2.0])
+    >>> round(loss(torch.zeros(2, 2), torch.tensor([0, 1])).item(), 4)  # log 2 times the mean of 0.5 and 2
+    0.8664
+
+    ```
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        self.weights = torch.tensor(list(weights), dtype=torch.float32)
+        self.description = f"cross-entropy, classes weighted {_shown(weights)}"
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = functional.cross_entropy(logits, labels, reduction="none")
+        return loss * self.weights.to(logits.device)[labels.clamp(min=0)]
+
+    def reads(self, labels: Any) -> bool:
+        return isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+
+    def constant_loss(self, labels: Tensor) -> Tensor:
+        counts = labels[labels >= 0].bincount(minlength=len(self.weights))
+        weighted = self.weights.to(labels.device) * counts
+        return -torch.special.xlogy(weighted, weighted / weighted.sum()).sum() / counts.sum()
+
+    def answers(self, logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1)
+
+
 class LabelSetLoss(TargetLoss):
     """Binary cross-entropy of every label that is known.
 
@@ -110,7 +158,9 @@ class LabelSetLoss(TargetLoss):
     """
 
     def __init__(self, pos_weight: Sequence[float] | None = None):
-        self.pos_weight = None if pos_weight is None else torch.tensor(list(pos_weight))
+        self.pos_weight = None if pos_weight is None else torch.tensor(list(pos_weight), dtype=torch.float32)
+        weighted = "" if pos_weight is None else f", images that have a label weighted {_shown(pos_weight)}"
+        self.description = f"binary cross-entropy of every label that is known{weighted}"
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         known = self.known(labels)
@@ -154,6 +204,7 @@ class QuantityLoss(TargetLoss):
 
     def __init__(self, scale: Sequence[float]):
         self.scale = torch.tensor(list(scale), dtype=torch.float32)
+        self.description = "mean squared error over the variance of the training set"
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         return ((logits - labels) / self.scale.to(logits.device)).square()
@@ -166,3 +217,8 @@ class QuantityLoss(TargetLoss):
 
     def answers(self, logits: Tensor) -> Tensor:
         return logits / self.scale.to(logits.device)
+
+
+def _shown(weights: Sequence[float]) -> str:
+    shown = ", ".join(f"{weight:.3g}" for weight in list(weights)[:10])
+    return f"{shown}, ..." if len(weights) > 10 else shown

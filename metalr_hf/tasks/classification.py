@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -14,11 +15,14 @@ from transformers import (
 )
 from transformers.trainer_utils import PredictionOutput
 
-from ..data.loading import load_images
+from ..data.columns import LABEL
+from ..data.imbalance import ClassArguments, class_weights, warn_of_rare_classes
+from ..data.loading import DataArguments, load_images
 from ..data.splits import ImageSplits
 from ..data.transforms import ImageTransform, Transform, load_image_processor, model_input
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.probe import check_input
+from ..models.target_losses import ClassLoss
 from .base import Task, register_task
 from .metrics import build_compute_metrics, score_classes
 
@@ -36,12 +40,15 @@ class Classification(Task):
     problem_type: ClassVar[Any] = None
 
     pipeline_tag = "image-classification"
+    data_arguments: ClassVar[type[DataArguments]] = ClassArguments
     demo_name = "digits"
     demo_description = "scikit-learn's digits"
     demo_augment = "crop"
 
     def load_splits(self, data: Any, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
-        return load_images(data, seed=seed, keep_columns=keep_columns)
+        splits = load_images(data, seed=seed, keep_columns=keep_columns)
+        warn_of_rare_classes(splits.train, splits.class_names, getattr(data, "class_weights", None))
+        return splits
 
     def load_model(
         self, arguments: ModelArguments, id2label: Mapping[int, str], image_size: int | None = None
@@ -79,6 +86,12 @@ class Classification(Task):
         self, splits: ImageSplits, processor: BaseImageProcessor, augment: str
     ) -> tuple[Transform, Transform]:
         return ImageTransform(processor, augment), ImageTransform(processor)
+
+    def fit(self, model: nn.Module, rows: Any, processor: BaseImageProcessor, data: Any) -> dict[str, Any]:
+        weights = getattr(data, "class_weights", None)
+        if weights is None:
+            return {}
+        return {"compute_loss_func": ClassLoss(class_weights(weights, rows, rows.features[LABEL].names))}
 
     def trainer_arguments(self, class_names: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
         return {"data_collator": default_data_collator, "compute_metrics": build_compute_metrics(metrics)}

@@ -75,10 +75,32 @@ class MacroF1(_BuiltIn):
         return {"macro_f1": _macro_f1(references, predictions)}
 
 
+class BalancedAccuracy(_BuiltIn):
+    """Mean over the classes that occur of the share of their images that are right: `balanced_accuracy`.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tasks.metrics import BalancedAccuracy
+    >>> BalancedAccuracy(keep_in_memory=True).compute(predictions=[0, 0, 0, 0], references=[0, 0, 0, 1])
+    {'balanced_accuracy': 0.5}
+
+    ```
+    """
+
+    features, description = _ClassIds, "Mean over the classes of the share of right predictions."
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        # As scikit-learn's `balanced_accuracy_score`, which warns of answers of classes that do not occur.
+        recall = recall_score(references, predictions, labels=np.unique(references), average="macro", zero_division=0.0)
+        return {"balanced_accuracy": float(recall)}
+
+
 class AUROC(_BuiltIn):
     """Area under the receiver operating characteristic: `auroc` (`sklearn.metrics.roc_auc_score`).
 
-    Of several classes it is the mean over each against the rest. NaN if a class does not occur, where it is undefined.
+    Of several classes it is the mean over each against the rest. NaN if a class does not occur, where it is undefined,
+    and if a score is not finite.
 
     Example:
 
@@ -96,7 +118,7 @@ class AUROC(_BuiltIn):
 
     def _compute(self, prediction_scores: Sequence[Sequence[float]], references: Sequence[int]) -> dict[str, float]:
         scores, labels = np.asarray(prediction_scores), np.asarray(references)
-        if len(np.unique(labels)) < scores.shape[1]:
+        if len(np.unique(labels)) < scores.shape[1] or not np.isfinite(scores).all():
             return {"auroc": float("nan")}
         if scores.shape[1] == 2:
             return {"auroc": float(roc_auc_score(labels, scores[:, 1]))}
@@ -172,6 +194,7 @@ class Dice(_BuiltIn):
 METRICS: dict[str, type[_BuiltIn]] = {
     "accuracy": Accuracy,
     "macro_f1": MacroF1,
+    "balanced_accuracy": BalancedAccuracy,
     "auroc": AUROC,
     "dice": Dice,
 }
@@ -181,7 +204,8 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
     """Loads a metric: a built-in one without a download, any other through `evaluate.load`.
 
     Args:
-        name (`str`): `"accuracy"`, `"macro_f1"`, `"auroc"`, `"dice"`, or what `evaluate.load` takes.
+        name (`str`): `"accuracy"`, `"macro_f1"`, `"balanced_accuracy"`, `"auroc"`, `"dice"`, or what
+            `evaluate.load` takes.
 
     Returns:
         `evaluate.EvaluationModule`
@@ -233,7 +257,8 @@ def build_compute_metrics(
         results: dict[str, float] = {}
         for metric in metrics:
             if getattr(metric, "takes_scores", False):
-                values = metric.compute(prediction_scores=_probabilities(logits), references=labels)
+                # Not through `compute`, which would copy all scores into Python lists.
+                values = metric._compute(prediction_scores=_probabilities(logits), references=labels)
             else:
                 values = metric.compute(predictions=logits.argmax(-1), references=labels)
             results |= values or {}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import default_data_collator
+from torch import nn
+from transformers import BaseImageProcessor, default_data_collator
 from transformers.trainer_utils import PredictionOutput
 
+from ..data.imbalance import label_weights, warn_of_rare_labels
 from ..data.label_sets import LabelSetArguments, load_label_sets
 from ..data.splits import ImageSplits
+from ..data.targets import figures_of
 from ..models.target_losses import LabelSetLoss
 from .base import register_task
 from .classification import Classification
@@ -30,7 +33,16 @@ class MultiLabel(Classification):
     metric = "macro_auroc"
 
     def load_splits(self, data: LabelSetArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
-        return load_label_sets(data, seed=seed, keep_columns=keep_columns)
+        splits = load_label_sets(data, seed=seed, keep_columns=keep_columns)
+        warn_of_rare_labels(figures_of(splits.train), splits.class_names, data.class_weights)
+        return splits
+
+    def fit(self, model: nn.Module, rows: Any, processor: BaseImageProcessor, data: Any) -> dict[str, Any]:
+        if data.class_weights is None:
+            return {}
+        figures = figures_of(rows)
+        names = list(getattr(model.config, "id2label", {}).values()) or [""] * figures.shape[1]
+        return {"compute_loss_func": LabelSetLoss(label_weights(data.class_weights, figures, names))}
 
     def trainer_arguments(self, class_names: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
         return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import datasets
 from torch import nn
 from transformers import AutoConfig, BaseImageProcessor, PreTrainedModel, default_data_collator
 from transformers.trainer_utils import PredictionOutput
@@ -54,7 +53,7 @@ class Regression(Classification):
             config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
         return config.problem_type == self.problem_type and config.num_labels == numbers
 
-    def fit(self, model: nn.Module, rows: datasets.Dataset, processor: BaseImageProcessor, data: Any) -> dict[str, Any]:
+    def fit(self, model: nn.Module, rows: Any, processor: BaseImageProcessor, data: Any) -> dict[str, Any]:
         mean, scale = unit_of(rows, list(getattr(model.config, "id2label", {}).values()))
         was_trained = getattr(model, "answers_in_units", False)
         answer_in_units(model, model_input(processor), mean.tolist(), scale.tolist(), was_trained=was_trained)

@@ -358,6 +358,7 @@ print("reloaded")
 """
 
 
+@pytest.mark.slow
 def test_unets_bring_their_code_and_reload_where_this_package_is_not(hub, user, tmp_path):
     done = user.python(UNETS, HELPERS, tmp_path)
     assert "pushed" in done.stdout, done.stderr[-3000:]

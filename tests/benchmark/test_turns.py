@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,35 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import TrainerControl, TrainerState
+import turn_takers
+from turn_takers import peak_with, take_steps
 
-from metalr_hf.benchmark.turns import StopWatch, peak_memory, run_in_turn
-
-
-class Scheduler:
-    extra_passes = 0.0
-
-
-def take_steps(file, name, steps, fails_at=None):
-    """Writes down who begins and ends a step; each is long enough to be overtaken."""
-
-    def write(text):
-        with open(file, "a") as log:
-            log.write(text + "\n")
-
-    watch = StopWatch(torch.device("cpu"))
-    state = TrainerState(max_steps=steps)
-    for step in range(1, steps + 1):
-        if step == fails_at:
-            raise ArithmeticError(f"{name} fails")
-        write(f"{name} begins")
-        time.sleep(0.05)
-        write(f"{name} ends")
-        watch.on_optimizer_step()
-        state.global_step = step
-        watch.on_step_end(None, state, TrainerControl(), lr_scheduler=Scheduler())
-    return [row["wall"] for row in watch.steps]
+from metalr_hf.benchmark.turns import run_in_turn
 
 
 def test_processes_take_turns_and_do_not_count_the_steps_of_others(tmp_path):
@@ -54,32 +28,20 @@ def test_one_that_fails_does_not_leave_the_other_waiting(tmp_path, name):
         run_in_turn(take_steps, calls)
 
 
-def never_their_turn(file):
-    """Kills who asked while the first waits for the second, which never comes to its first step."""
-    os.mkdir(file / str(os.getpid()))
-    if len(os.listdir(file)) == 1:
-        StopWatch(torch.device("cpu"))
-    else:
-        os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
-        time.sleep(20)
-
-
 @pytest.mark.slow
 def test_those_whose_caller_was_killed_end_too(tmp_path):
-    code = "from pathlib import Path; from test_turns import *; calls = [(Path(sys.argv[1]),)] * 2"
-    command = [sys.executable, "-c", f"import sys; {code}; run_in_turn(never_their_turn, calls)", str(tmp_path)]
-    ended = subprocess.run(command, cwd=Path(__file__).parent, timeout=60)
+    code = (
+        "import sys; from pathlib import Path; from metalr_hf.benchmark.turns import run_in_turn; "
+        "from turn_takers import never_their_turn; run_in_turn(never_their_turn, [(Path(sys.argv[1]),)] * 2)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ended = subprocess.run(command, cwd=Path(turn_takers.__file__).parent, timeout=60)
     assert ended.returncode == -signal.SIGKILL
     first = min(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime).name
     deadline = time.monotonic() + 10
     while os.path.exists(f"/proc/{first}") and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not os.path.exists(f"/proc/{first}")
-
-
-def peak_with(megabytes):
-    held = torch.ones(megabytes, 2**18)
-    return os.getpid(), peak_memory(held.device)
 
 
 def test_each_has_a_process_and_a_peak_of_its_own():

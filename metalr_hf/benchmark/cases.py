@@ -312,7 +312,9 @@ def measure(arguments: BenchmarkArguments, key: str, images: str, steps: int) ->
         "layers": len({group["layer"] for group in groups if "layer" in group}),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "calibration": None if calibration is None else calibration.state_dict() | {"forwards": calibration.forwards},
+        "calibration": None
+        if calibration is None
+        else calibration.state_dict() | {"forwards": trainer.lr_scheduler.calibration_forwards},
     }
 
 

@@ -189,7 +189,9 @@ def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
         table.add_row(layer, f"{start:.1e}", f"{final:.1e}")
     console.print(table)
     if scheduler.calibration is not None:
-        console.print("The start rates were calibrated at the first step; the learning rate given made no difference.")
+        console.print(
+            "The start rates were calibrated along the first steps; the learning rate given made no difference."
+        )
     schedule = SchedulerType(trainer.args.lr_scheduler_type).value
     if schedule != "constant":
         console.print(f"The {schedule} schedule multiplies these rates.")

@@ -210,7 +210,7 @@ def _tuning(trainer: HubTrainer) -> dict[str, object]:
     args, scheduler = trainer.args, trainer.lr_scheduler
     rates = scheduler.start_learning_rates
     given = " to ".join(dict.fromkeys(f"{rate:.1e}" for rate in (rates.min().item(), rates.max().item())))
-    way = "calibrated along the first step" if scheduler.calibration else "as given"
+    way = "calibrated along the first steps" if scheduler.calibration else "as given"
     settings: dict[str, object] = {"start learning rates": f"{given}, {way}"}
     if args.hyper_lr:
         most = f"at most a factor of {trainer.lr_scheduler.max_lr_change:g} a step"

@@ -61,8 +61,8 @@ class MetaLRTrainingArguments(TrainingArguments):
             Tune at the first so many optimizer steps, then keep the rates found and leave them to the schedule; 0 tunes
             to the end.
         calibrate (`bool`, *optional*):
-            Find the start rates along the first step, so that `learning_rate` makes no difference. On by default,
-            unless `hyper_lr` is 0.
+            Find the start rates along the first three steps, so that `learning_rate` makes no difference. On by
+            default, unless `hyper_lr` is 0.
         meta_source (`str`, *optional*):
             Where the validation gradient comes from: `stream` (validation batches, one more forward and backward) or
             `next_batch` (the next training batch, no extra pass). By default `stream` when there is a `meta_dataset`
@@ -139,7 +139,7 @@ class MetaLRTrainingArguments(TrainingArguments):
     calibrate: bool | None = field(
         default=None,
         metadata={
-            "help": "Find the start rates along the first step, so that `learning_rate` makes no difference. On "
+            "help": "Find the start rates along the first three steps, so that `learning_rate` makes no difference. On "
             "by default, unless `hyper_lr` is 0."
         },
     )

@@ -42,7 +42,7 @@ COLLAPSE_FACTOR = 0.1
 class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
     """[`~transformers.Trainer`] with one meta-tuned learning rate per layer.
 
-    The start rates are calibrated at the first step, so that `args.learning_rate` makes no difference. After each of
+    The start rates are found along the first steps, so that `args.learning_rate` makes no difference. After each of
     the first `args.tuning_steps` optimizer steps the learning rate of every layer is tuned by a validation gradient,
     taken from the next training batch (the default: no extra pass), from `meta_dataset`, or from a held-out share of
     the training set (`args.meta_split`). Then the schedule alone moves them. `eval_dataset` is never used to tune.

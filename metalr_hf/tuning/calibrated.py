@@ -63,6 +63,11 @@ class CalibratedScheduler(LayerRateScheduler):
         return self._calibrator.found
 
     @property
+    def calibration_forwards(self) -> int:
+        """Forward passes that the calibration has taken so far."""
+        return self._calibrator.forwards
+
+    @property
     def will_calibrate(self) -> bool:
         """Whether the present step is one whose rates are calibrated."""
         return self._calibrator.due(self.last_epoch)
@@ -110,7 +115,6 @@ class CalibratedScheduler(LayerRateScheduler):
         clear_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         with self.meta_context():
             found = self._calibrator.learning_rates(
-                step,
                 self._look_ahead,
                 before.tolist(),
                 self.shape(step),

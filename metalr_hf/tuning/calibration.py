@@ -1,4 +1,4 @@
-"""Start learning rates from the validation loss along the first optimizer step."""
+"""Start learning rates from the validation loss along the first optimizer steps."""
 
 from __future__ import annotations
 
@@ -11,46 +11,52 @@ from typing import Any
 from torch import Tensor
 
 from .hypergradient import LookAhead
+from .ladder import LADDER, TOLERANCE, first_valley, raised
 
-# The first step, and those at which a backbone in doubt is tried again.
-CALIBRATED_STEPS = (0, 5, 10)
-# At the same rate Adam's first step is about three times as long as later ones, whose gradients partly cancel. A rate
+# One batch of 32 images often says nothing of a backbone, or what is wrong; three batches rarely do.
+LOOKS = (0, 1, 2)
+# A fresh head may say nothing of the backbone, whatever the batch; one that has learned for some steps does.
+LATER_LOOKS = (5, 10)
+# At the same rate Adam's first steps are about three times as long as later ones, whose gradients partly cancel. A rate
 # that suits a later step would be too high by that.
 LONGER_FIRST_STEP = 10**0.5
-# Half a decade apart: what one step says is not finer than that.
-LADDER = tuple(10 ** (k / 2) for k in range(-12, 1))
+# A head learns by rates from 1e-4; only one that was trained before needs less, for which two rungs are enough.
+HEAD_LADDER = (1e-6, 1e-5, *(rate for rate in LADDER if rate > 0.99e-4))
 # The step that is calibrated may have any learning rate, but the same one in every run, so that the learning rate that
 # the user gave makes no difference, not even in the last digit.
 PROBE_LR = 1e-3
 FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 1e-3
-RISE, TOLERANCE = 0.01, 0.003
 BACKBONE_DOUBT = "no step of the backbone lowers the loss"
-# Behind the knee of the loss, and only where it has fallen by enough to have one.
-SHELF, FALL = 0.5, 0.1
-# One step with a fresh head often says nothing about the backbone. Tuning lowers a rate that is too high within a few
-# steps; from one a thousand times too low it needs the better part of a short run.
+# Where a look has seen the loss so much above its start, further rungs are not tried. They all count as that bad and
+# no worse, or one odd batch would outvote two.
+HOPELESS = 0.15
+# A fall by so much behind a hill is no noise.
+DEEP = 0.05
+# Tuning lowers a rate that is too high within a few steps; from one a thousand times too low it needs the better part
+# of a short run.
 LARGEST_HEAD_TO_BACKBONE, FALLBACK_HEAD_TO_BACKBONE = 100.0, 30.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration found.
+    """What the looks so far have found.
 
     Args:
         backbone_lr (`float`): Start rate of every layer but the head.
         head_lr (`float`): Start rate of the head.
-        start_loss (`float`): The validation loss before the step.
-        ladder (`list[float]`): The learning rates tried, in rising order.
-        head_losses (`list[float]`): The validation loss with the head alone moved at every rung that was tried.
-        backbone_losses (`list[float]`): The same for the backbone.
+        start_loss (`float`): The validation loss before the step of the last look.
+        head_losses (`dict[float, float]`):
+            Learning rate to validation loss with the head alone moved; empty where the head's rate was known.
+        backbone_losses (`dict[float, float]`): The same for the backbone.
+        changes (`list[dict[float, float]]`):
+            By how much of the loss before the step a rate of the backbone changed the loss, a mapping a look.
         doubts (`list[str]`): Why the rates are not to be trusted. Empty if all went well.
 
     Example:
 
     ```python
     >>> from metalr_hf.tuning.calibration import Calibration
-    >>> walked = {"ladder": [1e-4, 1e-3], "head_losses": [2.2, 2.0], "backbone_losses": [2.1]}
-    >>> found = Calibration(backbone_lr=1e-4, head_lr=1e-3, start_loss=2.3, **walked, doubts=[])
+    >>> found = Calibration(1e-4, 1e-3, 2.3, {1e-4: 2.2, 1e-3: 2.0}, {1e-4: 2.1}, changes=[], doubts=[])
     >>> found.learning_rates(layers=4)
     [0.0001, 0.0001, 0.0001, 0.001]
     >>> found.forwards
@@ -62,9 +68,9 @@ class Calibration:
     backbone_lr: float
     head_lr: float
     start_loss: float
-    ladder: list[float]
-    head_losses: list[float]
-    backbone_losses: list[float]
+    head_losses: dict[float, float]
+    backbone_losses: dict[float, float]
+    changes: list[dict[float, float]]
     doubts: list[str]
 
     @property
@@ -74,7 +80,7 @@ class Calibration:
 
     @property
     def forwards(self) -> int:
-        """Forward passes that it took."""
+        """Forward passes of the last look."""
         return 1 + len(self.head_losses) + len(self.backbone_losses)
 
     def learning_rates(self, layers: int, head_layers: int = 1) -> list[float]:
@@ -91,84 +97,12 @@ class Calibration:
         return asdict(self)
 
 
-def raised(loss: float, share: float) -> float:
-    """A loss that is worse than another by a share of its size, or better if the share is below zero.
-
-    Args:
-        loss (`float`): Of either sign.
-        share (`float`): Between -1 and 1.
-
-    Returns:
-        `float`: the loss plus the share of its absolute value.
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.tuning.calibration import raised
-    >>> raised(2.0, 0.5), raised(-2.0, 0.5)
-    (3.0, -1.0)
-
-    ```
-    """
-    return loss * (1 + share if loss >= 0 else 1 - share)
-
-
-def first_valley(
-    ladder: Sequence[float], loss_at: Callable[[float], float], start_loss: float
-) -> tuple[float | None, list[float]]:
-    """Walks up a ladder of learning rates and stops behind the first valley or shelf of the loss.
-
-    The walk ends where the loss is 1 % above the lowest seen, or back above the start after a fall, or where, after it
-    has fallen by a tenth, a rung brings less than half of what the rung before brought. What lies behind may be lower,
-    but there the features have often collapsed towards a constant output. Of the rungs walked it takes the highest
-    whose loss is within 0.3 % of the lowest.
-
-    Args:
-        ladder (`Sequence[float]`): Learning rates, in rising order.
-        loss_at (`Callable[[float], float]`): The loss after a step with that learning rate.
-        start_loss (`float`): The loss before the step.
-
-    Returns:
-        `tuple[float | None, list[float]]`: the rate, or `None` if the loss is flat from end to end or rises at the
-        first rung; the losses of the rungs walked.
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.tuning.calibration import first_valley
-    >>> losses = {1e-4: 2.2, 1e-3: 1.8, 1e-2: 2.6, 1e-1: 0.9}
-    >>> first_valley(list(losses), losses.get, start_loss=2.3)
-    (0.001, [2.2, 1.8, 2.6])
-
-    ```
-    """
-    lowest, before, gain = start_loss, start_loss, 0.0
-    walked: list[tuple[float, float]] = []
-    losses = []
-    for rate in ladder:
-        loss = loss_at(rate)
-        losses.append(loss)
-        lost_again = loss > start_loss and lowest < raised(start_loss, -TOLERANCE)
-        if not math.isfinite(loss) or loss > raised(lowest, RISE) or lost_again:
-            break
-        on_shelf = lowest < raised(start_loss, -FALL) and before - loss < SHELF * gain
-        if on_shelf and loss < raised(lowest, -TOLERANCE):
-            break
-        walked.append((rate, loss))
-        if on_shelf:
-            break
-        lowest, gain, before = min(lowest, loss), before - loss, loss
-    lowest_rungs = [rate for rate, loss in walked if loss <= raised(lowest, TOLERANCE)]
-    flat = lowest > raised(start_loss, -TOLERANCE) and len(walked) == len(ladder)
-    return None if flat or not lowest_rungs else lowest_rungs[-1], losses
-
-
 def calibrate(
     look_ahead: LookAhead,
     step_lrs: Sequence[float],
     meta_loss: Callable[[], Tensor] | None,
     *,
-    head_lr: float | None = None,
+    earlier: Calibration | None = None,
     head_layers: int = 1,
     lr_min: float = 0.0,
     lr_max: float = math.inf,
@@ -177,16 +111,17 @@ def calibrate(
     """Finds start rates for head and backbone along the optimizer step just taken, with forward passes only.
 
     The step gives every layer a direction. The validation loss is walked along it, once with the head alone and once
-    with the backbone alone: its gradient was taken through the head as it was, and says nothing for another one. The
-    backbone's rate is at least a hundredth of the head's. The parameters are put back bit for bit; buffers and random
-    numbers are the caller's, see [`~metalr_hf.tuning.contexts.untouched`].
+    with the backbone alone: its gradient was taken through the head as it was, and says nothing for another one. A
+    single batch says little of the backbone, so that its rate is read off the mean of this look and all `earlier` ones.
+    It is at least a hundredth of the head's. The parameters are put back bit for bit; buffers and random numbers are
+    the caller's, see [`~metalr_hf.tuning.contexts.untouched`].
 
     Args:
         look_ahead ([`~metalr_hf.tuning.hypergradient.LookAhead`]): The step taken. Its last layers are the head.
         step_lrs (`Sequence[float]`): The learning rate that the step was taken with, in every layer.
         meta_loss (`Callable`): Takes nothing and returns the scalar validation loss at the present parameters.
-        head_lr (`float`, *optional*): The rate of the head where it is known: only the backbone is walked, from the
-            head as the step left it.
+        earlier ([`Calibration`], *optional*): What the looks along the steps before have found. With it only the
+            backbone is walked, from the head as this step left it.
         head_layers (`int`, *optional*, defaults to 1): How many of the layers, at the end, are the head.
         lr_min (`float`, *optional*, defaults to 0.0), lr_max (`float`, *optional*, defaults to `math.inf`): Rungs
             outside these bounds are left out.
@@ -221,10 +156,9 @@ def calibrate(
     """
     if meta_loss is None:
         raise ValueError(
-            "calibrate=True needs a validation batch at the first step: call scheduler.step(meta_loss), or set "
-            "scheduler.meta_loss, or leave calibrate at False."
+            f"calibrate=True needs a validation batch at the first {len(LOOKS)} steps: call scheduler.step(meta_loss), "
+            "or set scheduler.meta_loss, or leave calibrate at False."
         )
-    ladder = [rate for rate in LADDER if lr_min <= rate <= lr_max]
     layers = len(look_ahead.sizes)
 
     def loss_at(backbone_lr: float, head_lr: float) -> float:
@@ -232,40 +166,117 @@ def calibrate(
         ratios = [rate / step_lr for rate, step_lr in zip(rates, step_lrs, strict=True)]
         return look_ahead.loss_at(ratios, meta_loss, reduce)
 
+    def bounded(rate: float) -> float:
+        return min(max(rate, lr_min), lr_max)
+
     doubts: list[str] = []
-    head_losses: list[float] = []
-    head_step = 0.0 if head_lr is None else step_lrs[-1]
+    head_losses: dict[float, float] = {}
+    head_lr = None if earlier is None else earlier.head_lr
+    head_step = 0.0 if earlier is None else step_lrs[-1]
     start_loss = loss_at(0.0, head_step)
-    if head_lr is None:
+    if earlier is None:
+        ladder = [rate for rate in HEAD_LADDER if lr_min <= rate <= lr_max]
         head_lr, head_losses = first_valley(ladder, lambda rate: loss_at(0.0, rate), start_loss)
     if head_lr is None:
         doubts.append("the loss does not tell the learning rates of the head apart")
-        head_lr = min(max(FALLBACK_HEAD_LR, lr_min), lr_max)
-    backbone_lr: float | None = None
-    backbone_losses: list[float] = []
-    if layers > head_layers:
-        backbone_lr, backbone_losses = first_valley(ladder, lambda rate: loss_at(rate, head_step), start_loss)
-        # If no step of the backbone lowered the loss of this batch, it does not tell how long the step should be.
-        if backbone_lr is None or not min(backbone_losses) <= raised(start_loss, -TOLERANCE):
-            doubts.append(BACKBONE_DOUBT)
-            backbone_lr = None
+        head_lr = bounded(FALLBACK_HEAD_LR)
+    lowest = max(head_lr / LARGEST_HEAD_TO_BACKBONE, lr_min)
+    ladder = [rate for rate in LADDER if 0.99 * lowest <= rate <= lr_max] if layers > head_layers else []
+    backbone_losses = losses_until_hopeless(ladder, lambda rate: loss_at(rate, head_step), start_loss)
+    changes = [] if earlier is None else list(earlier.changes)
+    if math.isfinite(start_loss):
+        size = abs(start_loss) or 1.0
+        changes.append({rate: (loss - start_loss) / size for rate, loss in backbone_losses.items()})
+    backbone_lr = lowest_on_average(changes, ladder, head_lr)
     if backbone_lr is None:
-        backbone_lr = min(max(FALLBACK_BACKBONE_LR, head_lr / FALLBACK_HEAD_TO_BACKBONE, lr_min), lr_max)
-    backbone_lr = max(backbone_lr, head_lr / LARGEST_HEAD_TO_BACKBONE)
-    return Calibration(backbone_lr, head_lr, start_loss, ladder, head_losses, backbone_losses, doubts)
+        if layers > head_layers:
+            doubts.append(BACKBONE_DOUBT)
+        harms_at_once = bool(backbone_losses) and backbone_losses[ladder[0]] > raised(start_loss, TOLERANCE)
+        guess = max(FALLBACK_BACKBONE_LR, head_lr / FALLBACK_HEAD_TO_BACKBONE)
+        backbone_lr = lowest if harms_at_once else bounded(guess)
+    backbone_lr = max(backbone_lr, lowest)
+    return Calibration(backbone_lr, head_lr, start_loss, head_losses, backbone_losses, changes, doubts)
+
+
+def losses_until_hopeless(
+    ladder: Sequence[float], loss_at: Callable[[float], float], start_loss: float
+) -> dict[float, float]:
+    """Walks up a ladder beyond valleys and hills, to where the loss is far above its start.
+
+    Where a single look has a valley, the mean of several may have none.
+
+    Args:
+        ladder (`Sequence[float]`): Learning rates, in rising order.
+        loss_at (`Callable[[float], float]`): The loss after a step with that learning rate.
+        start_loss (`float`): The loss before the step.
+
+    Returns:
+        `dict[float, float]`: every rung walked, with its loss.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tuning.calibration import losses_until_hopeless
+    >>> losses = {1e-4: 2.4, 1e-3: 1.8, 1e-2: 3.0, 1e-1: 0.9}
+    >>> losses_until_hopeless(list(losses), losses.get, start_loss=2.3)
+    {0.0001: 2.4, 0.001: 1.8, 0.01: 3.0}
+
+    ```
+    """
+    losses: dict[float, float] = {}
+    for rate in ladder:
+        losses[rate] = loss = loss_at(rate)
+        if not loss <= start_loss + HOPELESS * abs(start_loss):
+            break
+    return losses
+
+
+def lowest_on_average(changes: Sequence[dict[float, float]], ladder: Sequence[float], head_lr: float) -> float | None:
+    """The learning rate at the first valley of the mean of several looks.
+
+    Where there is none, for the loss rises first, a deep valley behind it counts up to the rate of the head.
+
+    Args:
+        changes (`Sequence[dict[float, float]]`): Learning rate to relative change of the loss, a mapping a look.
+        ladder (`Sequence[float]`): Learning rates, in rising order.
+        head_lr (`float`): The rate of the head.
+
+    Returns:
+        `float | None`: the rate, or `None` if no rate lowers the loss.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tuning.calibration import lowest_on_average
+    >>> looks = [{1e-4: 0.0, 1e-3: -0.1, 1e-2: 0.4}, {1e-4: 0.01, 1e-3: 0.02, 1e-2: -0.1}]
+    >>> lowest_on_average(looks, [1e-4, 1e-3, 1e-2], head_lr=1e-2)
+    0.001
+
+    ```
+    """
+    if not changes or not ladder:
+        return None
+
+    def change(look: dict[float, float], rate: float) -> float:
+        found = look.get(rate, HOPELESS)
+        return min(found, HOPELESS) if math.isfinite(found) else HOPELESS
+
+    curve = {rate: 1 + sum(change(look, rate) for look in changes) / len(changes) for rate in ladder}
+    found, walked = first_valley(ladder, curve.__getitem__, 1.0)
+    if found is not None and min(walked.values()) <= 1 - TOLERANCE:
+        return found
+    deepest = min((rate for rate in ladder if rate <= head_lr * 1.01), key=curve.__getitem__, default=None)
+    return deepest if deepest is not None and curve[deepest] < 1 - DEEP else None
 
 
 class Calibrator:
-    """Calibrates at the first step, and the backbone again a few steps later if it was in doubt.
-
-    A fresh head may say nothing about the backbone, so that no step of it lowers the loss. A head that has learned for
-    a few steps does.
+    """Looks along the first three steps, and along two later ones if the backbone is still in doubt then.
 
     Args:
         active (`bool`): Whether to calibrate at all.
 
     Attributes:
-        found ([`Calibration`], *optional*): The last calibration that gave the rates.
+        found ([`Calibration`], *optional*): The calibration that gave the rates.
         forwards (`int`): Forward passes taken so far.
 
     Example:
@@ -282,7 +293,7 @@ class Calibrator:
     def __init__(self, active: bool):
         self.found: Calibration | None = None
         self.forwards = 0
-        self._steps: list[int] = list(CALIBRATED_STEPS) if active else []
+        self._steps: list[int] = [*LOOKS, *LATER_LOOKS] if active else []
 
     def due(self, step: int) -> bool:
         """Whether this step is to be calibrated; a step that could not be is made up for by the next.
@@ -294,7 +305,6 @@ class Calibrator:
 
     def learning_rates(
         self,
-        step: int,
         look_ahead: LookAhead,
         before: Sequence[float],
         shape: float,
@@ -304,7 +314,6 @@ class Calibrator:
         """Calibrates the step just taken.
 
         Args:
-            step (`int`): The optimizer step, from 0.
             look_ahead ([`~metalr_hf.tuning.hypergradient.LookAhead`]): The step taken.
             before (`Sequence[float]`): The learning rate α of every layer, the head's last.
             shape (`float`): The schedule's factor s: the step was taken with s α.
@@ -312,23 +321,31 @@ class Calibrator:
             kwargs: Passed on to [`calibrate`].
 
         Returns:
-            `list[float]`: the start rate of every layer, or `before` if the backbone is still in doubt.
+            `list[float]`: the rate of every layer from this step on.
         """
-        first = self.found is None
-        step_lrs = [rate * shape for rate in before]
+        earlier, later = self.found, self._steps[0] in LATER_LOOKS
+        if earlier is not None and later:
+            # What was seen through the fresh head is what left the doubt.
+            earlier = replace(earlier, changes=[])
         with look_ahead.excursions():
-            found = calibrate(look_ahead, step_lrs, meta_loss, head_lr=None if first else before[-1], **kwargs)
+            step_lrs = [rate * shape for rate in before]
+            found = calibrate(look_ahead, step_lrs, meta_loss, earlier=earlier, **kwargs)
         self.forwards += found.forwards
-        self._steps = [later for later in self._steps if later > step] if found.backbone_in_doubt else []
+        self._steps = self._steps[1:]
+        if len(self._steps) <= len(LATER_LOOKS) and not found.backbone_in_doubt:
+            self._steps = []
         if not self._steps:
             warn_of_doubts(found)
-        if found.backbone_in_doubt and not first:
+        if later and found.backbone_in_doubt:
             return list(before)
-        if not first:
+        if later:
             lower = max(found.backbone_lr / LONGER_FIRST_STEP, kwargs.get("lr_min", 0.0))
             found = replace(found, backbone_lr=lower)
         self.found = found
-        return found.learning_rates(len(before), kwargs.get("head_layers", 1))
+        head_layers = kwargs.get("head_layers", 1)
+        rates = found.learning_rates(len(before), head_layers)
+        # The head has been tuned since its own look.
+        return rates if earlier is None else [*rates[:-head_layers], *before[-head_layers:]]
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in plain containers."""
@@ -355,7 +372,7 @@ def warn_of_doubts(calibration: Calibration) -> None:
 
     ```python
     >>> from metalr_hf.tuning.calibration import Calibration, warn_of_doubts
-    >>> certain = Calibration(1e-4, 1e-3, 2.3, ladder=[], head_losses=[], backbone_losses=[], doubts=[])
+    >>> certain = Calibration(1e-4, 1e-3, 2.3, head_losses={}, backbone_losses={}, changes=[], doubts=[])
     >>> warn_of_doubts(certain)
 
     ```

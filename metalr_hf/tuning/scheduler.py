@@ -50,8 +50,9 @@ class MetaLRScheduler(CalibratedScheduler):
         tuning_steps (`int`, *optional*):
             Tunes at the first so many optimizer steps and keeps the rates found. `None` tunes to the end.
         calibrate (`bool`, *optional*, defaults to `False`):
-            Finds the start rates along the first step, so that the `lr` of the groups makes no difference; see
-            [`~metalr_hf.tuning.calibration.calibrate`]. Needs a `meta_loss` at the first `step()`, with either source.
+            Finds the start rates along the first three steps, so that the `lr` of the groups makes no difference; see
+            [`~metalr_hf.tuning.calibration.calibrate`]. Needs a `meta_loss` at every `step()` before which
+            `will_calibrate` is true, with either source.
         lookahead (`str`, *optional*, defaults to `"optimizer"`):
             `"optimizer"` differentiates the step really taken; `"sgd"` (streams only) the paper's raw-gradient step.
         shape (`Callable[[int], float]`, *optional*):
@@ -157,7 +158,7 @@ class MetaLRScheduler(CalibratedScheduler):
     @property
     def extra_passes(self) -> float:
         """What calibration and validation have cost so far, in training passes; a forward alone counts as a third."""
-        return self.validations + self._calibrator.forwards / 3
+        return self.validations + self.calibration_forwards / 3
 
     @property
     def will_tune(self) -> bool:

@@ -92,7 +92,10 @@ def test_it_measures_what_it_says(run):
     assert [step["passes"] for step in by_case["stream_2"]["steps"]] == [1, 0, 1, 0, 1]
     assert not any(step["passes"] for key in ("plain", "tensors", "settled") for step in by_case[key]["steps"])
     calibration = by_case["next_batch"]["calibration"]
-    assert by_case["next_batch"]["steps"][1]["passes"] == pytest.approx(calibration["forwards"] / 3)
+    passes = [step["passes"] for step in by_case["next_batch"]["steps"]]
+    assert passes[0] == 0
+    assert passes[1] > 0
+    assert sum(passes) == pytest.approx(calibration["forwards"] / 3)
     assert all(row["peak"] > 100 * 2**20 for row in by_case.values())
     for row in found["measurements"]:
         assert len(row["beside"]["steps"]) == len(row["steps"])

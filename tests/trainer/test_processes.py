@@ -18,7 +18,7 @@ from train_in_processes import META_ROWS, names, run
 from metalr_hf import LRHistory
 from metalr_hf.cli import main
 from metalr_hf.cli.train import RUN_FILES
-from metalr_hf.tuning.calibration import CALIBRATED_STEPS
+from metalr_hf.tuning.calibration import LOOKS
 
 pytestmark = pytest.mark.slow
 
@@ -180,7 +180,7 @@ def test_a_validation_sends_one_figure_a_layer(folder):
     assert sent.count(gradient) == steps
     # The validation loss goes with the figures of the layers; a step that is calibrated sends losses alone, and the
     # look-out for a collapse one or two figures.
-    assert steps - len(CALIBRATED_STEPS) <= sent.count(LAYERS + 1) < steps
+    assert steps - len(LOOKS) <= sent.count(LAYERS + 1) < steps
     assert set(sent) == {gradient, LAYERS + 1, 1, 2, len(list(model.parameters()))}
 
 

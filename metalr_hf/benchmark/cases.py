@@ -304,7 +304,8 @@ def measure(arguments: BenchmarkArguments, key: str, images: str, steps: int) ->
         watch = StopWatch(device)
         trainer.add_callback(watch)
         trainer.train()
-    calibration = getattr(trainer.lr_scheduler, "calibration", None)
+    scheduler: Any = trainer.lr_scheduler
+    calibration = getattr(scheduler, "calibration", None)
     groups = trainer.optimizer.param_groups if trainer.optimizer else []
     return {
         "steps": watch.steps,
@@ -314,7 +315,7 @@ def measure(arguments: BenchmarkArguments, key: str, images: str, steps: int) ->
         "threads": torch.get_num_threads(),
         "calibration": None
         if calibration is None
-        else calibration.state_dict() | {"forwards": trainer.lr_scheduler.calibration_forwards},
+        else calibration.state_dict() | {"forwards": scheduler.calibration_forwards},
     }
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..layers.names import head_layers
 from .calibration import PROBE_LR, Calibration, Calibrator
 from .hypergradient import LookAhead
-from .optimizers import unwrap
+from .optimizers import check_own_rates, unwrap
 from .rates import LayerRateScheduler
 from .validation import clear_gradients
 
@@ -81,6 +81,7 @@ class CalibratedScheduler(LayerRateScheduler):
             meta_loss (`Callable`): Takes nothing and returns the scalar loss at the present parameters.
         """
         if self.calibration_is_late:
+            check_own_rates(self.optimizer, self.get_lr(), self._group_layers)
             self._calibrate(meta_loss, self.last_epoch - 1)
             self.settle()
             self.write_learning_rates()

@@ -169,7 +169,7 @@ def calibrate(
     def bounded(rate: float) -> float:
         return min(max(rate, lr_min), lr_max)
 
-    doubts: list[str] = []
+    doubts = [] if earlier is None else [doubt for doubt in earlier.doubts if doubt != BACKBONE_DOUBT]
     head_losses: dict[float, float] = {}
     head_lr = None if earlier is None else earlier.head_lr
     head_step = 0.0 if earlier is None else step_lrs[-1]
@@ -332,7 +332,8 @@ class Calibrator:
             found = calibrate(look_ahead, step_lrs, meta_loss, earlier=earlier, **kwargs)
         self.forwards += found.forwards
         self._steps = self._steps[1:]
-        if len(self._steps) <= len(LATER_LOOKS) and not found.backbone_in_doubt:
+        settled = len(self._steps) <= len(LATER_LOOKS) and not found.backbone_in_doubt
+        if settled or not found.backbone_losses:
             self._steps = []
         if not self._steps:
             warn_of_doubts(found)

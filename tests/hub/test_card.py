@@ -6,7 +6,6 @@ from hostile_text import HOSTILE, rendered, shown
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from small_runs import arguments, images, vit
-from transformers import TrainerCallback
 
 from metalr_hf import MetaLRTrainer
 from metalr_hf.hub.card import Evaluation, LayerFacts, RunFacts, model_card, reading
@@ -258,30 +257,22 @@ def test_that_the_weights_are_an_average(tmp_path, kind, told):
     assert f"| weights | {told} |" in (tmp_path / "README.md").read_text()
 
 
-class RatesAtEveryStep(TrainerCallback):
-    def __init__(self):
-        self.rates = []
-
-    def on_step_end(self, args, state, control, lr_scheduler, **kwargs):
-        self.rates.append(lr_scheduler.learning_rates)
-
-
 def test_the_range_of_a_rate_is_before_the_schedule_also_where_that_was_changed_on_the_way(tmp_path):
     def train(max_steps, resume=None):
         options = {"lr_scheduler_type": "linear", "warmup_steps": 1, "tuning_steps": 0, "calibrate": True}
         args = arguments(tmp_path, max_steps=max_steps, save_strategy="steps", save_steps=3, **options)
-        seen = RatesAtEveryStep()
-        run = MetaLRTrainer(vit(), args, train_dataset=images(), callbacks=[seen])
+        run = MetaLRTrainer(vit(), args, train_dataset=images())
         run.train(resume_from_checkpoint=resume)
-        return run, seen.rates
+        return run
 
-    _, before = train(4)
-    run, after = train(9, str(tmp_path / "checkpoint-3"))
-    # The first step has the length 0. The second is calibrated, when the third begins.
-    rates = torch.stack([run.lr_scheduler.start_learning_rates, before[2], *after])
+    train(4)
+    run = train(9, str(tmp_path / "checkpoint-3"))
+    # The first step has the length 0. The third is recorded when the fourth begins.
+    shapes = torch.tensor([[(end - step) / (end - 1)] for step, end in enumerate([4, 9, 9, 9, 9, 9, 9, 9], start=1)])
+    rates = torch.tensor(run.lr_history.learning_rates[1:]) / shapes
     layers = run_facts(run).layers
     assert [layer.name for layer in layers] == run.lr_history.layers
-    assert [layer.low for layer in layers] == rates.amin(0).tolist()
-    assert [layer.high for layer in layers] == rates.amax(0).tolist()
-    assert [layer.final for layer in layers] == rates[-1].tolist()
+    assert [layer.low for layer in layers] == pytest.approx(rates.amin(0).tolist())
+    assert [layer.high for layer in layers] == pytest.approx(rates.amax(0).tolist())
+    assert [layer.final for layer in layers] == pytest.approx(rates[-1].tolist())
     assert all(layer.low < layer.high for layer in layers)

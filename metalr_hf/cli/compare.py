@@ -10,18 +10,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..compare.report import write_report
 from ..compare.results import read_results
 from ..compare.runs import Cell, Comparison, compare
+from ..compare.workers import check_backend
 from ..data.loading import DataArguments
 from ..models.loading import ModelArguments
 from ..tasks import get_task
 from ..trainer.arguments import MetaLRTrainingArguments
 from . import INTERRUPTED, say
 from .arguments import CommandParser, named_task
+from .runs_progress import RunsProgress
 
 DEMO = "demo"
 
@@ -68,6 +69,9 @@ class CompareArguments:
         image_column_name (`str`, *optional*): Column of the images.
         label_column_name (`str`, *optional*): Column of the classes.
         test_split (`str`, *optional*): Split to test on.
+        workers (`int`, *optional*): Runs at a time.
+        backend (`str`, *optional*, defaults to `"local"`): `local`, `dask` or `ray`.
+        scheduler (`str`, *optional*): Address of the cluster.
     """
 
     output_dir: str = field(
@@ -109,6 +113,20 @@ class CompareArguments:
     image_column_name: str | None = field(default=None, metadata={"help": "Column of the images."})
     label_column_name: str | None = field(default=None, metadata={"help": "Column of the classes."})
     test_split: str | None = field(default=None, metadata={"help": "Split to test on."})
+    workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Runs at a time, each in a process of its own with its share of the threads. By default one a GPU, "
+            "or one; on a cluster as many as it has workers."
+        },
+    )
+    backend: str = field(
+        default="local",
+        metadata={"help": "Where the runs run: `local` (this machine), or on the workers of `dask` or `ray`."},
+    )
+    scheduler: str | None = field(
+        default=None, metadata={"help": "Address of Dask's scheduler (`tcp://host:8786`), or of a Ray cluster."}
+    )
 
 
 def _unless_given(name: str, fields: Sequence[dataclasses.Field[Any]]) -> type:
@@ -173,17 +191,21 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any], rows: di
     if tuning:
         # Refuses a bad one now rather than in each run.
         MetaLRTrainingArguments(arguments.output_dir, **tuning)
+    # Before the data sets are read, which may take long.
+    check_backend(arguments.workers, arguments.backend, arguments.scheduler)
     cells = [make_cell(model, dataset, arguments, rows) for model in arguments.model for dataset in arguments.dataset]
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("runs", total=None)
+    with RunsProgress(console) as shown:
         try:
             compare(
                 cells,
                 comparison,
                 arguments.output_dir,
-                lambda done, total, _: bar.update(task, completed=done, total=total),
+                shown.ended,
+                workers=arguments.workers,
+                backend=arguments.backend,
+                scheduler=arguments.scheduler,
+                watch=shown.watch,
             )
         except KeyboardInterrupt:
             if read_results(arguments.output_dir):

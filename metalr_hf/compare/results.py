@@ -109,14 +109,42 @@ def mend_lines(file: Path, keep: Callable[[dict[str, Any]], bool] = lambda row: 
 
     ```
     """
-    kept = [line for line in _whole_lines(file) if keep(json.loads(line))]
-    text = "".join(line + "\n" for line in kept)
+    return _replace_lines(file, [line for line in _whole_lines(file) if keep(json.loads(line))])
+
+
+def sort_lines(file: Path, key: Callable[[dict[str, Any]], int]) -> list[dict[str, Any]]:
+    """Puts the rows of a file of JSON lines in order; those of one key stay as they are to each other.
+
+    Args:
+        file (`pathlib.Path`): The file.
+        key (`Callable[[dict], int]`): What to order by.
+
+    Returns:
+        `list[dict]`: the rows in their order.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from metalr_hf.compare.results import append_line, sort_lines
+    >>> for seed in (1, 0):
+    ...     append_line(Path("sorted.jsonl"), {"seed": seed})
+    >>> sort_lines(Path("sorted.jsonl"), lambda row: row["seed"])
+    [{'seed': 0}, {'seed': 1}]
+
+    ```
+    """
+    return _replace_lines(file, sorted(_whole_lines(file), key=lambda line: key(json.loads(line))))
+
+
+def _replace_lines(file: Path, lines: list[str]) -> list[dict[str, Any]]:
+    text = "".join(line + "\n" for line in lines)
     if file.exists() and file.read_text(encoding="utf-8") != text:
         # At once, so that neither a reader nor a crash finds half of it.
         new = file.with_suffix(".new")
         new.write_text(text, encoding="utf-8")
         os.replace(new, file)
-    return [json.loads(line) for line in kept]
+    return [json.loads(line) for line in lines]
 
 
 def _whole_lines(file: Path) -> list[str]:

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, set_seed
+from torch import nn
 
-from ..data.columns import IMAGE, LABEL
-from ..data.folds import flip_labels, fold_rows, stratified_subset
-from ..models.bare import wrap_bare_module
-from ..models.timm import is_timm_model, wrap_timm_model
+from ..data.columns import LABEL
 from ..settings import check_count, check_number
 from ..tasks import Task, get_task
-from .results import (
-    DIVERGED,
-    DONE,
-    FAILED,
-    RESULTS,
-    TIMINGS,
-    append_line,
-    keep_settings,
-    mend_lines,
-    only_process,
-)
-from .strategies import Job, Strategy, get_strategy
+from .results import FAILED, RESULTS, TIMINGS, append_line, keep_settings, mend_lines, only_process, sort_lines
+from .strategies import get_strategy
+from .training import Outcome, Work, failed
+from .workers import LOCAL, Lost, check_backend, find_places, spread
 
 RowTransform = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
 
@@ -179,6 +163,11 @@ def compare(
     comparison: Comparison,
     output_dir: str | os.PathLike[str],
     progress: Callable[[int, int, float], None] = lambda done, total, seconds_left: None,
+    *,
+    workers: int | None = None,
+    backend: str = LOCAL,
+    scheduler: str | None = None,
+    watch: Callable[[Mapping[str, Run], Sequence[dict[str, Any]]], None] = lambda running, rows: None,
 ) -> list[dict[str, Any]]:
     """Runs the missing runs of a comparison: those not started yet, and those that an error ended.
 
@@ -190,18 +179,26 @@ def compare(
             same file), `timings.jsonl`, `settings.json` and each run's `lr_history.csv`.
         progress (`Callable[[int, int, float], None]`, *optional*):
             Called after each run with the runs done, the runs in all and the seconds left.
+        workers (`int`, *optional*):
+            Runs at a time, each in a process of its own with its share of the threads, and of the GPUs. By default one
+            a GPU, or one; on a cluster as many as it has workers.
+        backend (`str`, *optional*, defaults to `"local"`): `"local"`, `"dask"` or `"ray"`.
+        scheduler (`str`, *optional*): Address of Dask's scheduler, or of the Ray cluster.
+        watch (`Callable[[Mapping[str, Run], Sequence[dict]], None]`, *optional*):
+            Called whenever a run begins or ends, with where each run is that is at work, and the results so far.
 
     Returns:
         `list[dict]`: the results of all runs.
 
     Raises:
         ValueError: if the folder holds a comparison with other settings, or a cell has fewer rows than folds.
-        ImportError: if a package that a strategy needs is not installed.
+        ImportError: if a package that a strategy or the backend needs is not installed.
         BlockingIOError: if another process is at work in the folder.
+        ConnectionError: if no cluster answers.
     """
     folder = Path(output_dir)
+    check_backend(workers, backend, scheduler)
     folder.mkdir(parents=True, exist_ok=True)
-    by_name = {cell.name: cell for cell in cells}
     for cell in cells:
         _check_cell(cell, comparison)
     with only_process(folder):
@@ -211,18 +208,49 @@ def compare(
         mend_lines(folder / TIMINGS)
         done = {_key(row) for row in rows}
         missing = [run for key, run in wanted.items() if key not in done]
-        for name in {run.strategy: None for run in missing}:
-            get_strategy(name).check_packages()
-        started, total = time.monotonic(), len(missing) + len(rows)
-        for count, run in enumerate(missing, start=1):
-            row, seconds = _result(by_name[run.cell], run, comparison, folder)
-            append_line(folder / RESULTS, row)
-            if row["status"] != FAILED:
-                append_line(folder / TIMINGS, {**asdict(run), "seconds": round(seconds, 2)})
-            rows.append(row)
-            left = (time.monotonic() - started) / count * (len(missing) - count)
-            progress(total - len(missing) + count, total, left)
+        strategies = {name: get_strategy(name) for name in {run.strategy: None for run in missing}}
+        for strategy in strategies.values():
+            strategy.check_packages()
+        if not missing:
+            return rows
+        work = Work({cell.name: cell for cell in cells}, comparison, strategies)
+        places = find_places(work, workers, backend, scheduler)
+        started, total, ended = time.monotonic(), len(missing) + len(rows), 0
+        running: dict[str, Run] = {}
+
+        def on_start(run: Run, place: str) -> None:
+            running[place] = run
+            watch(dict(running), list(rows))
+
+        def on_end(run: Run, outcome: Outcome | Lost) -> None:
+            nonlocal ended
+            ended += 1
+            if isinstance(outcome, Lost):
+                outcome = Outcome({**asdict(run), **failed(outcome.reason)}, 0.0)
+            _keep(folder, run, outcome)
+            rows.append(outcome.row)
+            for place in [place for place, other in running.items() if other == run]:
+                del running[place]
+            left = (time.monotonic() - started) / ended * (len(missing) - ended)
+            progress(total - len(missing) + ended, total, left)
+            watch(dict(running), list(rows))
+
+        spread(places, missing, on_start, on_end)
+        if len(places) > 1:
+            # The order in which they ended is chance; in this one the same runs give the same file.
+            order = {key: i for i, key in enumerate(wanted)}
+            rows = sort_lines(folder / RESULTS, lambda row: order.get(_key(row), -1))
     return rows
+
+
+def _keep(folder: Path, run: Run, outcome: Outcome) -> None:
+    """Writes what came of a run, its line last: what has a line is complete."""
+    if outcome.history is not None:
+        (folder / "lr_history").mkdir(exist_ok=True)
+        (folder / "lr_history" / f"{run.label}.csv").write_text(outcome.history, encoding="utf-8")
+    if outcome.row["status"] != FAILED:
+        append_line(folder / TIMINGS, {**asdict(run), "seconds": round(outcome.seconds, 2)})
+    append_line(folder / RESULTS, outcome.row)
 
 
 def _runs(cells: Sequence[Cell], comparison: Comparison) -> Iterator[Run]:
@@ -233,130 +261,6 @@ def _runs(cells: Sequence[Cell], comparison: Comparison) -> Iterator[Run]:
                 for name in comparison.strategies:
                     rates: list[Any] = comparison.learning_rates if get_strategy(name).uses_learning_rate else [None]
                     yield from (Run(cell.name, name, rate, seed, fold) for rate in rates)
-
-
-def _result(cell: Cell, run: Run, comparison: Comparison, folder: Path) -> tuple[dict[str, Any], float]:
-    """The row of a run, and how long it took; one that an error ended is a row with its reason."""
-    started = time.monotonic()
-    try:
-        outcome = _train_and_test(cell, run, comparison, folder)
-    except (RuntimeError, ValueError, ArithmeticError, ImportError) as error:
-        outcome = {"status": FAILED, "reason": f"{type(error).__name__}: {error}"[:500]}
-    return {**asdict(run), **outcome}, time.monotonic() - started
-
-
-def _train_and_test(cell: Cell, run: Run, comparison: Comparison, folder: Path) -> dict[str, Any]:
-    strategy = get_strategy(run.strategy)
-    train, test = cell.train, cell.test
-    if run.fold is not None:
-        train_rows, test_rows = fold_rows(train, comparison.folds, run.seed, comparison.group_column)[run.fold]
-        train, test = train.select(train_rows), train.select(test_rows)
-    assert test is not None
-    train = stratified_subset(train, comparison.train_size or len(train), run.seed)
-    if comparison.noise:
-        train = flip_labels(train, comparison.noise, run.seed)
-    set_seed(run.seed)
-    model = cell.make_model(cell.classes)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = _make_trainer(strategy, model, train, cell, run, comparison, scratch)
-        watch = _Watch(trainer)
-        output = trainer.train()
-        prediction = trainer.predict(_prepared(test, cell.test_transform))
-    history = getattr(trainer, "lr_history", None)
-    if history is not None:
-        (folder / "lr_history").mkdir(exist_ok=True)
-        history.save(folder / "lr_history" / f"{run.label}.csv")
-    scores = {"metric": cell.task.metric, **cell.task.score(prediction, cell.classes)}
-    if not np.isfinite(output.training_loss):
-        return {"status": DIVERGED, "reason": f"training loss {output.training_loss}", **scores}
-    if scores[cell.task.metric] is None:
-        return {"status": DIVERGED, "reason": "test outputs that are not finite", **scores}
-    return {
-        "status": DONE,
-        **scores,
-        "train_loss": round(float(output.training_loss), 6),
-        "steps": int(output.global_step),
-        "cost": round(watch.cost(), 4),
-        "images": watch.digest.hexdigest(),
-    }
-
-
-def _make_trainer(
-    strategy: Strategy,
-    model: nn.Module,
-    train: datasets.Dataset,
-    cell: Cell,
-    run: Run,
-    comparison: Comparison,
-    scratch: str,
-) -> Trainer:
-    arguments = {
-        "output_dir": scratch,
-        "max_steps": comparison.steps,
-        "per_device_train_batch_size": comparison.batch_size,
-        "per_device_eval_batch_size": 4 * comparison.batch_size,
-        "weight_decay": comparison.weight_decay,
-        "seed": run.seed,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "logging_nan_inf_filter": False,  # A run whose loss is not finite has diverged, and must say so.
-        "report_to": "none",
-        "disable_tqdm": True,
-        "log_level": "error",
-        **cell.task.training_arguments,
-    }
-    model = _with_loss(model, cell.classes)
-    job = Job(
-        model=model,
-        learning_rate=run.learning_rate or 5e-5,  # Trainer's default for a strategy that does not look at it.
-        arguments=arguments,
-        trainer_arguments={
-            "train_dataset": _prepared(train, cell.train_transform),
-            **cell.task.trainer_arguments(cell.classes, cell.task.data_arguments.default_metrics),
-            **cell.fit(model, train),
-        },
-        tuning_arguments=comparison.tuning,
-    )
-    trainer = strategy.make_trainer(job)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-class _Watch:
-    """Notes the images of every training step, and counts the passes."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.steps = 0
-        self.digest = hashlib.blake2b(digest_size=8)
-        step = trainer.training_step
-
-        def watched(model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-            self.steps += 1
-            # Images before labels, as the digests of earlier comparisons have them.
-            for key in sorted(inputs, reverse=True):
-                self.digest.update(inputs[key].detach().cpu().contiguous().numpy().tobytes())
-            return step(model, inputs, *args, **kwargs)
-
-        trainer.training_step = watched  # type: ignore[method-assign]
-
-    def cost(self) -> float:
-        """Forward and backward passes over those of a plain run; a forward alone counts for a third."""
-        extra = getattr(self.trainer.lr_scheduler, "extra_passes", 0.0)
-        extra += getattr(self.trainer, "statistics_passes", 0.0)
-        return (self.steps + extra) / max(1, self.steps)
-
-
-def _prepared(data: datasets.Dataset, transform: RowTransform) -> datasets.Dataset:
-    return data.select_columns([IMAGE, LABEL]).with_transform(transform)
-
-
-def _with_loss(model: nn.Module, classes: Sequence[str]) -> nn.Module:
-    if is_timm_model(model):
-        return wrap_timm_model(model, dict(enumerate(classes)))
-    return wrap_bare_module(model, None)[0]
 
 
 def _check_cell(cell: Cell, comparison: Comparison) -> None:

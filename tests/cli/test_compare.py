@@ -38,6 +38,13 @@ def test_a_comparison_from_the_command_line_leaves_its_report(tmp_path, capsys):
     ]
     assert (tmp_path / "out" / "report.png").exists()
     assert "cosine" in capsys.readouterr().out
+    # What one process has run, two do not run again.
+    assert main([*command, "--batch_size", "8", "--image_size", "16", "--seeds", "0", "1", "--workers", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "best so far: accuracy" in printed
+    assert "4/4" in printed
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(row["seed"], row["strategy"]) for row in rows] == [(s, n) for s in (0, 1) for n in ("cosine", "metalr")]
     assert main([*command, "--batch_size", "9", "--image_size", "16"]) == 2
     assert "holds a comparison with other settings" in capsys.readouterr().err
 
@@ -61,6 +68,8 @@ def test_a_folder_in_which_another_process_is_at_work_is_left_as_it_is(tmp_path,
         (["--strategies", "metalrr"], "Did you mean 'metalr'"),
         (["--learning_rates", "0"], "learning_rates=0.0 is not a positive number"),
         (["--hyper_lr", "-1"], "hyper_lr=-1.0"),
+        (["--workers", "0"], "workers=0 must be 1 or more"),
+        (["--backend", "dask"], "backend='dask' needs scheduler"),
         (["--steps", "few"], "argument --steps: invalid int value: 'few' (`metalr-hf compare --help`"),
         (["--step", "3"], "'step' is no argument. Did you mean 'steps'"),
         (["--steps", "3", "noise"], "'noise' is no argument"),

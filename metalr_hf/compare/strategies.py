@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -115,13 +115,25 @@ class Strategy:
         name (`str`): Its name.
         make_trainer (`Callable[[Job], Trainer]`): Makes the trainer of a run.
         uses_learning_rate (`bool`): Whether the start learning rate matters; if not, it is run once per seed.
-        packages (`Sequence[str]`): Packages that it needs in addition to those that are installed with this one.
+        packages (`Sequence[str]` or `Mapping[str, str]`): Packages that it needs in addition to those that are
+            installed with this one: names, or modules to the names that pip knows.
+        needs_horizon (`bool`): Whether it has to know the number of steps beforehand.
+        per_layer (`bool`): Whether layers, or tensors, have step sizes of their own.
+        cost (`str`): What a run costs, in runs of equal steps.
     """
 
     name: str
     make_trainer: Callable[[Job], Trainer]
     uses_learning_rate: bool = True
-    packages: Sequence[str] = ()
+    packages: Sequence[str] | Mapping[str, str] = ()
+    needs_horizon: bool = True
+    per_layer: bool = False
+    cost: str = "1"
+
+    @property
+    def pip_names(self) -> Mapping[str, str]:
+        """The modules that it needs, to the names that pip knows."""
+        return self.packages if isinstance(self.packages, Mapping) else {name: name for name in self.packages}
 
     def check_packages(self) -> None:
         """Checks that the packages it needs are installed.
@@ -129,23 +141,34 @@ class Strategy:
         Raises:
             ImportError: if it is not; says how to install it.
         """
-        if missing := [name for name in self.packages if importlib.util.find_spec(name) is None]:
+        if missing := [name for module, name in self.pip_names.items() if importlib.util.find_spec(module) is None]:
             raise ImportError(f"strategies={self.name!r} needs a package more: pip install {' '.join(missing)}")
 
 
 STRATEGIES: dict[str, Strategy] = {}
 AVERAGED = "+average"
+CALIBRATED = "1, and some forward passes of the calibration"
 
 
 def register_strategy(
-    name: str, uses_learning_rate: bool = True, packages: Sequence[str] = ()
+    name: str,
+    uses_learning_rate: bool = True,
+    packages: Sequence[str] | Mapping[str, str] = (),
+    *,
+    needs_horizon: bool = True,
+    per_layer: bool = False,
+    cost: str = "1",
 ) -> Callable[[Callable[[Job], Trainer]], Callable[[Job], Trainer]]:
     """Decorator that makes a strategy available to `compare` by name.
 
     Args:
         name (`str`): The name. An existing one is replaced.
         uses_learning_rate (`bool`, *optional*, defaults to `True`): `False` for a strategy without a learning rate.
-        packages (`Sequence[str]`, *optional*): Packages to install for it, looked for before a comparison starts.
+        packages (`Sequence[str]` or `Mapping[str, str]`, *optional*): Packages to install for it, looked for before a
+            comparison starts; see [`Strategy`].
+        needs_horizon (`bool`, *optional*, defaults to `True`): `False` if it need not know the number of steps.
+        per_layer (`bool`, *optional*, defaults to `False`): Whether layers have step sizes of their own.
+        cost (`str`, *optional*, defaults to `"1"`): What a run costs, in runs of equal steps.
 
     Returns:
         `Callable`: the decorator, which returns the function unchanged.
@@ -162,7 +185,7 @@ def register_strategy(
     """
 
     def register(make_trainer: Callable[[Job], Trainer]) -> Callable[[Job], Trainer]:
-        STRATEGIES[name] = Strategy(name, make_trainer, uses_learning_rate, packages)
+        STRATEGIES[name] = Strategy(name, make_trainer, uses_learning_rate, packages, needs_horizon, per_layer, cost)
         return make_trainer
 
     return register
@@ -209,7 +232,7 @@ def cosine(job: Job) -> Trainer:
     return job.trainer(lr_scheduler_type="cosine")
 
 
-@register_strategy("constant")
+@register_strategy("constant", needs_horizon=False)
 def constant(job: Job) -> Trainer:
     """One learning rate, never changed."""
     return job.trainer(lr_scheduler_type="constant")
@@ -232,7 +255,7 @@ def head_only(job: Job) -> Trainer:
     return job.trainer(lr_scheduler_type="cosine")
 
 
-@register_strategy("layer_decay")
+@register_strategy("layer_decay", per_layer=True)
 def layer_decay(job: Job, decay: float = 0.75) -> Trainer:
     """Layer j of n at lr · 0.75^(n - j), with cosine decay.
 
@@ -272,7 +295,7 @@ def gradual_unfreeze(job: Job) -> Trainer:
     return job.trainer(callback=GradualUnfreezing(layers), lr_scheduler_type="cosine")
 
 
-@register_strategy("schedule_free", packages=["schedulefree"])
+@register_strategy("schedule_free", packages=["schedulefree"], needs_horizon=False)
 def schedule_free(job: Job) -> Trainer:
     """Schedule-free AdamW (Defazio et al. 2024), Trainer's own option; needs the package `schedulefree`."""
     return job.trainer(optim="schedule_free_adamw", lr_scheduler_type="constant")
@@ -296,17 +319,17 @@ def _with_layer_factors(make_callback: Callable[[], LayerFactors], job: Job) -> 
     return job.layer_trainer(rates, make_callback(), lr_scheduler_type="cosine")
 
 
-register_strategy("auto_rgn")(partial(_with_layer_factors, AutoRGN))
-register_strategy("autolr")(partial(_with_layer_factors, AutoLR))
+register_strategy("auto_rgn", per_layer=True)(partial(_with_layer_factors, AutoRGN))
+register_strategy("autolr", per_layer=True)(partial(_with_layer_factors, AutoLR))
 
 
-@register_strategy("calibrated_cosine", uses_learning_rate=False)
+@register_strategy("calibrated_cosine", uses_learning_rate=False, per_layer=True, cost=CALIBRATED)
 def calibrated_cosine(job: Job) -> Trainer:
     """This package's calibrated start rates and nothing else: no tuning, cosine decay to zero."""
     return job.tuned(calibrate=True, hyper_lr=0.0, lr_scheduler_type="cosine")
 
 
-@register_strategy("metalr", uses_learning_rate=False)
+@register_strategy("metalr", uses_learning_rate=False, per_layer=True, cost=CALIBRATED)
 def metalr(job: Job) -> Trainer:
     """This package's default, with the comparison's tuning arguments. The learning rate given makes no difference."""
     if job.tuning_arguments.get("calibrate") is False:
@@ -314,19 +337,19 @@ def metalr(job: Job) -> Trainer:
     return job.tuned()
 
 
-@register_strategy("metalr_constant", uses_learning_rate=False)
+@register_strategy("metalr_constant", uses_learning_rate=False, needs_horizon=False, per_layer=True, cost=CALIBRATED)
 def metalr_constant(job: Job) -> Trainer:
     """This package's default with tuned rates that stay up to the end; for the average of the weights."""
     return job.tuned(lr_scheduler_type="constant")
 
 
-@register_strategy("metalr_uncalibrated")
+@register_strategy("metalr_uncalibrated", per_layer=True)
 def metalr_uncalibrated(job: Job) -> Trainer:
     """Tuning from the start learning rate given, without calibration."""
     return job.tuned(calibrate=False)
 
 
-@register_strategy("metalr_paper")
+@register_strategy("metalr_paper", per_layer=True, cost="2")
 def metalr_paper(job: Job) -> Trainer:
     """The paper's settings: raw-gradient look-ahead, a stream over the training set, bounds, held head."""
     return job.tuned(preset="paper")

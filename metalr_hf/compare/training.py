@@ -203,6 +203,7 @@ class _Watch:
         """Forward and backward passes over those of a plain run; a forward alone counts for a third."""
         extra = getattr(self.trainer.lr_scheduler, "extra_passes", 0.0)
         extra += getattr(self.trainer, "statistics_passes", 0.0)
+        extra += getattr(self.trainer, "extra_passes", 0.0)
         return (self.steps + extra) / max(1, self.steps)
 
 

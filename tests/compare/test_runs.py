@@ -23,6 +23,8 @@ from metalr_hf.compare.strategies import STRATEGIES, register_strategy
 def test_every_strategy_sees_the_same_images_and_takes_the_same_number_of_steps(tmp_path):
     pytest.importorskip("prodigyopt")
     pytest.importorskip("schedulefree")
+    for module in ("dog", "GeN", "prodigyplus"):
+        pytest.importorskip(module)
     results = compare([cell()], comparison(strategies=list(STRATEGIES), seeds=[0, 1], learning_rates=[1e-3]), tmp_path)
     assert {row["strategy"]: row["reason"] for row in results if row["status"] != "done"} == {}
     for seed in (0, 1):
@@ -32,6 +34,9 @@ def test_every_strategy_sees_the_same_images_and_takes_the_same_number_of_steps(
     cost = {row["strategy"]: row["cost"] for row in results}
     assert cost["metalr_paper"] == 2.0
     assert cost["cosine"] == cost["metalr_uncalibrated"] == 1.0
+    assert cost["gen"] == 1 + 3 / 3 / 4
+    # At most a hundred steps of the range test, at least the fifteen that the valley rule leaves out.
+    assert 1 + 15 / 4 < cost["lr_finder"] <= 1 + 100 / 4
     # Forward passes along the first three steps, in a run of four.
     assert 1.0 < cost["metalr"] < 1 + 3 * (1 + 2 * 13) / 3 / 4
 

@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 
 from ..hub.markdown import escape, table
 from ..plots.drawing import ShownFigure, bare, figure_of, label_lines
+from .evidence import differences_table
 from .results import DIVERGED, DONE, FAILED, SETTINGS, TIMINGS, read_lines, read_results
+from .strategies import STRATEGIES
 
 PANEL_WIDTH, PANEL_HEIGHT = 5.0, 3.6
 # The palette of Okabe and Ito, made for the colour-blind; all are seen on white and on black.
@@ -61,22 +63,22 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
                 f"{_shown(rows).capitalize()} of each class, over all folds, at each strategy's best learning rate:",
                 _class_table(rows),
             ]
-    parts += [_notes(folder, results, timings)]
+    parts += [*_over_all_cells(results), _notes(folder, results, timings)]
     report = folder / "report.md"
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return report
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation over seeds and folds of every strategy and start learning rate of a cell.
+    """Mean and its standard error over seeds and folds, for every strategy and start learning rate of a cell.
 
     Args:
         rows (`pandas.DataFrame`): Results of one cell.
 
     Returns:
         `pandas.DataFrame`: indexed by strategy and learning rate (NaN for a strategy without one), in the order of the
-            runs; columns `mean`, `std`, `loss`, `cost`, `runs` (how many), `diverged` and `failed`. A run that diverged
-            counts as zero, one that an error ended not at all.
+            runs; columns `mean`, `std`, `error`, `loss`, `cost`, `runs` (how many), `diverged` and `failed`. A run that
+            diverged counts as zero, one that an error ended not at all.
 
     Example:
 
@@ -102,6 +104,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         {
             "mean": groups["result"].mean(),
             "std": groups["result"].std(ddof=1),
+            "error": groups["result"].sem(ddof=1),
             "loss": groups["test_loss"].mean(),
             "cost": groups["cost"].mean(),
             "runs": groups["result"].count(),
@@ -273,10 +276,57 @@ def _results_table(rows: pd.DataFrame, expected: int) -> str:
     return table(header, lines, align="l" + "r" * (len(header) - 1), escaped=True)
 
 
+def _over_all_cells(results: pd.DataFrame) -> list[str]:
+    best = {
+        cell: summarise(rows)["mean"].groupby(level="strategy", sort=False).max()
+        for cell, rows in results.groupby("cell", sort=False)
+    }
+    order = list(dict.fromkeys(results["strategy"]))
+    shown = differences_table(pd.DataFrame(best).T.reindex(columns=order))
+    return ["## Over all cells", shown] if shown else []
+
+
+def strategies_table() -> str:
+    """What is to be known of every strategy before a run: what has to be given, and what it costs.
+
+    Returns:
+        `str`: a table in Markdown.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.compare.report import strategies_table
+    >>> print(strategies_table().splitlines()[2])
+    | cosine | yes | yes |  | 1 |  |
+
+    ```
+    """
+    header = [
+        "strategy",
+        "needs a rate",
+        "needs the number of steps",
+        "step sizes per layer",
+        "cost in runs",
+        "package",
+    ]
+    lines: list[list[object]] = [
+        [
+            strategy.name,
+            "yes" if strategy.uses_learning_rate else "",
+            "yes" if strategy.needs_horizon else "",
+            "yes" if strategy.per_layer else "",
+            strategy.cost,
+            ", ".join(strategy.pip_names.values()),
+        ]
+        for strategy in STRATEGIES.values()
+    ]
+    return table(header, lines)
+
+
 def _entry(point: Any, best: float, expected: int) -> str:
     if point is None:
         return ""
-    text = _figure(point["mean"]) + _figure(point["std"], " ± {:.3f}")
+    text = _figure(point["mean"]) + _figure(point["error"], " ± {:.3f}")
     said = [f"n={int(point['runs'])}"] if point["runs"] < expected else []
     said += [f"{int(point[kind])} {kind}" for kind in (DIVERGED, FAILED) if point[kind]]
     if said:
@@ -320,7 +370,7 @@ def _notes(folder: Path, results: pd.DataFrame, timings: pd.DataFrame) -> str:
     seeds = ", ".join(map(str, sorted(set(results["seed"]))))
     over = f"seeds {seeds}{' and folds' if results['fold'].notna().any() else ''}"
     notes = [
-        f"Columns are start learning rates; entries are test {_shown(results)}, mean ± standard deviation over {over}, "
+        f"Columns are start learning rates; entries are test {_shown(results)}, mean ± standard error over {over}, "
         "or over *n* runs where it says so. The best entry is bold. "
         "*worst*, *mean* and *best* are over the start learning rates. *cost* is forward and backward passes over "
         "those of a plain run of equal steps, validation included. The test split was used once a run, after training, "

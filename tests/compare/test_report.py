@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from metalr_hf.compare.report import plot_comparison, summarise, write_report
+from metalr_hf.compare.evidence import paired_differences
+from metalr_hf.compare.report import plot_comparison, strategies_table, summarise, write_report
 
 
 def result(strategy, rate, seed, accuracy, cell="net → digits", **kwargs):
@@ -35,6 +36,7 @@ def test_means_deviations_and_failures():
     summary = summarise(pd.DataFrame(results()))
     assert summary.loc[("cosine", 1e-4), "mean"] == pytest.approx(0.6)
     assert summary.loc[("cosine", 1e-4), "std"] == pytest.approx(np.std([0.5, 0.6, 0.7], ddof=1))
+    assert summary.loc[("cosine", 1e-4), "error"] == pytest.approx(0.1 / np.sqrt(3))
     free = summary[summary.index.get_level_values("strategy") == "prodigy"].iloc[0]
     assert (free["diverged"], free["failed"], free["runs"]) == (1, 0, 3)
     assert free["mean"] == pytest.approx(0.4), "a run that diverged counts as zero"
@@ -54,7 +56,7 @@ def test_a_run_that_an_error_ended_is_named_and_left_out_of_the_means(tmp_path):
     assert summary.loc[("metalr", 1e-4), "mean"] == pytest.approx(0.915)
     assert summary.loc[("metalr", 1e-4), ["runs", "failed"]].tolist() == [2, 1]
     text = write_report(folder(tmp_path, rows)).read_text(encoding="utf-8")
-    assert "| metalr | **0.915 ± 0.007 (n=2, 1 failed)** | 0.910 ± 0.010 |" in text
+    assert "| metalr | **0.915 ± 0.005 (n=2, 1 failed)** | 0.910 ± 0.006 |" in text
     assert "| broken | (n=0, 1 failed) |  |  |  | (n=0, 1 failed) |  |  |" in text
     again = text.split("Runs that an error ended, left out of the means")[1]
     assert "- 1 × net → digits, broken: OutOfMemoryError: too big" in again
@@ -64,8 +66,8 @@ def test_a_run_that_an_error_ended_is_named_and_left_out_of_the_means(tmp_path):
 def test_the_report_has_a_row_a_strategy_with_the_best_entry_in_bold(tmp_path):
     text = write_report(folder(tmp_path, results())).read_text()
     lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
-    assert "0.600 ± 0.100 | 0.800 ± 0.100 | 0.600 | 0.700 | 0.800 ± 0.100 | 0.200 | 1.00x" in lines["cosine"]
-    assert lines["metalr"].count("**0.910 ± 0.010**") == 3
+    assert "0.600 ± 0.058 | 0.800 ± 0.058 | 0.600 | 0.700 | 0.800 ± 0.058 | 0.200 | 1.00x" in lines["cosine"]
+    assert lines["metalr"].count("**0.910 ± 0.006**") == 3
     assert lines["metalr"].endswith("| 2.00x |")
     assert "(1 diverged)" in lines["prodigy"]
     assert "counted as zero:\n\n- 1 × net → digits, prodigy: training loss nan" in text
@@ -131,3 +133,55 @@ def test_names_of_classes_do_not_break_the_table(tmp_path):
     table = write_report(folder(tmp_path, rows)).read_text().split("learning rate:\n\n")[1].splitlines()
     assert table[0] == "| strategy | learning rate | a&#124;b | c | total | macro F1 |"
     assert table[2] == "| cosine | 0.001 | 0.250 | 0.750 | 0.500 | 0.500 |"
+
+
+def seven_cells(advantage):
+    rows = []
+    for i in range(7):
+        cosine, metalr = 0.5 + 0.01 * i, 0.5 + 0.01 * i + advantage(i)
+        for seed in (0, 1):
+            rows.append(result("constant", 1e-3, seed, 0.3, cell=f"cell {i}"))
+            rows += [
+                result("cosine", rate, seed, cosine - 0.2 * (rate < 1e-3), cell=f"cell {i}") for rate in (1e-4, 1e-3)
+            ]
+            rows.append(result("metalr", None, seed, metalr, cell=f"cell {i}"))
+    return rows
+
+
+def test_over_all_cells_every_strategy_is_paired_with_the_best_baseline(tmp_path):
+    text = write_report(folder(tmp_path, seven_cells(lambda i: 0.02 + 0.01 * i))).read_text(encoding="utf-8")
+    after = text.split("## Over all cells")[1]
+    assert "| strategy | minus cosine | better in | p |" in after
+    # Seven differences of one sign: p = 2 / 2 ** 7; their mean is .05 and their deviation .0216.
+    assert "| metalr | **+0.050 ± 0.008** | 7 of 7 | 0.0156 |" in after
+    assert "| constant | **-0.230 ± 0.008** | 0 of 7 | 0.0156 |" in after
+    assert "| cosine |" not in after
+
+
+def test_a_difference_that_may_be_chance_is_not_bold(tmp_path):
+    text = write_report(folder(tmp_path, seven_cells(lambda i: 0.03 * (-1) ** i))).read_text(encoding="utf-8")
+    line = next(line for line in text.split("## Over all cells")[1].splitlines() if line.startswith("| metalr"))
+    assert "**" not in line
+    assert "4 of 7" in line
+    few = [row for row in seven_cells(lambda i: 0.1) if row["cell"] < "cell 5"]
+    text = write_report(folder(tmp_path, few)).read_text(encoding="utf-8")
+    assert "| metalr | +0.100 ± 0.000 | 5 of 5 | 0.0625 |" in text
+    one = [row for row in few if row["cell"] == "cell 0"]
+    assert "Over all cells" not in write_report(folder(tmp_path, one)).read_text(encoding="utf-8")
+
+
+def test_pairs_are_those_that_have_run_and_none_is_made_up():
+    cells = pd.DataFrame({"cosine": [0.5, 0.6, 0.7], "metalr": [0.6, np.nan, 0.7], "twin": [0.5, 0.6, 0.7]})
+    found = paired_differences(cells)
+    assert found.attrs["baseline"] == "cosine"
+    assert found.loc["metalr", ["cells", "better"]].tolist() == [2, 1]
+    assert np.isnan(found.loc["twin", "p"]), "nothing differs, so nothing is tested"
+    assert paired_differences(cells[["metalr"]]).empty
+
+
+def test_the_table_of_strategies_says_what_has_to_be_given():
+    lines = {line.split(" | ")[0].strip("| "): line for line in strategies_table().splitlines()}
+    assert lines["schedule_free"] == "| schedule_free | yes |  |  | 1 | schedulefree |"
+    assert lines["l_dog"] == "| l_dog |  |  | yes | 1 | dog-optimizer |"
+    assert lines["metalr"].startswith("| metalr |  | yes | yes |")
+    assert lines["gen"].endswith("| 1.25: three forward passes at every fourth step | gen-optim |")

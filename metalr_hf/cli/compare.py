@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.markdown import Markdown
 from transformers import PreTrainedModel, TrainingArguments
 
+from ..compare.backends import check_backend
 from ..compare.report import write_report
 from ..compare.results import read_results
 from ..compare.runs import Cell, Comparison, compare
-from ..compare.workers import check_backend
 from ..data.loading import DataArguments
 from ..models.loading import ModelArguments
 from ..tasks import get_task
 from ..trainer.arguments import MetaLRTrainingArguments
 from . import INTERRUPTED, say
 from .arguments import CommandParser, named_task
-from .runs_progress import RunsProgress
+from .progress import RunsProgress
 
 DEMO = "demo"
 
@@ -113,6 +113,13 @@ class CompareArguments:
     image_column_name: str | None = field(default=None, metadata={"help": "Column of the images."})
     label_column_name: str | None = field(default=None, metadata={"help": "Column of the classes."})
     test_split: str | None = field(default=None, metadata={"help": "Split to test on."})
+    metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "Score of the test images to compare by, such as `balanced_accuracy`; by default the task's own. "
+            "Results keep all scores: the same command with another metric writes its report anew."
+        },
+    )
     workers: int | None = field(
         default=None,
         metadata={
@@ -192,10 +199,12 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any], rows: di
         # Refuses a bad one now rather than in each run.
         MetaLRTrainingArguments(arguments.output_dir, **tuning)
     # Before the data sets are read, which may take long.
+    if arguments.metric is not None:
+        get_task(arguments.task).check_metric(arguments.metric)
     check_backend(arguments.workers, arguments.backend, arguments.scheduler)
     cells = [make_cell(model, dataset, arguments, rows) for model in arguments.model for dataset in arguments.dataset]
     console = Console()
-    with RunsProgress(console) as shown:
+    with RunsProgress(console, arguments.metric) as shown:
         try:
             compare(
                 cells,
@@ -209,9 +218,9 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any], rows: di
             )
         except KeyboardInterrupt:
             if read_results(arguments.output_dir):
-                write_report(arguments.output_dir)
+                write_report(arguments.output_dir, arguments.metric)
             raise
-    report = write_report(arguments.output_dir)
+    report = write_report(arguments.output_dir, arguments.metric)
     console.print(Markdown(report.read_text(encoding="utf-8")))
     console.print(f"The report is {report}", soft_wrap=True)
 

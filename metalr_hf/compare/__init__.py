@@ -1,7 +1,7 @@
 """Fine-tuning strategies side by side."""
 
 # Modules that register further strategies.
-from . import range_test, rate_free, recipes  # noqa: F401
+from . import baselines, range_test, rate_free  # noqa: F401
 from .report import write_report
 from .runs import Cell, Comparison, compare
 from .strategies import Strategy, register_strategy

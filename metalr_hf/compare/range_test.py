@@ -18,7 +18,7 @@ START, END, STEPS, BETA, DIVERGED_AT = 1e-7, 10.0, 100, 0.98, 4.0
 SKIP_LAST = 5
 
 
-@register_strategy("lr_finder", uses_learning_rate=False, cost="1, and 100 steps of the range test at most")
+@register_strategy("lr_finder", uses_learning_rate=False, cost="1, and at most 100 steps of the range test")
 def lr_finder(job: Job) -> Trainer:
     """One learning rate read off a range test by the valley rule, as fastai's `lr_find`, then cosine decay to zero.
 

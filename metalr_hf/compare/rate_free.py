@@ -1,4 +1,4 @@
-"""Optimizers of other packages that do without a schedule or a learning rate, as their authors use them."""
+"""Strategies that are optimizers of other packages, without a schedule or a learning rate, used as their authors do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,26 @@ from .strategies import Job, register_strategy
 GEN_START, GEN_EVERY = 1e-4, 4
 
 
-@register_strategy("schedule_free_radam", packages=["schedulefree"], needs_horizon=False)
+@register_strategy("schedule_free", packages=["schedulefree"], needs_horizon=False, averages=True)
+def schedule_free(job: Job) -> Trainer:
+    """Schedule-free AdamW (Defazio et al. 2024), Trainer's own option; needs the package `schedulefree`."""
+    return job.trainer(optim="schedule_free_adamw", lr_scheduler_type="constant")
+
+
+@register_strategy("prodigy", uses_learning_rate=False, packages=["prodigyopt"])
+def prodigy(job: Job) -> Trainer:
+    """Prodigy (Mishchenko and Defazio 2023), which estimates its step size, with cosine decay as its authors advise.
+
+    Needs the package `prodigyopt`.
+    """
+    from prodigyopt import Prodigy
+
+    parameters = [p for p in job.model.parameters() if p.requires_grad]
+    optimizer = Prodigy(parameters, lr=1.0, weight_decay=job.arguments.get("weight_decay", 0.0))
+    return job.trainer(optimizer, lr_scheduler_type="cosine", learning_rate=1.0)
+
+
+@register_strategy("schedule_free_radam", packages=["schedulefree"], needs_horizon=False, averages=True)
 def schedule_free_radam(job: Job) -> Trainer:
     """Schedule-free RAdam (Defazio et al. 2024), Trainer's own option, which needs no warm-up either."""
     return job.trainer(optim="schedule_free_radam", lr_scheduler_type="constant")
@@ -31,6 +50,7 @@ def schedule_free_radam(job: Job) -> Trainer:
     packages={"prodigyplus": "prodigy-plus-schedule-free"},
     needs_horizon=False,
     per_layer=True,
+    averages=True,
 )
 def prodigy_plus(job: Job) -> Trainer:
     """Prodigy and schedule-free in one, with an estimate of the step size for each layer (`split_groups`).
@@ -70,7 +90,12 @@ class Averaging(TrainerCallback):
 
 
 @register_strategy(
-    "l_dog", uses_learning_rate=False, packages={"dog": "dog-optimizer"}, needs_horizon=False, per_layer=True
+    "l_dog",
+    uses_learning_rate=False,
+    packages={"dog": "dog-optimizer"},
+    needs_horizon=False,
+    per_layer=True,
+    averages=True,
 )
 def l_dog(job: Job) -> Trainer:
     """L-DoG (Ivgi et al. 2023), distance over gradients of every tensor, with its polynomial average at the end.

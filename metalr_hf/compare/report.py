@@ -18,7 +18,6 @@ from ..hub.markdown import escape, table
 from ..plots.drawing import ShownFigure, bare, figure_of, label_lines
 from .evidence import differences_table
 from .results import DIVERGED, DONE, FAILED, SETTINGS, TIMINGS, read_lines, read_results
-from .strategies import STRATEGIES
 
 PANEL_WIDTH, PANEL_HEIGHT = 5.0, 3.6
 # The palette of Okabe and Ito, made for the colour-blind; all are seen on white and on black.
@@ -29,17 +28,18 @@ MARKERS = "s^vDPX"
 MOST_COLUMNS = 2
 
 
-def write_report(folder: str | os.PathLike[str]) -> Path:
+def write_report(folder: str | os.PathLike[str], metric: str | None = None) -> Path:
     """Writes `report.md` and `report.png` from the results in a folder.
 
     Args:
         folder (`str` or `os.PathLike`): The output folder of a comparison.
+        metric (`str`, *optional*): The score to compare by, such as `balanced_accuracy`; by default the task's own.
 
     Returns:
         `pathlib.Path`: the report.
 
     Raises:
-        ValueError: if there are no results yet.
+        ValueError: if there are no results yet, or none has this score.
 
     Example:
 
@@ -53,12 +53,16 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     results = pd.DataFrame(read_results(folder))
     if results.empty:
         raise ValueError(f"{folder} holds no results to report: run a comparison with it as output_dir first.")
+    if metric is not None:
+        if metric not in results:
+            raise ValueError(f"metric={metric!r} is not a score of the results in {folder}: leave it out.")
+        results["metric"] = metric
     plot_comparison(results).savefig(folder / "report.png", dpi=150)
     timings = pd.DataFrame(read_lines(folder / TIMINGS))
     parts = ["# Fine-tuning strategies side by side", "![Test results over the start learning rate](report.png)"]
     for cell, rows in results.groupby("cell", sort=False):
         parts += [f"## {cell}", _results_table(rows, expected=_runs_expected(results))]
-        if rows["fold"].notna().any():
+        if rows["fold"].notna().any() and f"class_{metric_of(rows)}" in rows:
             parts += [
                 f"{_shown(rows).capitalize()} of each class, over all folds, at each strategy's best learning rate:",
                 _class_table(rows),
@@ -284,43 +288,6 @@ def _over_all_cells(results: pd.DataFrame) -> list[str]:
     order = list(dict.fromkeys(results["strategy"]))
     shown = differences_table(pd.DataFrame(best).T.reindex(columns=order))
     return ["## Over all cells", shown] if shown else []
-
-
-def strategies_table() -> str:
-    """What is to be known of every strategy before a run: what has to be given, and what it costs.
-
-    Returns:
-        `str`: a table in Markdown.
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.compare.report import strategies_table
-    >>> print(strategies_table().splitlines()[2])
-    | cosine | yes | yes |  | 1 |  |
-
-    ```
-    """
-    header = [
-        "strategy",
-        "needs a rate",
-        "needs the number of steps",
-        "step sizes per layer",
-        "cost in runs",
-        "package",
-    ]
-    lines: list[list[object]] = [
-        [
-            strategy.name,
-            "yes" if strategy.uses_learning_rate else "",
-            "yes" if strategy.needs_horizon else "",
-            "yes" if strategy.per_layer else "",
-            strategy.cost,
-            ", ".join(strategy.pip_names.values()),
-        ]
-        for strategy in STRATEGIES.values()
-    ]
-    return table(header, lines)
 
 
 def _entry(point: Any, best: float, expected: int) -> str:

@@ -15,10 +15,11 @@ from torch import nn
 from ..data.columns import LABEL
 from ..settings import check_count, check_number
 from ..tasks import Task, get_task
+from .backends import LOCAL, check_backend, find_workers
 from .results import FAILED, RESULTS, TIMINGS, append_line, keep_settings, mend_lines, only_process, sort_lines
 from .strategies import get_strategy
 from .training import Outcome, Work, failed
-from .workers import LOCAL, Lost, check_backend, find_places, spread
+from .workers import Lost, run_on_workers
 
 RowTransform = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
 
@@ -185,7 +186,7 @@ def compare(
         backend (`str`, *optional*, defaults to `"local"`): `"local"`, `"dask"` or `"ray"`.
         scheduler (`str`, *optional*): Address of Dask's scheduler, or of the Ray cluster.
         watch (`Callable[[Mapping[str, Run], Sequence[dict]], None]`, *optional*):
-            Called whenever a run begins or ends, with where each run is that is at work, and the results so far.
+            Called whenever a run starts or ends, with the run of each worker that has one, and the results so far.
 
     Returns:
         `list[dict]`: the results of all runs.
@@ -214,13 +215,12 @@ def compare(
         if not missing:
             return rows
         work = Work({cell.name: cell for cell in cells}, comparison, strategies)
-        places = find_places(work, workers, backend, scheduler)
         started, total, ended = time.monotonic(), len(missing) + len(rows), 0
         running: dict[str, Run] = {}
 
-        def on_start(run: Run, place: str) -> None:
-            running[place] = run
-            watch(dict(running), list(rows))
+        def on_start(run: Run, worker: str) -> None:
+            running[worker] = run
+            watch(dict(running), rows)
 
         def on_end(run: Run, outcome: Outcome | Lost) -> None:
             nonlocal ended
@@ -229,18 +229,15 @@ def compare(
                 outcome = Outcome({**asdict(run), **failed(outcome.reason)}, 0.0)
             _keep(folder, run, outcome)
             rows.append(outcome.row)
-            for place in [place for place, other in running.items() if other == run]:
-                del running[place]
+            del running[next(worker for worker, other in running.items() if other == run)]
             left = (time.monotonic() - started) / ended * (len(missing) - ended)
             progress(total - len(missing) + ended, total, left)
-            watch(dict(running), list(rows))
+            watch(dict(running), rows)
 
-        spread(places, missing, on_start, on_end)
-        if len(places) > 1:
-            # The order in which they ended is chance; in this one the same runs give the same file.
-            order = {key: i for i, key in enumerate(wanted)}
-            rows = sort_lines(folder / RESULTS, lambda row: order.get(_key(row), -1))
-    return rows
+        run_on_workers(find_workers(work, workers, backend, scheduler), missing, on_start, on_end)
+        # The order in which runs of several workers end is chance; in this one the same runs give the same file.
+        order = {key: i for i, key in enumerate(wanted)}
+        return sort_lines(folder / RESULTS, lambda row: order.get(_key(row), -1))
 
 
 def _keep(folder: Path, run: Run, outcome: Outcome) -> None:
@@ -268,6 +265,12 @@ def _check_cell(cell: Cell, comparison: Comparison) -> None:
         raise ValueError(f"The data set of {cell.name!r} has no test split. Name one, or use folds.")
     if comparison.folds > len(cell.train):
         raise ValueError(f"folds={comparison.folds} is more than the {len(cell.train)} rows of {cell.name!r}.")
+    feature = cell.train.features[LABEL]
+    if comparison.noise and not isinstance(feature, datasets.ClassLabel):
+        raise ValueError(
+            f"noise={comparison.noise!r} flips class labels, one an image, and those of {cell.name!r} are {feature}. "
+            "Leave it at 0."
+        )
     if (column := comparison.group_column) is not None and column not in cell.train.column_names:
         raise ValueError(f"group_column={column!r} is not a column of {cell.name!r}: {cell.train.column_names}.")
 

@@ -1,4 +1,4 @@
-"""The fine-tuning strategies that `compare` runs side by side: each a few lines over transformers' Trainer."""
+"""What a fine-tuning strategy is, the registry of all, and the strategies of this package."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..hub.markdown import table
 from ..layers.groups import layer_groups, split_optimizer
 from ..messages import did_you_mean
 from ..trainer.arguments import MetaLRTrainingArguments
 from ..trainer.averaging import AveragingTrainer
 from ..trainer.metalr import MetaLRTrainer
 from ..tuning.averaging import POLYNOMIAL
-from .layer_factors import AutoLR, AutoRGN, LayerFactors
 
 
 @dataclass
@@ -37,7 +37,8 @@ class Job:
 
     ```python
     >>> import timm
-    >>> from metalr_hf.compare.strategies import Job, layer_decay
+    >>> from metalr_hf.compare.baselines import layer_decay
+    >>> from metalr_hf.compare.strategies import Job
     >>> arguments = {"output_dir": "out", "max_steps": 60, "report_to": "none", "use_cpu": True}
     >>> job = Job(timm.create_model("test_resnet"), 1e-3, arguments, trainer_arguments={"train_dataset": []})
     >>> trainer = layer_decay(job)
@@ -119,6 +120,7 @@ class Strategy:
             installed with this one: names, or modules to the names that pip knows.
         needs_horizon (`bool`): Whether it has to know the number of steps beforehand.
         per_layer (`bool`): Whether layers, or tensors, have step sizes of their own.
+        averages (`bool`): Whether it ends with an average of the weights of its own, so that it takes no other.
         cost (`str`): What a run costs, in runs of equal steps.
     """
 
@@ -128,6 +130,7 @@ class Strategy:
     packages: Sequence[str] | Mapping[str, str] = ()
     needs_horizon: bool = True
     per_layer: bool = False
+    averages: bool = False
     cost: str = "1"
 
     @property
@@ -157,6 +160,7 @@ def register_strategy(
     *,
     needs_horizon: bool = True,
     per_layer: bool = False,
+    averages: bool = False,
     cost: str = "1",
 ) -> Callable[[Callable[[Job], Trainer]], Callable[[Job], Trainer]]:
     """Decorator that makes a strategy available to `compare` by name.
@@ -168,6 +172,7 @@ def register_strategy(
             comparison starts; see [`Strategy`].
         needs_horizon (`bool`, *optional*, defaults to `True`): `False` if it need not know the number of steps.
         per_layer (`bool`, *optional*, defaults to `False`): Whether layers have step sizes of their own.
+        averages (`bool`, *optional*, defaults to `False`): Whether it averages the weights itself.
         cost (`str`, *optional*, defaults to `"1"`): What a run costs, in runs of equal steps.
 
     Returns:
@@ -185,7 +190,9 @@ def register_strategy(
     """
 
     def register(make_trainer: Callable[[Job], Trainer]) -> Callable[[Job], Trainer]:
-        STRATEGIES[name] = Strategy(name, make_trainer, uses_learning_rate, packages, needs_horizon, per_layer, cost)
+        STRATEGIES[name] = Strategy(
+            name, make_trainer, uses_learning_rate, packages, needs_horizon, per_layer, averages, cost
+        )
         return make_trainer
 
     return register
@@ -201,7 +208,7 @@ def get_strategy(name: str) -> Strategy:
         [`Strategy`]
 
     Raises:
-        ValueError: if there is none; names the near ones.
+        ValueError: if there is none, naming the near ones; or if it averages the weights itself.
 
     Example:
 
@@ -215,6 +222,8 @@ def get_strategy(name: str) -> Strategy:
     plain = name.removesuffix(AVERAGED)
     if plain != name and plain in STRATEGIES:
         strategy = STRATEGIES[plain]
+        if strategy.averages:
+            raise ValueError(f"strategies={name!r}: {plain} averages the weights itself. Leave out {AVERAGED}.")
         return replace(strategy, name=name, make_trainer=partial(_averaged, strategy.make_trainer))
     if name not in STRATEGIES:
         hint = did_you_mean(name, STRATEGIES, cutoff=0.4)
@@ -222,105 +231,52 @@ def get_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
+def strategies_table() -> str:
+    """What one has to know about every strategy before a run: what it needs, and what it costs.
+
+    Returns:
+        `str`: a table in Markdown.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.compare.strategies import strategies_table
+    >>> [line for line in strategies_table().splitlines() if "lr_finder" in line]
+    ['| `lr_finder` |  | yes |  |  | 1, and at most 100 steps of the range test |  |']
+
+    ```
+    """
+    header = [
+        "strategy",
+        "needs a rate",
+        "needs the horizon",
+        "step sizes per layer",
+        "averages",
+        "cost in runs",
+        "package",
+    ]
+    lines: list[list[object]] = [
+        [
+            f"`{strategy.name}`",
+            *[
+                "yes" if value else ""
+                for value in (
+                    strategy.uses_learning_rate,
+                    strategy.needs_horizon,
+                    strategy.per_layer,
+                    strategy.averages,
+                )
+            ],
+            strategy.cost,
+            ", ".join(f"`{name}`" for name in strategy.pip_names.values()),
+        ]
+        for strategy in STRATEGIES.values()
+    ]
+    return table(header, lines, escaped=True)
+
+
 def _averaged(make_trainer: Callable[[Job], Trainer], job: Job) -> Trainer:
     return make_trainer(replace(job, average_weights=POLYNOMIAL))
-
-
-@register_strategy("cosine")
-def cosine(job: Job) -> Trainer:
-    """One learning rate, cosine decay to zero."""
-    return job.trainer(lr_scheduler_type="cosine")
-
-
-@register_strategy("constant", needs_horizon=False)
-def constant(job: Job) -> Trainer:
-    """One learning rate, never changed."""
-    return job.trainer(lr_scheduler_type="constant")
-
-
-@register_strategy("linear_warmup")
-def linear_warmup(job: Job) -> Trainer:
-    """One learning rate, linear warm-up over the first tenth, linear decay to zero."""
-    steps = job.arguments["max_steps"]
-    return job.trainer(lr_scheduler_type="linear", warmup_steps=max(1, steps // 10))
-
-
-@register_strategy("head_only")
-def head_only(job: Job) -> Trainer:
-    """Only the head is trained, with cosine decay."""
-    layers = list(layer_groups(job.model).items())
-    backbone = {name for _, names in layers[:-1] for name in names}
-    for name, parameter in job.model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name not in backbone)
-    return job.trainer(lr_scheduler_type="cosine")
-
-
-@register_strategy("layer_decay", per_layer=True)
-def layer_decay(job: Job, decay: float = 0.75) -> Trainer:
-    """Layer j of n at lr · 0.75^(n - j), with cosine decay.
-
-    timm's rule (`timm.optim.param_groups_layer_decay`, after BEiT and ELECTRA), over this package's layers. timm's own
-    groups carry the factor as `lr_scale`, which Trainer's schedulers do not look at, so it is multiplied in here.
-    """
-    layers = list(layer_groups(job.model))
-    rates = {layer: job.learning_rate * decay ** (len(layers) - 1 - j) for j, layer in enumerate(layers)}
-    return job.layer_trainer(rates, lr_scheduler_type="cosine")
-
-
-class GradualUnfreezing(TrainerCallback):
-    """Unfreezes one more layer group at equal intervals: the head first, everything in the last third.
-
-    Howard and Ruder 2018 (ULMFiT), section 3.3: the last layer alone for an epoch, then the next lower one too, and so
-    on. With a budget of steps an epoch becomes an equal share of the first two thirds.
-    """
-
-    def __init__(self, layers: list[list[nn.Parameter]]):
-        self.layers = layers
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        share = state.global_step / max(1, state.max_steps * 2 / 3)
-        thawed = 1 + int(share * (len(self.layers) - 1))
-        for i, layer in enumerate(reversed(self.layers)):
-            for parameter in layer:
-                parameter.requires_grad_(i < thawed)
-
-
-@register_strategy("gradual_unfreeze")
-def gradual_unfreeze(job: Job) -> Trainer:
-    """From the head downwards, one more layer at a time (ULMFiT), with cosine decay."""
-    parameters = dict(job.model.named_parameters())
-    layers = [[parameters[name] for name in names] for names in layer_groups(job.model).values()]
-    return job.trainer(callback=GradualUnfreezing(layers), lr_scheduler_type="cosine")
-
-
-@register_strategy("schedule_free", packages=["schedulefree"], needs_horizon=False)
-def schedule_free(job: Job) -> Trainer:
-    """Schedule-free AdamW (Defazio et al. 2024), Trainer's own option; needs the package `schedulefree`."""
-    return job.trainer(optim="schedule_free_adamw", lr_scheduler_type="constant")
-
-
-@register_strategy("prodigy", uses_learning_rate=False, packages=["prodigyopt"])
-def prodigy(job: Job) -> Trainer:
-    """Prodigy (Mishchenko and Defazio 2023), which estimates its step size, with cosine decay as its authors advise.
-
-    Needs the package `prodigyopt`.
-    """
-    from prodigyopt import Prodigy
-
-    parameters = [p for p in job.model.parameters() if p.requires_grad]
-    optimizer = Prodigy(parameters, lr=1.0, weight_decay=job.arguments.get("weight_decay", 0.0))
-    return job.trainer(optimizer, lr_scheduler_type="cosine", learning_rate=1.0)
-
-
-def _with_layer_factors(make_callback: Callable[[], LayerFactors], job: Job) -> Trainer:
-    rates = dict.fromkeys(layer_groups(job.model), job.learning_rate)
-    return job.layer_trainer(rates, make_callback(), lr_scheduler_type="cosine")
-
-
-register_strategy("auto_rgn", per_layer=True)(partial(_with_layer_factors, AutoRGN))
-register_strategy("autolr", per_layer=True)(partial(_with_layer_factors, AutoLR))
 
 
 @register_strategy("calibrated_cosine", uses_learning_rate=False, per_layer=True, cost=CALIBRATED)
@@ -349,7 +305,7 @@ def metalr_uncalibrated(job: Job) -> Trainer:
     return job.tuned(calibrate=False)
 
 
-@register_strategy("metalr_paper", per_layer=True, cost="2")
+@register_strategy("metalr_paper", needs_horizon=False, per_layer=True, cost="2")
 def metalr_paper(job: Job) -> Trainer:
     """The paper's settings: raw-gradient look-ahead, a stream over the training set, bounds, held head."""
     return job.tuned(preset="paper")

@@ -49,6 +49,7 @@ class Task(ABC):
         card_sentence (`str`): What the model answers; `{count}` and `{names}` stand for the classes.
         activation (`str`): What makes answers of the logits: `"softmax"`, `"sigmoid"` or `"none"`.
         metric (`str`): The key of [`~Task.score`] that says how good a run is; higher is better.
+        scores (`tuple[str, ...]`): All its keys that can say so.
     """
 
     pipeline_tag: ClassVar[str]
@@ -63,6 +64,7 @@ class Task(ABC):
     card_sentence: ClassVar[str] = "It tells {count} classes apart: {names}"
     activation: ClassVar[str] = "softmax"
     metric: ClassVar[str] = "accuracy"
+    scores: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def load_splits(self, data: Any, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
@@ -174,6 +176,19 @@ class Task(ABC):
             `dict`: `test_loss`, the key that `metric` names, and others; that figure is `None` where the outputs are
                 not finite.
         """
+
+    def check_metric(self, name: str) -> None:
+        """Checks that runs can be compared by a metric.
+
+        Args:
+            name (`str`): Its name.
+
+        Raises:
+            ValueError: if it is none of `scores`; names the near ones.
+        """
+        if name not in (scores := self.scores or (self.metric,)):
+            hint = did_you_mean(name, scores, f"There are: {', '.join(scores)}.")
+            raise ValueError(f"metric={name!r} is not one that says how good a run of this task is.{hint}")
 
     def prepare(self, splits: Splits, processor: BaseImageProcessor, augment: str, *, seed: int = 42) -> Splits:
         """Turns rows into inputs of the model at the moment they are read.

@@ -24,7 +24,7 @@ from ..models.loading import ModelArguments, naming_the_model
 from ..models.probe import check_input
 from ..models.target_losses import ClassLoss
 from .base import Task, register_task
-from .metrics import build_compute_metrics, score_classes
+from .metrics import CLASS_SCORES, build_compute_metrics, score_classes
 
 
 @register_task("classification")
@@ -44,6 +44,7 @@ class Classification(Task):
     demo_name = "digits"
     demo_description = "scikit-learn's digits"
     demo_augment = "crop"
+    scores = CLASS_SCORES
 
     def load_splits(self, data: Any, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
         splits = load_images(data, seed=seed, keep_columns=keep_columns)

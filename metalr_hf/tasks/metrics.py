@@ -92,8 +92,7 @@ class BalancedAccuracy(_BuiltIn):
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         # As scikit-learn's `balanced_accuracy_score`, which warns of answers of classes that do not occur.
-        recall = recall_score(references, predictions, labels=np.unique(references), average="macro", zero_division=0.0)
-        return {"balanced_accuracy": float(recall)}
+        return {"balanced_accuracy": _balanced_accuracy(references, predictions)}
 
 
 class AUROC(_BuiltIn):
@@ -117,13 +116,7 @@ class AUROC(_BuiltIn):
     takes_scores = True
 
     def _compute(self, prediction_scores: Sequence[Sequence[float]], references: Sequence[int]) -> dict[str, float]:
-        scores, labels = np.asarray(prediction_scores), np.asarray(references)
-        if len(np.unique(labels)) < scores.shape[1] or not np.isfinite(scores).all():
-            return {"auroc": float("nan")}
-        if scores.shape[1] == 2:
-            return {"auroc": float(roc_auc_score(labels, scores[:, 1]))}
-        one_hot = np.eye(scores.shape[1])[labels]
-        return {"auroc": float(roc_auc_score(one_hot, scores, average="macro"))}
+        return {"auroc": _auroc(np.asarray(references), np.asarray(prediction_scores))}
 
 
 class Dice(_BuiltIn):
@@ -198,6 +191,10 @@ METRICS: dict[str, type[_BuiltIn]] = {
     "auroc": AUROC,
     "dice": Dice,
 }
+
+
+# What a comparison reports of classes; higher is better.
+CLASS_SCORES: tuple[str, ...] = ("accuracy", "macro_f1", "balanced_accuracy", "auroc")
 
 
 def load_metric(name: str) -> evaluate.EvaluationModule:
@@ -341,8 +338,9 @@ def score_classes(predictions: Any, labels: Any, classes: Sequence[str]) -> dict
         classes (`Sequence[str]`): Class names.
 
     Returns:
-        `dict`: `accuracy`, `macro_f1`, `test_loss` (cross-entropy) and `class_accuracy` (share of each class's rows
-            that are right); `None` where the logits are not finite.
+        `dict`: `accuracy`, `macro_f1`, `balanced_accuracy`, `auroc`, `test_loss` (cross-entropy) and `class_accuracy`
+            (share of each class's rows that are right); `None` where the logits are not finite, and for an AUROC that
+            is not defined because a class does not occur.
 
     Example:
 
@@ -357,13 +355,16 @@ def score_classes(predictions: Any, labels: Any, classes: Sequence[str]) -> dict
     """
     logits: Any = first_logits(predictions)
     if not np.isfinite(logits).all():
-        return {"accuracy": None, "macro_f1": None, "test_loss": None, "class_accuracy": {}}
-    guess, ids = logits.argmax(-1), list(range(len(classes)))
+        return {**dict.fromkeys((*CLASS_SCORES, "test_loss")), "class_accuracy": {}}
+    guess, ids, probabilities = logits.argmax(-1), list(range(len(classes))), _probabilities(logits)
     by_class = recall_score(labels, guess, labels=ids, average=None, zero_division=0.0)
+    auroc = _auroc(labels, probabilities)
     return {
         "accuracy": round(float(accuracy_score(labels, guess)), 6),
         "macro_f1": round(_macro_f1(labels, guess), 6),
-        "test_loss": round(float(log_loss(labels, _probabilities(logits), labels=ids)), 6),
+        "balanced_accuracy": round(_balanced_accuracy(labels, guess), 6),
+        "auroc": None if np.isnan(auroc) else round(auroc, 6),
+        "test_loss": round(float(log_loss(labels, probabilities, labels=ids)), 6),
         "class_accuracy": {name: round(float(value), 6) for name, value in zip(classes, by_class, strict=True)},
     }
 
@@ -374,3 +375,15 @@ def _probabilities(logits: np.ndarray) -> np.ndarray:
 
 def _macro_f1(labels: Any, guess: Any) -> float:
     return float(f1_score(labels, guess, average="macro", zero_division=0.0))
+
+
+def _balanced_accuracy(labels: Any, guess: Any) -> float:
+    return float(recall_score(labels, guess, labels=np.unique(labels), average="macro", zero_division=0.0))
+
+
+def _auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    if len(np.unique(labels)) < scores.shape[1] or not np.isfinite(scores).all():
+        return float("nan")
+    if scores.shape[1] == 2:
+        return float(roc_auc_score(labels, scores[:, 1]))
+    return float(roc_auc_score(np.eye(scores.shape[1])[labels], scores, average="macro"))

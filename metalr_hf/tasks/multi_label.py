@@ -16,7 +16,7 @@ from ..data.targets import figures_of
 from ..models.target_losses import LabelSetLoss
 from .base import register_task
 from .classification import Classification
-from .label_metrics import build_label_metrics, score_label_sets
+from .label_metrics import LABEL_METRICS, build_label_metrics, score_label_sets
 
 
 @register_task("multi_label")
@@ -31,6 +31,7 @@ class MultiLabel(Classification):
     demo_description = "scikit-learn's digits with several labels each"
     card_sentence = "It says which of {count} labels an image has: {names}"
     metric = "macro_auroc"
+    scores = tuple(LABEL_METRICS)
 
     def load_splits(self, data: LabelSetArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
         splits = load_label_sets(data, seed=seed, keep_columns=keep_columns)

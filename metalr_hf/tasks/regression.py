@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import AutoConfig, BaseImageProcessor, PreTrainedModel, default_data_collator
@@ -33,6 +33,7 @@ class Regression(Classification):
     demo_augment = "none"
     card_sentence = "It estimates, in the units of the data: {names}"
     metric = "r2"
+    scores: ClassVar[tuple[str, ...]] = ("r2", "pearson")
 
     def load_splits(self, data: QuantityArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
         return load_quantities(data, seed=seed, keep_columns=keep_columns)

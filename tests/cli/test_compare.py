@@ -38,14 +38,19 @@ def test_a_comparison_from_the_command_line_leaves_its_report(tmp_path, capsys):
     ]
     assert (tmp_path / "out" / "report.png").exists()
     assert "cosine" in capsys.readouterr().out
-    # What one process has run, two do not run again.
-    assert main([*command, "--batch_size", "8", "--image_size", "16", "--seeds", "0", "1", "--workers", "2"]) == 0
+    # What has run is not run again, and has all scores.
+    command += ["--batch_size", "8", "--image_size", "16"]
+    results = (tmp_path / "out" / "results.jsonl").read_text()
+    assert main([*command, "--metric", "auroc"]) == 0
+    assert "entries are test auroc" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "results.jsonl").read_text() == results
+    assert main([*command, "--seeds", "0", "1"]) == 0
     printed = capsys.readouterr().out
     assert "best so far: accuracy" in printed
     assert "4/4" in printed
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(row["seed"], row["strategy"]) for row in rows] == [(s, n) for s in (0, 1) for n in ("cosine", "metalr")]
-    assert main([*command, "--batch_size", "9", "--image_size", "16"]) == 2
+    assert main([*command, "--batch_size", "9"]) == 2
     assert "holds a comparison with other settings" in capsys.readouterr().err
 
 
@@ -70,6 +75,15 @@ def test_a_folder_in_which_another_process_is_at_work_is_left_as_it_is(tmp_path,
         (["--hyper_lr", "-1"], "hyper_lr=-1.0"),
         (["--workers", "0"], "workers=0 must be 1 or more"),
         (["--backend", "dask"], "backend='dask' needs scheduler"),
+        (["--strategies", "l_dog+average"], "l_dog averages the weights itself"),
+        (
+            ["--metric", "balanced"],
+            "says how good a run of this task is. Did you mean",
+        ),
+        (["--metric", "mae", "--task", "regression"], "There are: r2, pearson."),
+        (["--noise", "0.2", "--task", "multi_label"], "noise=0.2 flips class labels, one an image, and those of"),
+        (["--noise", "0.2", "--task", "regression"], "noise=0.2 flips class labels"),
+        (["--noise", "0.2", "--task", "segmentation"], "noise=0.2 flips class labels"),
         (["--steps", "few"], "argument --steps: invalid int value: 'few' (`metalr-hf compare --help`"),
         (["--step", "3"], "'step' is no argument. Did you mean 'steps'"),
         (["--steps", "3", "noise"], "'noise' is no argument"),

@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from metalr_hf.compare.evidence import paired_differences
-from metalr_hf.compare.report import plot_comparison, strategies_table, summarise, write_report
+from metalr_hf.compare.report import plot_comparison, summarise, write_report
 
 
 def result(strategy, rate, seed, accuracy, cell="net → digits", **kwargs):
@@ -135,53 +134,22 @@ def test_names_of_classes_do_not_break_the_table(tmp_path):
     assert table[2] == "| cosine | 0.001 | 0.250 | 0.750 | 0.500 | 0.500 |"
 
 
-def seven_cells(advantage):
-    rows = []
-    for i in range(7):
-        cosine, metalr = 0.5 + 0.01 * i, 0.5 + 0.01 * i + advantage(i)
-        for seed in (0, 1):
-            rows.append(result("constant", 1e-3, seed, 0.3, cell=f"cell {i}"))
-            rows += [
-                result("cosine", rate, seed, cosine - 0.2 * (rate < 1e-3), cell=f"cell {i}") for rate in (1e-4, 1e-3)
-            ]
-            rows.append(result("metalr", None, seed, metalr, cell=f"cell {i}"))
-    return rows
+def test_over_several_cells_there_is_a_paired_test(tmp_path):
+    rows = [{**row, "cell": f"cell {i}"} for i in range(2) for row in results()]
+    text = write_report(folder(tmp_path, rows)).read_text(encoding="utf-8")
+    # Cosine from its best rate, 1e-3, has .8.
+    assert "| metalr | +0.110 ± 0.000 | 2 of 2 | 0.5 |" in text.split("## Over all cells")[1]
+    one = write_report(folder(tmp_path, results())).read_text(encoding="utf-8")
+    assert "Over all cells" not in one
 
 
-def test_over_all_cells_every_strategy_is_paired_with_the_best_baseline(tmp_path):
-    text = write_report(folder(tmp_path, seven_cells(lambda i: 0.02 + 0.01 * i))).read_text(encoding="utf-8")
-    after = text.split("## Over all cells")[1]
-    assert "| strategy | minus cosine | better in | p |" in after
-    # Seven differences of one sign: p = 2 / 2 ** 7; their mean is .05 and their deviation .0216.
-    assert "| metalr | **+0.050 ± 0.008** | 7 of 7 | 0.0156 |" in after
-    assert "| constant | **-0.230 ± 0.008** | 0 of 7 | 0.0156 |" in after
-    assert "| cosine |" not in after
-
-
-def test_a_difference_that_may_be_chance_is_not_bold(tmp_path):
-    text = write_report(folder(tmp_path, seven_cells(lambda i: 0.03 * (-1) ** i))).read_text(encoding="utf-8")
-    line = next(line for line in text.split("## Over all cells")[1].splitlines() if line.startswith("| metalr"))
-    assert "**" not in line
-    assert "4 of 7" in line
-    few = [row for row in seven_cells(lambda i: 0.1) if row["cell"] < "cell 5"]
-    text = write_report(folder(tmp_path, few)).read_text(encoding="utf-8")
-    assert "| metalr | +0.100 ± 0.000 | 5 of 5 | 0.0625 |" in text
-    one = [row for row in few if row["cell"] == "cell 0"]
-    assert "Over all cells" not in write_report(folder(tmp_path, one)).read_text(encoding="utf-8")
-
-
-def test_pairs_are_those_that_have_run_and_none_is_made_up():
-    cells = pd.DataFrame({"cosine": [0.5, 0.6, 0.7], "metalr": [0.6, np.nan, 0.7], "twin": [0.5, 0.6, 0.7]})
-    found = paired_differences(cells)
-    assert found.attrs["baseline"] == "cosine"
-    assert found.loc["metalr", ["cells", "better"]].tolist() == [2, 1]
-    assert np.isnan(found.loc["twin", "p"]), "nothing differs, so nothing is tested"
-    assert paired_differences(cells[["metalr"]]).empty
-
-
-def test_the_table_of_strategies_says_what_has_to_be_given():
-    lines = {line.split(" | ")[0].strip("| "): line for line in strategies_table().splitlines()}
-    assert lines["schedule_free"] == "| schedule_free | yes |  |  | 1 | schedulefree |"
-    assert lines["l_dog"] == "| l_dog |  |  | yes | 1 | dog-optimizer |"
-    assert lines["metalr"].startswith("| metalr |  | yes | yes |")
-    assert lines["gen"].endswith("| 1.25: three forward passes at every fourth step | gen-optim |")
+def test_a_report_by_another_score(tmp_path):
+    there = folder(
+        tmp_path, [{**row, "fold": row["seed"], "auroc": row["accuracy"] and row["accuracy"] / 2} for row in results()]
+    )
+    text = write_report(there, "auroc").read_text(encoding="utf-8")
+    assert "| metalr | **0.455 ± 0.003** |" in text
+    assert "entries are test auroc" in text
+    assert "of each class" not in text
+    with pytest.raises(ValueError, match=r"metric='dice' is not a score of the results in"):
+        write_report(there, "dice")

@@ -4,7 +4,7 @@ import math
 
 import torch
 from small_cells import Network, rows, transform
-from transformers import TrainerCallback, default_data_collator
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from metalr_hf import layer_groups
 from metalr_hf.compare.strategies import Job, get_strategy
@@ -60,3 +60,16 @@ def run(tmp_path, name, steps=6, learning_rate=1e-2):
 
 def cosine(step, steps=6):
     return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def trainer_of(tmp_path, model):
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, weight_decay=0.1, report_to="none", use_cpu=True, remove_unused_columns=False
+    )
+    data = rows(16, 0).select_columns(["image", "label"]).with_transform(transform)
+    return Trainer(model, args, train_dataset=data, data_collator=default_data_collator)
+
+
+def batches(n):
+    data = rows(8 * n, 3).select_columns(["image", "label"]).with_transform(transform)
+    return [default_data_collator([data[8 * i + k] for k in range(8)]) for i in range(n)]

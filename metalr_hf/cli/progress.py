@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -22,14 +21,15 @@ class RunsProgress:
 
     Args:
         console (`rich.console.Console`): Where to show it.
+        metric (`str`, *optional*): The score that says which run is the best; by default the task's own.
     """
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, metric: str | None = None):
+        self.metric = metric
         columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
         self.bar = Progress(*columns, console=console)
         self.task = self.bar.add_task("", total=None, left="")
         self.live = Live(self.bar, console=console)
-        self.lock = threading.Lock()
 
     def __enter__(self) -> RunsProgress:
         self.live.start()
@@ -46,28 +46,27 @@ class RunsProgress:
         self.bar.update(self.task, completed=done, total=total, left=left)
 
     def watch(self, running: Mapping[str, Run], rows: Sequence[dict[str, Any]]) -> None:
-        """Shows what is where; for `watch` of [`~metalr_hf.compare.runs.compare`]."""
+        """Shows which run is where; for `watch` of [`~metalr_hf.compare.runs.compare`]."""
         lines = [f"  {place}: {_described(run)}" for place, run in sorted(running.items())]
-        if best := best_so_far(rows):
+        if best := best_so_far(rows, self.metric):
             lines.append(f"  {best}")
-        # Runs begin in threads.
-        with self.lock:
-            self.live.update(Group(self.bar, *map(Text, lines)))
+        self.live.update(Group(self.bar, *map(Text, lines)))
 
 
-def best_so_far(rows: Sequence[dict[str, Any]]) -> str:
-    """The best run of the cell that was last at work.
+def best_so_far(rows: Sequence[dict[str, Any]], metric: str | None = None) -> str:
+    """The best run of the cell in which a run ended last.
 
     Args:
         rows (`Sequence[dict]`): Results.
+        metric (`str`, *optional*): The score that says which run is the best; by default the task's own.
 
     Returns:
-        `str`: a line for people; empty if no run has ended yet.
+        `str`: a line to show; empty if no run has ended yet.
 
     Example:
 
     ```python
-    >>> from metalr_hf.cli.runs_progress import best_so_far
+    >>> from metalr_hf.cli.progress import best_so_far
     >>> row = {"cell": "ViT → digits", "learning_rate": 1e-3, "seed": 0, "fold": None, "status": "done"}
     >>> row |= {"metric": "accuracy", "strategy": "cosine"}
     >>> best_so_far([{**row, "accuracy": 0.8}, {**row, "strategy": "metalr", "learning_rate": None, "accuracy": 0.9}])
@@ -78,9 +77,12 @@ def best_so_far(rows: Sequence[dict[str, Any]]) -> str:
     ended = [row for row in rows if row["status"] == DONE]
     if not ended:
         return ""
-    same = [row for row in ended if row["cell"] == ended[-1]["cell"]]
-    best = max(same, key=lambda row: row[row.get("metric", "accuracy")])
-    metric = best.get("metric", "accuracy")
+    metric = metric or ended[-1].get("metric", "accuracy")
+    # Earlier runs may have other scores, and a score may be undefined.
+    same = [row for row in ended if row["cell"] == ended[-1]["cell"] and row.get(metric) is not None]
+    if not same:
+        return ""
+    best = max(same, key=lambda row: row[metric])
     run = Run(*(best[name] for name in ("cell", "strategy", "learning_rate", "seed", "fold")))
     return f"best so far: {metric.replace('_', ' ')} {best[metric]:.3f}, {_described(run)}"
 

@@ -13,7 +13,12 @@ from metalr_hf import MetaLRTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("notebooks/*.ipynb"), ROOT / "notebooks" / "results" / "README.md"]
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("notebooks/*.md"),
+    *ROOT.glob("notebooks/*.ipynb"),
+    ROOT / "notebooks" / "results" / "README.md",
+]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ONE_SITTING = 220
 # From the ground up, as tests/test_import.py wants the imports.

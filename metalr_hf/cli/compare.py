@@ -245,9 +245,13 @@ def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments, r
         test_split=arguments.test_split,
         image_size=arguments.image_size,
         augment=arguments.augment,
+        group_column=arguments.group_column,
         **rows,
     )
-    splits = task.load_splits(data, keep_columns=[arguments.group_column] if arguments.group_column else [])
+    if arguments.folds:
+        # Every row is tested on in its turn, so that none is held out where there is no test split.
+        data.test_share = 0.0
+    splits = task.load_splits(data)
     model_arguments = ModelArguments(None if model_name == DEMO else model_name)
 
     def make_model(classes: Sequence[str]) -> PreTrainedModel:

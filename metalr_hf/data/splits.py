@@ -81,7 +81,7 @@ def arrange(chosen: Mapping[str, Any], names: SplitNames, args: Any, seed: int) 
     if args.group_column is not None and not args.allow_shared_groups:
         refuse_shared_groups({name: chosen[name] for name in names.used}, args.group_column)
     train, test = chosen[names.train], None if names.test is None else chosen[names.test]
-    if test is None:
+    if test is None and args.test_share > 0:
         train, test = hold_out_rows(
             train, "test_share", round(args.test_share * len(train)), seed, group_column=args.group_column
         )

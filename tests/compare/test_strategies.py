@@ -2,7 +2,7 @@ import pytest
 import torch
 from watched import LAYERS, run
 
-from metalr_hf.compare.strategies import STRATEGIES, Strategy, get_strategy, strategies_table
+from metalr_hf.compare.strategies import CALIBRATED, STRATEGIES, Strategy, get_strategy, strategies_table
 
 
 def test_tuned_strategies_tune(tmp_path):
@@ -36,7 +36,8 @@ def test_every_strategy_can_have_the_average_of_its_weights(tmp_path, name):
         for t, weights in enumerate(after, start=1):
             average += 4 / (t + 3) * (weights[parameter] - average)
         # A calibration takes the first step anew after it has been averaged; its weights have a share of .008 here.
-        torch.testing.assert_close(p.detach(), average, rtol=1e-4, atol=1e-5)
+        near = 1e-3 if get_strategy(name).cost == CALIBRATED else 1e-5
+        torch.testing.assert_close(p.detach(), average, rtol=near, atol=near)
     assert get_strategy(f"{name}+average").uses_learning_rate == get_strategy(name).uses_learning_rate
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import metalr_hf.compare  # noqa: F401 (registers the strategies)
 from metalr_hf import MetaLRTrainingArguments
+from metalr_hf.compare.strategies import strategies_table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -48,6 +50,10 @@ def test_links_lead_to_files_and_headings_that_are_there(path):
         assert target.exists(), link
         if anchor:
             assert anchor in headings(target), link
+
+
+def test_the_table_of_strategies_is_that_of_the_code():
+    assert strategies_table() in markdown(ROOT / "notebooks" / "results" / "README.md")
 
 
 def test_contributing_names_every_folder_from_the_ground_up():

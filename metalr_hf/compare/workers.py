@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -119,7 +120,7 @@ class ProcessWorker(Worker):
                 raise CancelledError
             if self.executor is None:
                 self.executor = ProcessPoolExecutor(
-                    1, initializer=_begin, initargs=(self.work, self.threads), env=self.environment
+                    1, initializer=_begin, initargs=(self.work, self.threads, os.getpid()), env=self.environment
                 )
             return self.executor
 
@@ -134,12 +135,20 @@ class ProcessWorker(Worker):
 _kept: Work
 
 
-def _begin(work: bytes, threads: int) -> None:
+def _begin(work: bytes, threads: int, parent: int) -> None:
     global _kept
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
     # Ctrl-C in a terminal reaches every process; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     _kept = pickle.loads(work)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process if the one that started it is killed, for which it would go on training."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _call_kept(item: Any) -> Any:

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from small_cells import cell, comparison
-from worker_runs import contents, interrupted, kill_once, strategy
+from worker_runs import contents, interrupted, kill_once, started, strategy
 
 from metalr_hf.compare import compare
 from metalr_hf.compare.results import read_results
@@ -73,16 +73,29 @@ def left_of(group):
     return [args for pgid, state, args in processes if pgid == str(group) and not state.startswith("Z")]
 
 
+def expect_none_left(group):
+    deadline = time.monotonic() + 20  # The tracker of the processes' resources ends after them.
+    while left := left_of(group):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_every_process_and_keeps_what_has_ended(tmp_path):
     group = interrupted(tmp_path, {"workers": 2})
     rows = read_results(tmp_path / "out")
     assert 2 <= len(rows) < 32
     assert {row["status"] for row in rows} == {"done"}
-    deadline = time.monotonic() + 10  # The tracker of the processes' resources ends after them.
-    while left := left_of(group):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
+    expect_none_left(group)
+
+
+@pytest.mark.slow
+def test_the_processes_end_with_the_first_one_if_it_is_killed(tmp_path):
+    process = started(tmp_path, {"workers": 2})
+    process.kill()
+    process.communicate(timeout=60)
+    expect_none_left(process.pid)
+    assert len(read_results(tmp_path / "out")) >= 2
 
 
 def test_two_comparisons_on_one_folder_are_refused_whatever_their_workers(tmp_path):

@@ -54,18 +54,24 @@ SCRIPT = f"""
 """
 
 
-def interrupted(tmp_path, keywords):
+def started(tmp_path, keywords):
+    """A comparison in a group of processes of its own, after its second run."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, str(script), str(tmp_path / "out"), "60", repr(keywords)]
     environment = {**os.environ, **ONE_THREAD}
-    # In a group of its own, all of which gets the signal, as it is in a terminal.
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     for line in process.stdout:
         if line.strip() == "2":
             break
+    return process
+
+
+def interrupted(tmp_path, keywords):
+    process = started(tmp_path, keywords)
+    # The whole group gets the signal, as it does in a terminal.
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode != 0

@@ -249,9 +249,9 @@ def strategies_table() -> str:
     header = [
         "strategy",
         "needs a rate",
-        "needs the horizon",
+        "needs the number of steps",
         "step sizes per layer",
-        "averages",
+        "averages itself",
         "cost in runs",
         "package",
     ]

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 
 from ..data.columns import IMAGE
+from ..data.files import read_image
 from ..trainer.meta_batches import UnusableRowError
 
 
@@ -38,7 +39,7 @@ def name_broken_image(error: Exception, splits: Mapping[str, Any]) -> None:
             try:
                 image = next(rows)[IMAGE]
                 path = image["path"]
-                datasets.Image().decode_example(image)
+                read_image(image)
             except StopIteration:
                 break
             except Exception as reason:

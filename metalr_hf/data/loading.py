@@ -13,7 +13,9 @@ from ..messages import first_line
 from ..settings import check_choice
 from .columns import IMAGE, LABEL, find_column
 from .digits import demo_dataset
-from .eight_bits import refuse_lost_content
+from .files import ImageFile
+from .files.folders import holds_other_images, load_folder
+from .intensity import VOI, parse_window
 from .labels import class_labels, layout_hint
 from .splits import ImageSplits, SplitNames, arrange
 
@@ -56,6 +58,13 @@ class DataArguments:
             Train on so many images only, stratified by class; of a stream the first ones.
         streaming (`bool`, *optional*, defaults to `False`): Read the images while training, without a copy on disk.
         image_size (`int`, *optional*): Height and width of the model's input in pixels; by default the model's own.
+        intensity_window (`list[str]`, *optional*):
+            The two intensities that become black and white in images of more than 8 bits (DICOM, NIfTI, TIFF and PNG
+            of 16 bits or floats), in the units of the file: for CT, `-160 240`. `voi` takes the window that each DICOM
+            file holds. By default the 0.5th and the 99.5th percentile of the training images.
+        num_channels (`int`, *optional*):
+            How many channels the images and the model's input have. By default three, for which grey images are
+            repeated.
         augment (`str`, *optional*, defaults to `"crop_flip"`):
             Augmentation of the training images: `none`, `flip`, `crop` or `crop_flip`. The demo's digits are only
             cropped, for a mirrored digit is no digit.
@@ -145,6 +154,21 @@ class DataArguments:
         default=None,
         metadata={"help": "Height and width of the model's input in pixels; by default the model's own."},
     )
+    intensity_window: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The two intensities that become black and white in images of more than 8 bits (DICOM, NIfTI, TIFF "
+            "and PNG of 16 bits or floats), in the units of the file: for CT, `-160 240`. `voi` takes the window that "
+            "each DICOM file holds. By default the 0.5th and the 99.5th percentile of the training images."
+        },
+    )
+    num_channels: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many channels the images and the model's input have. By default three, for which grey images "
+            "are repeated."
+        },
+    )
     augment: str = field(
         default="crop_flip",
         metadata={
@@ -169,7 +193,8 @@ class DataArguments:
         for name in ("test_share", "validation_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be between 0 and 1.")
-        for name in ("max_train_samples", "image_size"):
+        parse_window(self.intensity_window)
+        for name in ("max_train_samples", "image_size", "num_channels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be 1 or more.")
@@ -204,12 +229,13 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
         keep_columns (`Sequence[str]`, *optional*): Other columns to keep.
 
     Returns:
-        [`ImageSplits`]: with the columns `image` (`datasets.Image`) and `label` (`datasets.ClassLabel`).
+        [`ImageSplits`]: with the columns `image` ([`~metalr_hf.data.files.ImageFile`]) and `label`
+            (`datasets.ClassLabel`).
 
     Raises:
         FileNotFoundError: if there is no such data set, or no network to fetch it.
-        ValueError: if a column or a split is missing, naming those that are there, a row has no label, or 8 bits do not
-            hold what an image shows.
+        ValueError: if a column or a split is missing, naming those that are there, a row has no label, or an image
+            cannot be learned from.
 
     Example:
 
@@ -225,9 +251,6 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
     kept = [*keep_columns, *([args.group_column] if args.group_column else [])]
     chosen = {name: _choose_columns(splits[name], args, kept) for name in names.used}
     class_names, chosen = class_labels(chosen, names.train, args.streaming, args.folder)
-    if not (args.streaming or args.is_demo):
-        for name, split in chosen.items():
-            refuse_lost_content(name, split)
     return ImageSplits(class_names=class_names, **arrange(chosen, names, args, seed))
 
 
@@ -280,6 +303,8 @@ def _read_splits(args: DataArguments, demo: Demo) -> Mapping[str, Any]:
         splits = saved if isinstance(saved, datasets.DatasetDict) else {args.train_split: saved}
         return {name: split.to_iterable_dataset() for name, split in splits.items()} if args.streaming else splits
     try:
+        if args.folder is not None and holds_other_images(args.folder):
+            return load_folder(args.folder, args.streaming)
         return datasets.load_dataset(name, args.dataset_config_name, data_dir=args.data_dir, streaming=args.streaming)
     except (FileNotFoundError, ConnectionError) as error:
         where = f" with data_dir={args.data_dir!r}" if args.data_dir else ""
@@ -294,7 +319,7 @@ def _read_splits(args: DataArguments, demo: Demo) -> Mapping[str, Any]:
 
 def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]) -> Any:
     features = split.features or dict.fromkeys(next(iter(split)))
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = image_columns(features)
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     image = find_column(features, "image", args.image_column_name, images)
     candidates = classes or [name for name in ("label", "labels") if name in features]
@@ -304,7 +329,32 @@ def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]
     split = split.select_columns([image, label, *kept]).rename_columns(
         {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old != new}
     )
-    if not isinstance(features[image], datasets.Image):
-        # Paths or encoded bytes.
-        split = split.cast_column(IMAGE, datasets.Image())
-    return split
+    return as_image_files(split, args)
+
+
+def image_columns(features: Mapping[str, Any]) -> list[str]:
+    """The columns of images.
+
+    Args:
+        features (`Mapping[str, Any]`): Column to type.
+
+    Returns:
+        `list[str]`
+    """
+    return [name for name, feature in features.items() if isinstance(feature, (datasets.Image, datasets.Nifti))]
+
+
+def as_image_files(rows: Any, args: DataArguments) -> Any:
+    """Makes the column `image` one of files of any format: of images, or of paths or bytes of files.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`): Rows with `image`.
+        args ([`DataArguments`]): Window and channels.
+
+    Returns:
+        as `rows`
+    """
+    window = parse_window(args.intensity_window)
+    return rows.cast_column(
+        IMAGE, ImageFile(voi=window is not None and window.source == VOI, channels=args.num_channels)
+    )

@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor
 
 from ..settings import check_choice
 from .columns import IMAGE, LABEL, place
-from .eight_bits import to_rgb
+from .intensity import channels_of, to_input, window_of
 from .loading import AUGMENTATIONS
 from .masks import MaskClasses, check_size, read_mask
 from .transforms import random_crop
@@ -59,6 +59,7 @@ class MaskTransform:
             )
         self.processor: Any = processor
         self.classes = classes
+        self.window, self.channels = window_of(processor), channels_of(processor)
         self.crop = v2.Compose(random_crop(processor)) if "crop" in augment else None
         self.flip = v2.RandomHorizontalFlip() if "flip" in augment else None
 
@@ -67,7 +68,8 @@ class MaskTransform:
 
         Args:
             rows (`Mapping[str, Sequence]`):
-                `image` (`PIL.Image.Image` of any size and mode) and `label`, the encoded mask.
+                `image` (`PIL.Image.Image` or `numpy.ndarray`, as [`~metalr_hf.data.files.read_image`] gives it) and
+                `label`, the encoded mask.
 
         Returns:
             `dict[str, list]`: `pixel_values` (float32 tensors `(channels, height, width)`) and `labels` (int64
@@ -83,14 +85,16 @@ class MaskTransform:
         where = place("A row", entry)
         try:
             ids = self.classes.ids(read_mask(entry))
-            rgb = to_rgb(image)
+            picture = to_input(image, self.window, self.channels)
         except ValueError as error:
             raise ValueError(f"{where}: {error}.") from error
-        check_size(where, ids.shape, (image.height, image.width))
+        height, width = picture.shape[-2:] if isinstance(picture, Tensor) else (picture.height, picture.width)
+        check_size(where, ids.shape, (height, width))
         if self.crop is not None:
-            pixels, mask = self.crop(rgb, tv_tensors.Mask(torch.from_numpy(ids)))
+            pixels, mask = self.crop(picture, tv_tensors.Mask(torch.from_numpy(ids)))
         else:
-            inputs = self.processor(rgb, segmentation_maps=ids, return_tensors="pt")
+            given = {"input_data_format": "channels_first"} if isinstance(picture, Tensor) else {}
+            inputs = self.processor(picture, segmentation_maps=ids, return_tensors="pt", **given)
             pixels, mask = inputs["pixel_values"][0], inputs["labels"][0]
         if self.flip is not None:
             pixels, mask = self.flip(pixels, tv_tensors.Mask(mask))

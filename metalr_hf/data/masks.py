@@ -14,8 +14,9 @@ from PIL import ExifTags
 from ..models.losses import IGNORE_INDEX
 from .cells import CLASS_NAMES, demo_cells
 from .columns import IMAGE, LABEL, find_column, open_image, place
-from .eight_bits import refuse_lost_image
-from .loading import SHUFFLE_BUFFER_SIZE, DataArguments, load_splits
+from .files import read_image
+from .files.reading import file_bytes, format_of
+from .loading import SHUFFLE_BUFFER_SIZE, DataArguments, as_image_files, image_columns, load_splits
 from .splits import ImageSplits, arrange
 
 MASK_NAME = re.compile(
@@ -207,6 +208,8 @@ def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
 
     ```
     """
+    if not _is_picture(entry):
+        return _of_one_channel(np.asarray(read_image(entry)))
     with open_image(entry) as picture:
         mode = picture.mode
         values = np.asarray(picture if mode in (*MASK_MODES, "F") else picture.convert("RGB"))
@@ -223,6 +226,20 @@ def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
     return values.astype(np.uint8) if values.dtype == bool else values
 
 
+def _is_picture(entry: Mapping[str, Any]) -> bool:
+    """Whether Pillow opens a file, rather than a reader of DICOM, NIfTI or arrays."""
+    return format_of(file_bytes(entry), str(entry.get("path") or "")) == "picture"
+
+
+def _of_one_channel(values: np.ndarray) -> np.ndarray:
+    if values.ndim == 3:
+        raise ValueError(
+            f"the mask has {values.shape[2]} channels, but a mask has one channel that holds class ids. Convert them "
+            "to ids"
+        )
+    return _whole_numbers(values) if values.dtype.kind == "f" else values
+
+
 def _whole_numbers(values: np.ndarray) -> np.ndarray:
     whole = np.nan_to_num(values, nan=0.5).round().astype(np.int64)
     if (whole != values).any():
@@ -234,7 +251,10 @@ def _whole_numbers(values: np.ndarray) -> np.ndarray:
 
 
 def _size(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of an image as it will be decoded, from its header."""
+    """Height and width of an image as it will be decoded, from its header where that tells."""
+    if not _is_picture(entry):
+        height, width = np.asarray(read_image(entry)).shape[:2]
+        return height, width
     with open_image(entry) as picture:
         width, height = picture.size
         # The orientations from 5 on lie on their side, and `datasets` turns them when it decodes.
@@ -244,7 +264,7 @@ def _size(entry: Mapping[str, Any]) -> tuple[int, int]:
 def _choose_columns(split: Any, args: MaskArguments, keep_columns: Sequence[str]) -> Any:
     features = split.features or dict.fromkeys(next(iter(split)))
     given = (args.image_column_name, args.mask_column_name)
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image) and name not in given]
+    images = [name for name in image_columns(features) if name not in given]
     masks = [name for name in images if MASK_NAME.fullmatch(name)]
     others = [name for name in images if name not in masks]
     wanted = [("image", args.image_column_name, others), ("mask", args.mask_column_name, masks)]
@@ -255,8 +275,7 @@ def _choose_columns(split: Any, args: MaskArguments, keep_columns: Sequence[str]
     split = split.select_columns([image, mask, *(name for name in keep_columns if name in features)])
     # By way of names that no data set has: an image column may be called `label`.
     split = split.rename_columns({image: "_image", mask: "_mask"}).rename_columns({"_image": IMAGE, "_mask": LABEL})
-    split = split.cast_column(IMAGE, datasets.Image())
-    return split.cast_column(LABEL, datasets.Image(decode=False))
+    return as_image_files(split, args).cast_column(LABEL, datasets.Image(decode=False))
 
 
 def _check_masks(splits: Mapping[str, Any], train_name: str, args: MaskArguments) -> MaskClasses:
@@ -270,7 +289,6 @@ def _check_masks(splits: Mapping[str, Any], train_name: str, args: MaskArguments
                 raise ValueError(f"{where}: there is no {'mask' if entry[LABEL] is None else 'image'}.")
             mask = _named(where, read_mask, entry[LABEL])
             check_size(where, mask.shape, _named(where, _size, entry[IMAGE]))
-            refuse_lost_image(place(f"Split {name!r}, row {row}", entry[IMAGE]), entry[IMAGE])
             for value in _values(mask):
                 first[name].setdefault(value, where)
     classes = _named_classes(args, set(first[train_name]), first[train_name])

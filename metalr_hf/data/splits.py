@@ -14,6 +14,7 @@ from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold
 from ..messages import first_line
 from .columns import LABEL
 from .folds import strata_of
+from .intensity import IntensityWindow, find_window, parse_window
 
 Splits = TypeVar("Splits", bound="ImageSplits")
 
@@ -28,6 +29,7 @@ class ImageSplits:
         meta (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): To tune the learning rates on.
         class_names (`tuple[str, ...]`): Name of class 0, 1, ...
         validation (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): To evaluate on while training.
+        window ([`~metalr_hf.data.intensity.IntensityWindow`], *optional*): Of images of more than 8 bits.
     """
 
     train: Any
@@ -35,6 +37,7 @@ class ImageSplits:
     meta: Any
     class_names: tuple[str, ...]
     validation: Any = field(default=None, kw_only=True)
+    window: IntensityWindow | None = field(default=None, kw_only=True)
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -73,10 +76,10 @@ def arrange(chosen: Mapping[str, Any], names: SplitNames, args: Any, seed: int) 
         seed (`int`): Of the held-out share and of the subset.
 
     Returns:
-        `dict[str, Any]`: `train`, `test`, `meta` and `validation` of an [`ImageSplits`].
+        `dict[str, Any]`: `train`, `test`, `meta`, `validation` and `window` of an [`ImageSplits`].
 
     Raises:
-        ValueError: if splits share a group, or a share cannot be taken.
+        ValueError: if splits share a group, a share cannot be taken, or an image cannot be learned from.
     """
     if args.group_column is not None and not args.allow_shared_groups:
         refuse_shared_groups({name: chosen[name] for name in names.used}, args.group_column)
@@ -91,7 +94,16 @@ def arrange(chosen: Mapping[str, Any], names: SplitNames, args: Any, seed: int) 
         elif args.max_train_samples < len(train):
             _, train = hold_out_rows(train, "max_train_samples", args.max_train_samples, seed)
     others = {"meta": names.meta, "validation": names.validation}
-    return {"train": train, "test": test, **{what: name and chosen[name] for what, name in others.items()}}
+    window = parse_window(args.intensity_window)
+    # What a stream holds is seen as it comes.
+    if not (args.streaming or args.is_demo):
+        window = find_window({name: chosen[name] for name in names.used}, train, window, args.num_channels)
+    return {
+        "window": window,
+        "train": train,
+        "test": test,
+        **{what: name and chosen[name] for what, name in others.items()},
+    }
 
 
 def hold_out(splits: Splits, what: str, argument: str, share: float, seed: int, group_column: str | None) -> Splits:

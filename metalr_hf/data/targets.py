@@ -11,8 +11,7 @@ import numpy as np
 
 from ..messages import did_you_mean
 from .columns import IMAGE, LABEL, find_column
-from .eight_bits import refuse_lost_content
-from .loading import DataArguments, Demo, load_splits
+from .loading import DataArguments, Demo, as_image_files, image_columns, load_splits
 from .splits import SplitNames, arrange
 
 
@@ -88,7 +87,7 @@ class TargetRows:
 
     Raises:
         FileNotFoundError: if there is no such data set, or no network to fetch it.
-        ValueError: if a column or a split is missing, or 8 bits do not hold what an image shows.
+        ValueError: if a column or a split is missing.
     """
 
     def __init__(
@@ -101,8 +100,7 @@ class TargetRows:
         kept = [*keep_columns, *([args.group_column] if args.group_column else [])]
         for name in names.used:
             features = splits[name].features
-            pictures = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-            image = find_column(features, "image", args.image_column_name, pictures)
+            image = find_column(features, "image", args.image_column_name, image_columns(features))
             columns = args.target_column_names or [
                 find_column(features, "label", args.label_column_name, candidates(features), hint)
             ]
@@ -119,12 +117,7 @@ class TargetRows:
             others = [column for column in kept if column in features and column not in (image, LABEL)]
             rows = splits[name].select_columns([image, *others])
             rows = rows if image == IMAGE else rows.rename_column(image, IMAGE)
-            if not isinstance(features[image], datasets.Image):
-                # Paths or encoded bytes.
-                rows = rows.cast_column(IMAGE, datasets.Image())
-            if not args.is_demo:
-                refuse_lost_content(name, rows)
-            self.images[name] = rows
+            self.images[name] = as_image_files(rows, args)
 
     @property
     def train(self) -> Targets:
@@ -139,11 +132,11 @@ class TargetRows:
             seed (`int`): Of the held-out share and of the subset.
 
         Returns:
-            `dict[str, Any]`: `train`, `test`, `meta` and `validation` of an
+            `dict[str, Any]`: `train`, `test`, `meta`, `validation` and `window` of an
                 [`~metalr_hf.data.splits.ImageSplits`], with the columns `image` and `label`, a list of numbers.
 
         Raises:
-            ValueError: if splits share a group, or a share cannot be taken.
+            ValueError: if splits share a group, a share cannot be taken, or an image cannot be learned from.
         """
         kind = datasets.List(datasets.Value("float32"))
         chosen = {

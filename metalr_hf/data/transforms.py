@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import datasets
@@ -15,7 +16,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcess
 
 from ..settings import check_choice
 from .columns import IMAGE, LABEL
-from .eight_bits import to_rgb
+from .intensity import WHITE, channels_of, processed, set_window, to_input, window_of
 from .loading import AUGMENTATIONS, SHUFFLE_BUFFER_SIZE
 from .splits import ImageSplits, Splits
 
@@ -139,6 +140,7 @@ def prepare_images(
 
     ```
     """
+    set_window(processor, splits.window)
     return prepare_splits(splits, ImageTransform(processor, augment), ImageTransform(processor), seed)
 
 
@@ -200,35 +202,29 @@ class ImageTransform:
         if "crop" in augment:
             steps += [*random_crop(processor)]
         else:
-            steps += [_Processed(processor)]
+            steps += [partial(processed, processor)]
         if "flip" in augment:
             steps += [v2.RandomHorizontalFlip()]
         self.transform = v2.Compose(steps)
+        self.window, self.channels = window_of(processor), channels_of(processor)
 
     def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Transforms a batch of rows.
 
         Args:
-            rows (`Mapping[str, Sequence]`): `image` (`PIL.Image.Image` of any size and mode) and `label` (`int`).
+            rows (`Mapping[str, Sequence]`): `image` (`PIL.Image.Image` or `numpy.ndarray`, as
+                [`~metalr_hf.data.files.read_image`] gives it) and `label` (`int`).
 
         Returns:
             `dict[str, list]`: `pixel_values` (float32 tensors `(channels, height, width)`) and `labels`.
 
         Raises:
-            ValueError: if 8 bits do not hold what an image shows.
+            ValueError: if an image has more than 8 bits, and the processor no window for it.
         """
         return {
-            "pixel_values": [self.transform(to_rgb(image)) for image in rows[IMAGE]],
+            "pixel_values": [self.transform(to_input(image, self.window, self.channels)) for image in rows[IMAGE]],
             "labels": list(rows[LABEL]),
         }
-
-
-class _Processed:
-    def __init__(self, processor: BaseImageProcessor):
-        self.processor = processor
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
@@ -263,7 +259,7 @@ def model_input(processor: BaseImageProcessor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(channels, height, width)`
     """
-    return _Processed(processor)(Image.new("RGB", (64, 64)))
+    return processed(processor, to_input(Image.new("RGB", (64, 64)), None, channels_of(processor)))
 
 
 def random_crop(processor: BaseImageProcessor) -> list[Callable[..., Any]]:
@@ -276,19 +272,28 @@ def random_crop(processor: BaseImageProcessor) -> list[Callable[..., Any]]:
         `list[Callable]`: to be applied one after the other.
     """
     # Processors name and combine their settings in many ways. What one makes of black and of white says it all.
-    black, white = (_Processed(processor)(Image.new("RGB", (64, 64), color)) for color in ("black", "white"))
+    channels = channels_of(processor)
+    black, white = (
+        processed(processor, torch.full((channels, 64, 64), value, dtype=torch.uint8)) for value in (0, int(WHITE))
+    )
     offset, scale = black.mean(dim=(1, 2)), (white - black).mean(dim=(1, 2))
     resample = getattr(processor, "resample", None)
     interpolation = (
         v2.InterpolationMode.BICUBIC if resample == Image.Resampling.BICUBIC else v2.InterpolationMode.BILINEAR
     )
     return [
+        v2.Lambda(_unit_floats),
         v2.ToImage(),
         v2.RandomResizedCrop(list(black.shape[-2:]), scale=(0.6, 1.0), ratio=(0.8, 1.25), interpolation=interpolation),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(mean=(-offset / scale).tolist(), std=(1 / scale).tolist()),
         v2.ToPureTensor(),
     ]
+
+
+def _unit_floats(image: Any) -> Any:
+    """Floats from 0 to 255 to those from 0 to 1 that torchvision makes of bytes."""
+    return image / WHITE if isinstance(image, torch.Tensor) and image.is_floating_point() else image
 
 
 def _resize_output(processor: Any, image_size: int) -> None:

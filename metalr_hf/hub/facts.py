@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 from yaml import YAMLError
 
+from ..data.intensity import window_of
 from ..models.bare import Classifier
 from ..models.target_losses import TargetLoss
 from ..models.unet3d import UNet3DConfig
@@ -187,6 +188,7 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
         "optimizer": f"{type(optimizer).__name__}, weight decay {decay:g}",
         "schedule": f"{SchedulerType(args.lr_scheduler_type).value}{f', {warmup} warm-up steps' if warmup else ''}",
         **_tuning(trainer),
+        **_images(trainer.processing_class),
         **({"loss": loss.description} if isinstance(loss, TargetLoss) else {}),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else str(next(trainer.model.parameters()).dtype)[6:],
         "device": _device(args),
@@ -204,6 +206,11 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
     modules = {type(module).__module__.split(".")[0] for module in trainer.model.modules()}
     packages += sorted(modules & {"timm", "peft"})
     return settings | {"versions": ", ".join(f"{package} {version(package)}" for package in packages)}
+
+
+def _images(processor: Any) -> dict[str, object]:
+    window = window_of(processor)
+    return {} if window is None else {"intensity window": window.description}
 
 
 def _tuning(trainer: HubTrainer) -> dict[str, object]:

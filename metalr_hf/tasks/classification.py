@@ -17,6 +17,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from ..data.columns import LABEL
 from ..data.imbalance import ClassArguments, class_weights, warn_of_rare_classes
+from ..data.intensity import set_window
 from ..data.loading import DataArguments, load_images
 from ..data.splits import ImageSplits
 from ..data.transforms import ImageTransform, Transform, load_image_processor, model_input
@@ -86,6 +87,7 @@ class Classification(Task):
     def transforms(
         self, splits: ImageSplits, processor: BaseImageProcessor, augment: str
     ) -> tuple[Transform, Transform]:
+        set_window(processor, splits.window)
         return ImageTransform(processor, augment), ImageTransform(processor)
 
     def fit(self, model: nn.Module, rows: Any, processor: BaseImageProcessor, data: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PredictionOutput
 
+from ..data.intensity import set_window
 from ..data.mask_transforms import MaskTransform, collate_masks
 from ..data.masks import MaskArguments, MaskSplits, load_masks
 from ..data.transforms import Transform, load_image_processor, model_input
@@ -80,6 +81,7 @@ class Segmentation(Task):
     def transforms(
         self, splits: MaskSplits, processor: BaseImageProcessor, augment: str
     ) -> tuple[Transform, Transform]:
+        set_window(processor, splits.window)
         return MaskTransform(processor, splits.classes, augment), MaskTransform(processor, splits.classes)
 
     def trainer_arguments(self, class_names: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:

@@ -1,20 +1,20 @@
-"""No image loses its content without a word: what 8 bits hold comes through bit for bit, all else is refused."""
+"""What 8 bits hold comes through bit for bit; no image loses its content without a word."""
 
 import datasets
 import numpy as np
 import pytest
+from deep_colours import COLOURS, GREYS, save_deep_colours
 from digits import save_image_folder
 from PIL import Image
 
-from metalr_hf.data.eight_bits import to_rgb
+from metalr_hf.data.eight_bits import fits_8_bits, to_rgb
+from metalr_hf.data.intensity import to_input
 from metalr_hf.data.loading import DataArguments, load_images
 from metalr_hf.data.transforms import ImageTransform
 from metalr_hf.models.demo import demo_image_processor
 
 pytestmark = pytest.mark.usefixtures("offline")
 
-GREYS = np.arange(256, dtype="uint8").reshape(16, 16)
-COLOURS = np.stack([GREYS, GREYS.T, 255 - GREYS], -1)
 SHAPE = np.zeros((16, 16), "uint8")
 SHAPE[4:9, 4:9] = 255
 NOTHING = np.zeros_like(SHAPE)
@@ -25,14 +25,17 @@ def shown(array):
 
 
 LOST = {
-    "uint16.png": (shown(GREYS.astype("uint16") * 16), r"from 0 to 4080 \(mode I;16\), which 8 bits do not hold"),
-    "uint16.tif": (shown(GREYS.astype("uint16") * 257), r"from 0 to 65535 \(mode I;16\)"),
-    "int32.tif": (shown(GREYS.astype("int32") - 1024), r"from -1024 to -769 \(mode I\)"),
-    "unit.tif": (shown((GREYS / 255).astype("float32")), r"from 0 to 1 with fractions \(mode F\)"),
-    "float.tif": (shown(GREYS.astype("float32") * 3), r"from 0 to 765 .*\(mode F\)"),
-    "nan.tif": (shown(np.where(GREYS, np.float32(7), np.float32("nan"))), r"with fractions \(mode F\)"),
     "alpha.png": (shown(np.stack([NOTHING] * 3 + [SHAPE], -1)), r"one colour only, \(0, 0, 0\), .*\(mode RGBA\)"),
     "grey_alpha.png": (shown(np.stack([NOTHING, SHAPE], -1)), r"one colour only.*transparency \(mode LA\)"),
+}
+# These need a window of intensities, which a stream cannot tell.
+DEEP = {
+    "uint16.png": (shown(GREYS.astype("uint16") * 16), r"from 0 to 4080 \(uint16\), which 8 bits do not hold"),
+    "uint16.tif": (shown(GREYS.astype("uint16") * 257), r"from 0 to 65535 \(uint16\)"),
+    "int32.tif": (shown(GREYS.astype("int32") - 1024), r"from -1024 to 0 \(int32\)"),
+    "unit.tif": (shown((GREYS / 255).astype("float32")), r"from 0 to 1 with fractions \(float32\)"),
+    "float.tif": (shown(GREYS.astype("float32") * 3), r"from 0 to 765 .*\(float32\)"),
+    "nan.tif": (shown(np.where(GREYS, GREYS * np.float32(0.3), np.float32("nan"))), r"with fractions \(float32\)"),
 }
 KEPT = {
     "grey.png": shown(GREYS),
@@ -68,50 +71,52 @@ def test_an_image_that_would_lose_its_content_is_refused_with_file_and_mode(tmp_
         transform({"image": [Image.open(file)], "label": [0]})
 
 
+@pytest.mark.parametrize("name", DEEP)
+def test_an_image_of_more_bits_gets_a_window_and_a_stream_without_one_is_refused(tmp_path, name):
+    image, message = DEEP[name]
+    file = with_one_more(tmp_path, name, image)
+    assert load_images(DataArguments(dataset_name=str(tmp_path))).window.source == "training images"
+    transform = ImageTransform(demo_image_processor(), "crop_flip")
+    with pytest.raises(ValueError, match=message + ".*--intensity_window LOW HIGH"):
+        transform({"image": [Image.open(file)], "label": [0]})
+    stream = load_images(DataArguments(dataset_name=str(tmp_path), streaming=True)).train.map(transform, batched=True)
+    with pytest.raises(ValueError, match=message):
+        next(iter(stream))
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_what_8_bits_hold_comes_through_bit_for_bit(tmp_path, name):
     file = with_one_more(tmp_path, name, KEPT[name])
-    rows = load_images(DataArguments(dataset_name=str(tmp_path))).train
-    paths = [row["image"]["path"] for row in rows.cast_column("image", datasets.Image(decode=False))]
-    image = rows[paths.index(str(file))]["image"]
-    assert to_rgb(image).tobytes() == Image.open(file).convert("RGB").tobytes()
-    if np.asarray(KEPT[name]).dtype != bool and image.mode not in ("RGB", "RGBA", "CMYK", "P"):
-        assert (np.asarray(to_rgb(image)) == GREYS[..., None]).all()
+    splits = load_images(DataArguments(dataset_name=str(tmp_path)))
+    assert splits.window is None
+    paths = [row["image"]["path"] for row in splits.train.cast_column("image", datasets.Image(decode=False))]
+    image = splits.train[paths.index(str(file))]["image"]
+    given = to_input(image)
+    assert given.tobytes() == Image.open(file).convert("RGB").tobytes()
+    if np.asarray(KEPT[name]).dtype != bool and KEPT[name].mode not in ("RGB", "RGBA", "CMYK", "P"):
+        assert (np.asarray(given) == GREYS[..., None]).all()
 
 
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_colours_of_16_bits_are_refused(tmp_path, ending):
-    file = with_one_more(tmp_path, f"deep.{ending}", Image.new("L", (4, 4)))
-    save_deep_colours(file)
-    with pytest.raises(
-        ValueError, match=r"\(.*/a_deep.*\): the image has 16 bits a channel \(mode RGB;16[BL]\), of which"
-    ):
+def test_colours_of_16_bits_are_refused_in_png_and_read_in_tiff(tmp_path):
+    file = with_one_more(tmp_path, "deep.png", Image.new("L", (4, 4)))
+    values = save_deep_colours(file)
+    message = r"the image has 16 bits a channel \(mode RGB;16B\), of which"
+    with pytest.raises(ValueError, match=rf"\({file}\): {message} .*Save it as TIFF"):
         load_images(DataArguments(dataset_name=str(tmp_path)))
+    stream = load_images(DataArguments(dataset_name=str(tmp_path), streaming=True)).train
+    with pytest.raises(ValueError, match=message):
+        list(stream)
+    with Image.open(file) as image, pytest.raises(ValueError, match="Pillow keeps the upper half"):
+        to_rgb(image)
+    file.unlink()
+    save_deep_colours(file.with_suffix(".tif"))
+    splits = load_images(DataArguments(dataset_name=str(tmp_path)))
+    deep = [row["image"] for row in splits.train if isinstance(row["image"], np.ndarray)]
+    assert len(deep) == 1
+    assert (deep[0] == values).all()
+    assert splits.window.high > 255
 
 
-def save_deep_colours(file):
-    """Pillow reads such files, and does not write them."""
-    import struct
-    import zlib
-
-    values = (COLOURS.astype("uint16") * 257) ^ 5
-    if file.suffix == ".png":
-
-        def chunk(kind, body):
-            return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-        lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
-        header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
-        file.write_bytes(
-            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
-        )
-        return
-    body = values.astype("<u2").tobytes()
-    # Width, height, bits, no compression, colours, where the strip is, samples, rows a strip, bytes of it.
-    bits_at, strip_at = 8 + 2 + 12 * 9 + 4, 8 + 2 + 12 * 9 + 4 + 6
-    tags = [
-        *((256, 3, 1, 16), (257, 3, 1, 16), (258, 3, 3, bits_at), (259, 3, 1, 1), (262, 3, 1, 2)),
-        *((273, 4, 1, strip_at), (277, 3, 1, 3), (278, 3, 1, 16), (279, 4, 1, len(body))),
-    ]
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
-    file.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory + struct.pack("<HHH", 16, 16, 16) + body)
+def test_only_whole_numbers_of_a_byte_fit():
+    for values in ([-1], [256], [0.5], [float("nan")], [float("inf")], [2**40]):
+        assert not fits_8_bits(np.array(values))

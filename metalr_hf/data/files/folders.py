@@ -1,0 +1,125 @@
+"""Folders of images that `datasets` alone does not take for images: DICOM, NIfTI and npy beside the usual ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import (
+    FolderBasedBuilder,
+    FolderBasedBuilderConfig,
+)
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from .feature import ImageFile
+from .reading import DICOM_ENDINGS, DICOM_MARK
+
+# The name by which `datasets.load_dataset` knows the builder.
+FOLDER_BUILDER = "metalr_hf_files"
+# What `datasets` has no images of.
+OTHER_ENDINGS = (*DICOM_ENDINGS, ".nii", ".nii.gz", ".npy")
+# The index of a DICOM disc has the mark of an image.
+NO_IMAGES = ("DICOMDIR",)
+NEVER_IMAGES = (".csv", ".jsonl", ".json", ".parquet", ".arrow", ".zip", ".txt", ".md", ".yaml", ".yml", ".xml")
+
+
+def is_image_file(path: str) -> bool:
+    """Whether a file is one of the images that can be read here. Where its name does not tell, its content does.
+
+    Args:
+        path (`str`): The file.
+
+    Returns:
+        `bool`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.files.folders import is_image_file
+    >>> is_image_file("scan.nii.gz"), is_image_file("photo.JPG"), is_image_file("notes.txt")
+    (True, True, False)
+
+    ```
+    """
+    name = os.path.basename(path).lower()
+    ending = os.path.splitext(name)[1]
+    return name.endswith(OTHER_ENDINGS) or ending in ImageFolder.EXTENSIONS or _is_dicom_by_content(path)
+
+
+def image_files(folder: str) -> Iterator[str]:
+    """The image files in a folder and those below it, in alphabetical order.
+
+    Args:
+        folder (`str`): The folder.
+
+    Returns:
+        `Iterator[str]`: their paths.
+    """
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        yield from (file for name in sorted(files) if is_image_file(file := os.path.join(path, name)))
+
+
+def holds_other_images(folder: str) -> bool:
+    """Whether there are images in a folder that `datasets` alone does not take for such.
+
+    Args:
+        folder (`str`): The folder.
+
+    Returns:
+        `bool`
+    """
+    return any(os.path.splitext(file)[1].lower() not in ImageFolder.EXTENSIONS for file in image_files(folder))
+
+
+def _is_dicom_by_content(path: str) -> bool:
+    """DICOM files often have no ending, or a number in its place."""
+    name = os.path.basename(path)
+    ending = os.path.splitext(name)[1].lower()
+    if name.startswith(".") or name in NO_IMAGES or ending in NEVER_IMAGES or not os.path.isfile(path):
+        return False
+    if ending and not ending[1:].isdigit():
+        return False
+    with open(path, "rb") as file:
+        return file.read(DICOM_MARK.stop)[DICOM_MARK] == b"DICM"
+
+
+class _AllButMetadata(list[str]):
+    """Endings of images for the builder, which looks at files again that were chosen by [`is_image_file`] before."""
+
+    def __contains__(self, ending: object) -> bool:
+        return ending not in NEVER_IMAGES
+
+
+class FileFolder(FolderBasedBuilder):
+    """A folder of images of any format: classes as folders, or with a `metadata.csv`, as `imagefolder` has them."""
+
+    BASE_FEATURE = ImageFile
+    BASE_COLUMN_NAME = "image"
+    BUILDER_CONFIG_CLASS = FolderBasedBuilderConfig
+    EXTENSIONS = _AllButMetadata()
+
+    def _split_files_and_metadata_and_archives(self, data_files: Any) -> Any:
+        wanted = self.config.metadata_filenames or self.METADATA_FILENAMES
+        metadata = [file for file in data_files if os.path.basename(file) in wanted]
+        return [file for file in data_files if is_image_file(str(file))], metadata, []
+
+
+# By module and a part of the name of its cache; it changes with what the builder makes of files.
+_PACKAGED_DATASETS_MODULES[FOLDER_BUILDER] = (__name__, "1")
+
+
+def load_folder(folder: str, streaming: bool = False) -> Any:
+    """Loads a folder of image files.
+
+    Args:
+        folder (`str`): With folders of classes, of splits and classes, or a `metadata.csv`.
+        streaming (`bool`, *optional*, defaults to `False`): Read the files while training.
+
+    Returns:
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`
+    """
+    return datasets.load_dataset(FOLDER_BUILDER, data_dir=folder, streaming=streaming)

@@ -66,6 +66,8 @@ class CompareArguments:
         weight_decay (`float`, *optional*, defaults to 0.01): Of every strategy.
         image_size (`int`, *optional*): Height and width of the model's input in pixels.
         augment (`str`, *optional*, defaults to `"none"`): Augmentation of the training images.
+        intensity_window (`list[str]`, *optional*): What becomes black and white in images of more than 8 bits.
+        num_channels (`int`, *optional*): How many channels the images and the models' inputs have.
         image_column_name (`str`, *optional*): Column of the images.
         label_column_name (`str`, *optional*): Column of the classes.
         test_split (`str`, *optional*): Split to test on.
@@ -110,6 +112,16 @@ class CompareArguments:
         default=None, metadata={"help": "Height and width of the model's input in pixels; by default the model's own."}
     )
     augment: str = field(default="none", metadata={"help": "`none`, `flip`, `crop` or `crop_flip`."})
+    intensity_window: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The two intensities that become black and white in images of more than 8 bits, or `voi`; by "
+            "default the 0.5th and the 99.5th percentile of the training images."
+        },
+    )
+    num_channels: int | None = field(
+        default=None, metadata={"help": "How many channels the images and the models' inputs have; by default three."}
+    )
     image_column_name: str | None = field(default=None, metadata={"help": "Column of the images."})
     label_column_name: str | None = field(default=None, metadata={"help": "Column of the classes."})
     test_split: str | None = field(default=None, metadata={"help": "Split to test on."})
@@ -190,10 +202,12 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any], rows: di
         tuning (`dict`): Arguments of `MetaLRTrainingArguments` for the strategies that tune.
         rows (`dict`): Arguments of the data set that only this task has.
     """
+    optional = ("intensity_window", "num_channels")
+    given = {name: value for name in optional if (value := getattr(arguments, name)) is not None}
     comparison = Comparison(
         **{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Comparison) if hasattr(arguments, f.name)},
         tuning=tuning,
-        preparation={"image_size": arguments.image_size, "augment": arguments.augment, **rows},
+        preparation={"image_size": arguments.image_size, "augment": arguments.augment, **given, **rows},
     )
     if tuning:
         # Refuses a bad one now rather than in each run.
@@ -246,6 +260,8 @@ def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments, r
         image_size=arguments.image_size,
         augment=arguments.augment,
         group_column=arguments.group_column,
+        intensity_window=arguments.intensity_window,
+        num_channels=arguments.num_channels,
         **rows,
     )
     if arguments.folds:
@@ -255,7 +271,7 @@ def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments, r
     model_arguments = ModelArguments(None if model_name == DEMO else model_name)
 
     def make_model(classes: Sequence[str]) -> PreTrainedModel:
-        return task.load_model(model_arguments, dict(enumerate(classes)), arguments.image_size)
+        return task.load_model(model_arguments, dict(enumerate(classes)), arguments.image_size, arguments.num_channels)
 
     processor = task.load_processor(model_arguments, make_model(splits.class_names), arguments.image_size)
     train_transform, test_transform = task.transforms(splits, processor, arguments.augment)

@@ -124,7 +124,7 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         # They are held out now. The trainer, which knows no groups, need not do it.
         training.meta_split = 0.0
     set_seed(training.seed)
-    model = task.load_model(arguments.model, splits.id2label, data.image_size)
+    model = task.load_model(arguments.model, splits.id2label, data.image_size, data.num_channels)
     processor = task.load_processor(arguments.model, model, data.image_size)
     prepared = task.prepare(splits, processor, data.augment, seed=training.seed)
     for name, value in task.training_arguments.items():

@@ -236,7 +236,7 @@ def to_input(image: Any, window: IntensityWindow | None = None, channels: int = 
             f"the image has {found} channels, and the model takes {channels}. Train with --num_channels {found}, or "
             f"save images of {channels}"
         )
-    pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 0)))
+    pixels = torch.from_numpy(np.array(np.moveaxis(values, -1, 0), order="C"))
     return pixels if found == channels else pixels.repeat(channels, 1, 1)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor, PreTrainedModel
 
+from ..models.channels import input_channels, spread
 from ..settings import check_choice
 from .columns import IMAGE, LABEL
 from .intensity import WHITE, channels_of, processed, set_window, to_input, window_of
@@ -59,9 +60,12 @@ def load_image_processor(
     pretrained_cfg = getattr(model.config, "pretrained_cfg", None)
     if pretrained_cfg is not None:
         if image_size is not None:
-            pretrained_cfg["input_size"] = [3, image_size, image_size]
-        return timm_image_processor(pretrained_cfg)
+            pretrained_cfg["input_size"] = [input_channels(model.config), image_size, image_size]
+        timm_processor = timm_image_processor(pretrained_cfg)
+        set_channels(timm_processor, input_channels(model.config))
+        return timm_processor
     processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
+    set_channels(processor, input_channels(model.config))
     if image_size is not None:
         _resize_output(processor, image_size)
         if output_size(processor) != (image_size, image_size):
@@ -70,6 +74,24 @@ def load_image_processor(
                 "image_size out, or set the size in the model's preprocessor_config.json."
             )
     return processor
+
+
+def set_channels(processor: Any, channels: int) -> None:
+    """Makes an image processor one for images of a number of channels; its saved configuration then has it.
+
+    Args:
+        processor (`transformers.BaseImageProcessor`): The model's image processor.
+        channels (`int`): How many channels the model takes.
+    """
+    if channels == channels_of(processor):
+        return
+    processor.num_channels = channels
+    # It would make three channels of one.
+    processor.do_convert_rgb = False
+    for name in ("image_mean", "image_std"):
+        values = getattr(processor, name, None)
+        if isinstance(values, (list, tuple)):
+            setattr(processor, name, spread(list(values), channels))
 
 
 def timm_image_processor(pretrained_cfg: Mapping[str, Any]) -> BitImageProcessor:
@@ -259,7 +281,7 @@ def model_input(processor: BaseImageProcessor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(channels, height, width)`
     """
-    return processed(processor, to_input(Image.new("RGB", (64, 64)), None, channels_of(processor)))
+    return processed(processor, to_input(Image.new("L", (64, 64)), None, channels_of(processor)))
 
 
 def random_crop(processor: BaseImageProcessor) -> list[Callable[..., Any]]:

@@ -84,7 +84,11 @@ class Task(ABC):
 
     @abstractmethod
     def load_model(
-        self, arguments: ModelArguments, id2label: Mapping[int, str], image_size: int | None = None
+        self,
+        arguments: ModelArguments,
+        id2label: Mapping[int, str],
+        image_size: int | None = None,
+        num_channels: int | None = None,
     ) -> PreTrainedModel:
         """Makes the network, pretrained, with a head for the classes.
 
@@ -92,6 +96,7 @@ class Task(ABC):
             arguments ([`ModelArguments`]): Which model.
             id2label (`Mapping[int, str]`): Class number to class name.
             image_size (`int`, *optional*): Height and width of its input in pixels; by default its own.
+            num_channels (`int`, *optional*): How many channels its images have; by default its own number.
 
         Returns:
             `transformers.PreTrainedModel`: with a fresh head if the pretrained one is for other classes.

@@ -21,6 +21,7 @@ from ..data.intensity import set_window
 from ..data.loading import DataArguments, load_images
 from ..data.splits import ImageSplits
 from ..data.transforms import ImageTransform, Transform, load_image_processor, model_input
+from ..models.channels import RGB, load_with_channels
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.probe import check_input
 from ..models.target_losses import ClassLoss
@@ -53,13 +54,17 @@ class Classification(Task):
         return splits
 
     def load_model(
-        self, arguments: ModelArguments, id2label: Mapping[int, str], image_size: int | None = None
+        self,
+        arguments: ModelArguments,
+        id2label: Mapping[int, str],
+        image_size: int | None = None,
+        num_channels: int | None = None,
     ) -> PreTrainedModel:
         name = arguments.model_name_or_path
         if name is None:
             from ..models.demo import demo_model
 
-            model = demo_model(id2label)
+            model = demo_model(id2label, num_channels or RGB)
             model.config.problem_type = self.problem_type
             return model
         with naming_the_model(name, "model"):
@@ -71,9 +76,13 @@ class Classification(Task):
             if hasattr(config, "label_names"):
                 # timm's own list of the classes, which would be saved instead of the new ones.
                 config.label_names = list(id2label.values())
-            return AutoModelForImageClassification.from_pretrained(
-                name, config=config, ignore_mismatched_sizes=True, trust_remote_code=arguments.trust_remote_code
-            )
+
+            def load(config: Any) -> PreTrainedModel:
+                return AutoModelForImageClassification.from_pretrained(
+                    name, config=config, ignore_mismatched_sizes=True, trust_remote_code=arguments.trust_remote_code
+                )
+
+            return load_with_channels(load, config, num_channels)
 
     def load_processor(
         self, arguments: ModelArguments, model: PreTrainedModel, image_size: int | None = None

@@ -39,9 +39,13 @@ class Regression(Classification):
         return load_quantities(data, seed=seed, keep_columns=keep_columns)
 
     def load_model(
-        self, arguments: ModelArguments, id2label: Mapping[int, str], image_size: int | None = None
+        self,
+        arguments: ModelArguments,
+        id2label: Mapping[int, str],
+        image_size: int | None = None,
+        num_channels: int | None = None,
     ) -> PreTrainedModel:
-        model: Any = super().load_model(arguments, id2label, image_size)
+        model: Any = super().load_model(arguments, id2label, image_size, num_channels)
         model.answers_in_units = self._is_trained(arguments, len(id2label))
         return model
 

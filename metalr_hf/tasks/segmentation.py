@@ -21,10 +21,11 @@ from transformers.trainer_utils import PredictionOutput
 from ..data.intensity import set_window
 from ..data.mask_transforms import MaskTransform, collate_masks
 from ..data.masks import MaskArguments, MaskSplits, load_masks
-from ..data.transforms import Transform, load_image_processor, model_input
+from ..data.transforms import Transform, load_image_processor, model_input, set_channels
 
 # The 3-D U-Net for its entry in transformers' Auto classes.
 from ..models import unet3d as unet3d
+from ..models.channels import RGB, input_channels, load_with_channels
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import segmentation_loss
 from ..models.probe import check_input
@@ -59,15 +60,21 @@ class Segmentation(Task):
         return load_masks(data, seed=seed, keep_columns=keep_columns)
 
     def load_model(
-        self, arguments: ModelArguments, id2label: Mapping[int, str], image_size: int | None = None
+        self,
+        arguments: ModelArguments,
+        id2label: Mapping[int, str],
+        image_size: int | None = None,
+        num_channels: int | None = None,
     ) -> PreTrainedModel:
         name = arguments.model_name_or_path
         if name is None:
             from ..models.demo import demo_unet
 
-            return demo_unet(id2label)
+            return demo_unet(id2label, num_channels or RGB)
         with naming_the_model(name, "model"):
-            return load_segmentation_model(name, id2label, image_size, trust_remote_code=arguments.trust_remote_code)
+            return load_segmentation_model(
+                name, id2label, image_size, num_channels, trust_remote_code=arguments.trust_remote_code
+            )
 
     def load_processor(
         self, arguments: ModelArguments, model: PreTrainedModel, image_size: int | None = None
@@ -125,7 +132,12 @@ def segmentation_trainer_arguments(class_names: Sequence[str]) -> dict[str, Any]
 
 
 def load_segmentation_model(
-    name: str, id2label: Mapping[int, str], image_size: int | None = None, *, trust_remote_code: bool = False
+    name: str,
+    id2label: Mapping[int, str],
+    image_size: int | None = None,
+    num_channels: int | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Loads a pretrained segmentation network with a head for given classes.
 
@@ -135,6 +147,7 @@ def load_segmentation_model(
             model, which becomes the encoder of a U-Net.
         id2label (`Mapping[int, str]`): Class number to class name.
         image_size (`int`, *optional*): For timm models that are built for one size of images.
+        num_channels (`int`, *optional*): How many channels the images have; by default the network's own number.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code that the repository brings along.
 
     Returns:
@@ -151,15 +164,21 @@ def load_segmentation_model(
         }
         if (config.pretrained_cfg or {}).get("fixed_input_size") and image_size is not None:
             encoder_args["img_size"] = image_size
+        if num_channels is not None and num_channels != encoder_args.get("in_chans", RGB):
+            encoder_args["in_chans"] = num_channels
         source = "local-dir" if os.path.isdir(name) else "hf-hub"
         return TimmUNetForSemanticSegmentation.from_encoder(f"{source}:{name}", encoder_args=encoder_args, **labels)
     config.id2label, config.label2id = labels["id2label"], labels["label2id"]
     if getattr(config, "use_auxiliary_head", False):
         # It only takes part in the model's own loss.
         config.use_auxiliary_head = False
-    return AutoModelForSemanticSegmentation.from_pretrained(
-        name, config=config, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code
-    )
+
+    def load(config: Any) -> PreTrainedModel:
+        return AutoModelForSemanticSegmentation.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code
+        )
+
+    return load_with_channels(load, config, num_channels)
 
 
 def load_mask_processor(
@@ -204,10 +223,12 @@ def load_mask_processor(
     if image_size is None:
         image_size = DEMO_IMAGE_SIZE if name_or_path is None else pretrained_cfg["input_size"][-1]
     bicubic = pretrained_cfg.get("interpolation") == "bicubic"
-    return SegformerImageProcessor(
+    processor = SegformerImageProcessor(
         size={"height": image_size, "width": image_size},
         resample=Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR,
         image_mean=list(pretrained_cfg["mean"]),
         image_std=list(pretrained_cfg["std"]),
         do_reduce_labels=False,
     )
+    set_channels(processor, input_channels(model.config))
+    return processor

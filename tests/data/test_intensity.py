@@ -197,3 +197,29 @@ def test_a_processor_that_rounds_is_refused():
 
     with pytest.raises(ValueError, match="Rounds takes images of 8 bits only, and these have more"):
         set_window(Rounds(), WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("image", "channels", "shape"),
+    [
+        (Image.new("L", (6, 4)), 1, (1, 4, 6)),
+        (Image.new("RGB", (6, 4)), 1, (1, 4, 6)),
+        (Image.new("1", (6, 4)), 1, (1, 4, 6)),
+        (Image.new("P", (6, 4)), 1, (1, 4, 6)),
+        (Image.new("RGBA", (6, 4)), 4, (4, 4, 6)),
+        (Image.new("L", (6, 4)), 4, (4, 4, 6)),
+        (np.zeros((4, 6, 5), "uint8"), 5, (5, 4, 6)),
+        (np.zeros((4, 6), "uint8"), 2, (2, 4, 6)),
+    ],
+)
+def test_images_come_with_as_many_channels_as_the_model_takes(image, channels, shape):
+    pixels = to_input(image, None, channels)
+    assert pixels.shape == shape
+    assert pixels.dtype == torch.uint8
+
+
+def test_other_channels_than_the_model_takes_are_refused():
+    with pytest.raises(ValueError, match="has 5 channels, and the model takes 3. Train with --num_channels 5"):
+        to_input(np.zeros((4, 6, 5), "uint8"))
+    with pytest.raises(ValueError, match="the image has 3 channels, and the model takes 4"):
+        to_input(Image.new("RGB", (6, 4)), None, 4)

@@ -1,4 +1,4 @@
-"""The command line: `metalr-hf train`, `compare`, `benchmark`, `layers`, `plot` and `publish`, one module each."""
+"""The command line: `metalr-hf train`, `predict`, `compare` and the others, one module each."""
 
 # A command's module is imported when it is called, so that `metalr-hf --help` answers at once.
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 INTERRUPTED = 130
 COMMANDS = {
     "train": "fine-tune a pretrained image classifier or segmentation network with one tuned learning rate per layer",
+    "predict": "write a table of what a trained model says of images",
     "compare": "run fine-tuning strategies side by side on equal budgets",
     "layers": "list the layers of a model, each of which gets a learning rate",
     "benchmark": "measure what a tuned step costs against a plain one, in time and in memory",

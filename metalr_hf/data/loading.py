@@ -268,7 +268,7 @@ def load_splits(args: DataArguments, demo: Demo) -> tuple[Mapping[str, Any], Spl
         FileNotFoundError: if there is no such data set, or no network to fetch it.
         ValueError: if a split is missing, naming those that are there.
     """
-    splits = _read_splits(args, demo)
+    splits = read_splits(args, demo)
     train_name, test_name, validation_name = args.train_split, args.test_split, args.validation_split
     taken = {train_name, test_name, validation_name, args.meta_split_name}
     if test_name is None:
@@ -293,7 +293,20 @@ def load_splits(args: DataArguments, demo: Demo) -> tuple[Mapping[str, Any], Spl
     return splits, names
 
 
-def _read_splits(args: DataArguments, demo: Demo) -> Mapping[str, Any]:
+def read_splits(args: DataArguments, demo: Demo = demo_dataset) -> Mapping[str, Any]:
+    """Loads a data set as it is.
+
+    Args:
+        args ([`DataArguments`]): Which data set.
+        demo (`Callable`, *optional*): Makes the splits that are loaded where no data set is named.
+
+    Returns:
+        `Mapping[str, Any]`: the splits by name.
+
+    Raises:
+        FileNotFoundError: if there is no such data set, or no network to fetch it.
+        ValueError: if it is there and cannot be loaded.
+    """
     if args.is_demo:
         splits = demo()
         return {name: split.to_iterable_dataset() for name, split in splits.items()} if args.streaming else splits

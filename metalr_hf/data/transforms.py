@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import torch
+import transformers
 from PIL import Image
 from torchvision.transforms import v2
 from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor, PreTrainedModel
@@ -247,6 +248,44 @@ class ImageTransform:
             "pixel_values": [self.transform(to_input(image, self.window, self.channels)) for image in rows[IMAGE]],
             "labels": list(rows[LABEL]),
         }
+
+
+def pixels_at_test(image: Any, processor: BaseImageProcessor) -> torch.Tensor:
+    """What a model sees of an image when it is tested, and when it predicts.
+
+    Args:
+        image (`PIL.Image.Image` or `numpy.ndarray`): As [`~metalr_hf.data.files.read_image`] gives it.
+        processor (`transformers.BaseImageProcessor`): The model's image processor.
+
+    Returns:
+        `torch.Tensor` of shape `(channels, height, width)`
+
+    Raises:
+        ValueError: if an image has more than 8 bits, and the processor no window for it.
+    """
+    return processed(processor, to_input(image, window_of(processor), channels_of(processor)))
+
+
+def load_saved_processor(model: PreTrainedModel, name_or_path: str, **kwargs: Any) -> BaseImageProcessor:
+    """Loads the image processor that a trained model was saved with, its window of intensities included.
+
+    Args:
+        model (`transformers.PreTrainedModel`): The model.
+        name_or_path (`str`): Hub id or folder.
+        **kwargs: To `AutoImageProcessor.from_pretrained`.
+
+    Returns:
+        `transformers.BaseImageProcessor`
+    """
+    if getattr(model.config, "pretrained_cfg", None) is None:
+        return load_image_processor(model, name_or_path, **kwargs)
+    # `AutoImageProcessor` makes one from the configuration of a timm model, and does not look at what was saved.
+    try:
+        saved, _ = BitImageProcessor.get_image_processor_dict(name_or_path)
+    except OSError:
+        return load_image_processor(model, name_or_path)
+    kind = getattr(transformers, str(saved.get("image_processor_type")), BitImageProcessor)
+    return kind.from_dict(saved)
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:

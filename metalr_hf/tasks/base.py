@@ -6,15 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
-from transformers import BaseImageProcessor, PreTrainedModel
+import numpy as np
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 from transformers.trainer_utils import PredictionOutput
 
+from ..data.files import read_image
+from ..data.intensity import VOI, channels_of, window_of
 from ..data.loading import DataArguments
 from ..data.splits import ImageSplits, Splits
-from ..data.transforms import Transform, prepare_splits
+from ..data.transforms import Transform, load_saved_processor, pixels_at_test, prepare_splits
 from ..messages import did_you_mean
-from ..models.loading import ModelArguments
+from ..models.loading import ModelArguments, naming_the_model
 
 # Of a run that names neither a model nor a data set.
 DEMO_ARGUMENTS: Mapping[str, Any] = {
@@ -48,6 +51,7 @@ class Task(ABC):
         purpose (`str`, *optional*): What the card calls the task, where that says more than the Hub's name of it.
         card_sentence (`str`): What the model answers; `{count}` and `{names}` stand for the classes.
         activation (`str`): What makes answers of the logits: `"softmax"`, `"sigmoid"` or `"none"`.
+        auto_class (`type`): The class of transformers that loads a trained model.
         metric (`str`): The key of [`~Task.score`] that says how good a run is; higher is better.
         scores (`tuple[str, ...]`): All its keys that can say so.
     """
@@ -63,6 +67,7 @@ class Task(ABC):
     purpose: ClassVar[str | None] = None
     card_sentence: ClassVar[str] = "It tells {count} classes apart: {names}"
     activation: ClassVar[str] = "softmax"
+    auto_class: ClassVar[Any] = AutoModelForImageClassification
     metric: ClassVar[str] = "accuracy"
     scores: ClassVar[tuple[str, ...]] = ()
 
@@ -209,6 +214,81 @@ class Task(ABC):
         """
         return prepare_splits(splits, *self.transforms(splits, processor, augment), seed)
 
+    def made(self, config: Any) -> bool:
+        """Whether a saved model answers as those of this task do.
+
+        Args:
+            config (`transformers.PreTrainedConfig`): Its configuration.
+
+        Returns:
+            `bool`
+        """
+        return False
+
+    def load_trained(self, arguments: ModelArguments) -> tuple[PreTrainedModel, BaseImageProcessor]:
+        """Loads a model that has been trained, with its own head and the image processor that it was saved with.
+
+        Args:
+            arguments ([`ModelArguments`]): Which model.
+
+        Returns:
+            `tuple`: the model and its image processor.
+
+        Raises:
+            FileNotFoundError: if there is none, or no network to fetch it.
+            ValueError: if it is there and cannot be loaded.
+        """
+        name, auto_class = str(arguments.model_name_or_path), self.auto_class
+        with naming_the_model(name, "model"):
+            model = auto_class.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+        with naming_the_model(name, "image processor"):
+            return model, load_saved_processor(model, name, trust_remote_code=arguments.trust_remote_code)
+
+    def read(self, entry: Mapping[str, Any], processor: BaseImageProcessor) -> tuple[Tensor, tuple[int, ...]]:
+        """Reads an image as the model saw those that it was tested on.
+
+        Args:
+            entry (`Mapping`): `bytes` and `path` of its file.
+            processor (`transformers.BaseImageProcessor`): The image processor that the model was saved with.
+
+        Returns:
+            `tuple[torch.Tensor, tuple[int, ...]]`: the model's input, and the size of the image in the file.
+
+        Raises:
+            Exception: whatever there is to say of a file that cannot be read.
+        """
+        window = window_of(processor)
+        image: Any = read_image(entry, voi=window is not None and window.source == VOI, channels=channels_of(processor))
+        size = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+        return pixels_at_test(image, processor), size
+
+    def answer_columns(self, class_names: Sequence[str]) -> list[str]:
+        """The columns of a table of predictions.
+
+        Args:
+            class_names (`Sequence[str]`): Name of class 0, 1, ...
+
+        Returns:
+            `list[str]`
+        """
+        raise ValueError(f"{type(self).__name__} predicts nothing: it has no answer_columns and answers.")
+
+    def answers(
+        self, logits: Tensor, class_names: Sequence[str], sizes: Sequence[tuple[int, ...]]
+    ) -> list[dict[str, Any]]:
+        """What a model says of a batch of images.
+
+        Args:
+            logits (`torch.Tensor`): What it returned.
+            class_names (`Sequence[str]`): Name of class 0, 1, ...
+            sizes (`Sequence[tuple[int, ...]]`): The sizes of the images in their files.
+
+        Returns:
+            `list[dict[str, Any]]`: of each image a value for each of [`~Task.answer_columns`]; an array (a mask) is
+                saved as a file, whose name takes its place.
+        """
+        raise ValueError(f"{type(self).__name__} predicts nothing: it has no answer_columns and answers.")
+
 
 TASKS: dict[str, Task] = {}
 
@@ -241,6 +321,35 @@ def register_task(name: str) -> Any:
         return kind
 
     return register
+
+
+def task_of(config: Any) -> Task:
+    """Finds the task that a saved model was trained for.
+
+    Args:
+        config (`transformers.PreTrainedConfig`): Its configuration.
+
+    Returns:
+        [`Task`]
+
+    Raises:
+        ValueError: if it is none that is known.
+
+    Example:
+
+    ```python
+    >>> from transformers import ViTConfig
+    >>> from metalr_hf.tasks.base import task_of
+    >>> type(task_of(ViTConfig(architectures=["ViTForImageClassification"], problem_type="regression"))).__name__
+    'Regression'
+
+    ```
+    """
+    found = next((task for task in TASKS.values() if task.made(config)), None)
+    if found is None:
+        kind = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
+        raise ValueError(f"No task is known for a model like this ({kind}). Name it with --task: {', '.join(TASKS)}.")
+    return found
 
 
 def get_task(name: str) -> Task:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedModel,
+    TimmWrapperConfig,
     default_data_collator,
 )
 from transformers.trainer_utils import PredictionOutput
@@ -27,6 +28,8 @@ from ..models.probe import check_input
 from ..models.target_losses import ClassLoss
 from .base import Task, register_task
 from .metrics import CLASS_SCORES, build_compute_metrics, score_classes
+
+SINGLE_LABEL = "single_label_classification"
 
 
 @register_task("classification")
@@ -110,3 +113,23 @@ class Classification(Task):
 
     def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:
         return score_classes(output.predictions, output.label_ids, class_names)
+
+    def made(self, config: Any) -> bool:
+        is_classifier = isinstance(config, TimmWrapperConfig) or any(
+            "ForImageClassification" in name for name in config.architectures or ()
+        )
+        # Models of one class an image often do not say so.
+        own = self.problem_type or SINGLE_LABEL
+        return is_classifier and (config.problem_type or SINGLE_LABEL) == own
+
+    def answer_columns(self, class_names: Sequence[str]) -> list[str]:
+        return ["prediction", *(f"probability_{name}" for name in class_names)]
+
+    def answers(
+        self, logits: Tensor, class_names: Sequence[str], sizes: Sequence[tuple[int, ...]]
+    ) -> list[dict[str, Any]]:
+        columns = self.answer_columns(class_names)
+        return [
+            dict(zip(columns, [class_names[row.argmax()], *row.tolist()], strict=True))
+            for row in logits.float().softmax(-1).cpu()
+        ]

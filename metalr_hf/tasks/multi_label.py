@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import BaseImageProcessor, default_data_collator
 from transformers.trainer_utils import PredictionOutput
 
@@ -17,6 +17,10 @@ from ..models.target_losses import LabelSetLoss
 from .base import register_task
 from .classification import Classification
 from .label_metrics import LABEL_METRICS, build_label_metrics, score_label_sets
+
+# Of a table of predictions: labels that an image more likely has than not are named.
+LIKELY = 0.5
+BETWEEN = "|"
 
 
 @register_task("multi_label")
@@ -54,3 +58,13 @@ class MultiLabel(Classification):
 
     def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:
         return score_label_sets(output.predictions, output.label_ids, class_names)
+
+    def answers(
+        self, logits: Tensor, class_names: Sequence[str], sizes: Sequence[tuple[int, ...]]
+    ) -> list[dict[str, Any]]:
+        columns = self.answer_columns(class_names)
+        rows = logits.float().sigmoid().cpu().tolist()
+        named = [
+            BETWEEN.join(name for name, value in zip(class_names, row, strict=True) if value > LIKELY) for row in rows
+        ]
+        return [dict(zip(columns, [names, *row], strict=True)) for names, row in zip(named, rows, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, BaseImageProcessor, PreTrainedModel, default_data_collator
 from transformers.trainer_utils import PredictionOutput
 
@@ -73,3 +73,13 @@ class Regression(Classification):
     def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:
         loss = (output.metrics or {}).get("test_loss", float("nan"))
         return score_numbers(output.predictions, output.label_ids, class_names, loss)
+
+    def answer_columns(self, class_names: Sequence[str]) -> list[str]:
+        return [f"prediction_{name}" for name in class_names]
+
+    def answers(
+        self, logits: Tensor, class_names: Sequence[str], sizes: Sequence[tuple[int, ...]]
+    ) -> list[dict[str, Any]]:
+        # The saved model answers in the units of the data.
+        rows = logits.float().cpu().reshape(-1, len(class_names)).tolist()
+        return [dict(zip(self.answer_columns(class_names), row, strict=True)) for row in rows]

@@ -7,7 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSemanticSegmentation,
@@ -27,7 +30,7 @@ from ..data.transforms import Transform, load_image_processor, model_input, set_
 from ..models import unet3d as unet3d
 from ..models.channels import RGB, input_channels, load_with_channels
 from ..models.loading import ModelArguments, naming_the_model
-from ..models.losses import segmentation_loss
+from ..models.losses import resize_logits, segmentation_loss
 from ..models.probe import check_input
 from ..models.unet import TimmUNetForSemanticSegmentation
 from .base import DEMO_ARGUMENTS, Task, register_task
@@ -54,6 +57,7 @@ class Segmentation(Task):
         "per_device_eval_batch_size": 16,
         "logging_steps": 12,
     }
+    auto_class = AutoModelForSemanticSegmentation
     metric = "dice"
 
     def load_splits(self, data: MaskArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> MaskSplits:
@@ -103,6 +107,22 @@ class Segmentation(Task):
             "test_loss": round(found["loss"], 6),
             "class_dice": {name: round(found[f"dice_{name}"], 6) for name in class_names},
         }
+
+    def made(self, config: Any) -> bool:
+        return any("ForSemanticSegmentation" in name for name in config.architectures or ())
+
+    def answer_columns(self, class_names: Sequence[str]) -> list[str]:
+        return ["mask", *(f"share_{name}" for name in class_names)]
+
+    def answers(
+        self, logits: Tensor, class_names: Sequence[str], sizes: Sequence[tuple[int, ...]]
+    ) -> list[dict[str, Any]]:
+        columns, rows = self.answer_columns(class_names), []
+        for one, size in zip(logits.float(), sizes, strict=True):
+            mask = resize_logits(one[None], torch.Size(size))[0].argmax(0).to(torch.uint8).cpu().numpy()
+            shares = np.bincount(mask.ravel(), minlength=len(class_names)) / mask.size
+            rows.append(dict(zip(columns, [mask, *shares.tolist()], strict=True)))
+        return rows
 
 
 def segmentation_trainer_arguments(class_names: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""`metalr-hf predict`: what a trained model says of images, as a table."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoConfig
+
+from ..data.listing import list_images
+from ..models.loading import ModelArguments, naming_the_model
+from ..tasks import TASKS, get_task
+from ..tasks.base import task_of
+from ..tasks.prediction import PredictionTable, fingerprint, names_of, predict
+from . import INTERRUPTED, say
+
+
+def main(argv: list[str]) -> int:
+    """`metalr-hf predict`: writes a table with a row an image, and masks beside it.
+
+    Args:
+        argv (`list[str]`): The arguments.
+
+    Returns:
+        `int`: the exit code.
+    """
+    given = _parser().parse_args(argv)
+    for name in ("batch_size", "num_workers"):
+        if getattr(given, name) < (name == "batch_size"):
+            raise ValueError(f"{name}={getattr(given, name)} must be {int(name == 'batch_size')} or more.")
+    output = Path(given.output)
+    if output.suffix != ".csv":
+        raise ValueError(f"output={given.output!r} is the table to write: give it a name that ends in .csv.")
+    with naming_the_model(given.run, "model"):
+        config = AutoConfig.from_pretrained(given.run, trust_remote_code=given.trust_remote_code)
+    task = get_task(given.task) if given.task else task_of(config)
+    images = list_images(given.images, given.split, given.image_column_name)
+    model, processor = task.load_trained(ModelArguments(given.run, given.trust_remote_code))
+    if torch.accelerator.is_available() and not given.use_cpu:
+        network: Any = model
+        network.to(torch.accelerator.current_accelerator())
+    # The folder's name alone: the path to it is nobody else's business.
+    shown = f"{Path(given.run).absolute().name}@{fingerprint(model)}"
+    table = PredictionTable(output, task.answer_columns(names_of(model)), shown, given.overwrite)
+    options = {"batch_size": given.batch_size, "num_workers": given.num_workers}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console()
+    try:
+        with Progress(*columns, console=console) as bar:
+            images_bar = bar.add_task("images", total=len(images.names))
+            broken = predict(
+                task, model, processor, images, table, **options, report=lambda n: bar.advance(images_bar, n)
+            )
+    except KeyboardInterrupt:
+        say(f"Interrupted. What is done is in {output}; the same command does the rest.")
+        return INTERRUPTED
+    if broken:
+        say(f"{broken} of the images could not be read: the column 'error' says why. A second run tries them again.")
+    console.print(f"The predictions are in {output}", soft_wrap=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="metalr-hf predict",
+        description="Writes a table of what a trained model says of images: probabilities, numbers in their units, or "
+        "masks. Started again with the same table, it goes on where it stopped.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", help="output folder of a run, or Hub id of a model")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        help="image files and folders (DICOM and NIfTI too), or one data set: a Hub id or parquet files",
+    )
+    parser.add_argument("--output", required=True, help="the table, a CSV file")
+    parser.add_argument("--overwrite", action="store_true", help="start again, whatever the table holds")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default: 32)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read the files (default: none)")
+    parser.add_argument("--split", help="split of the data set (default: all)")
+    parser.add_argument("--image_column_name", help="column of the images (default: the only one)")
+    parser.add_argument("--task", help=f"what the model was trained for, if it does not tell: {', '.join(TASKS)}")
+    parser.add_argument("--use_cpu", action="store_true", help="do not use an accelerator")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model brings along")
+    return parser

@@ -1,0 +1,146 @@
+"""Images without labels, one after the other: files, folders, and data sets of the Hub or in parquet."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+
+from .columns import find_column
+from .files.folders import image_files
+from .loading import DataArguments, image_columns, read_splits
+
+TABLES = (".parquet", ".arrow")
+
+
+class ImageList(Protocol):
+    """Images by number, each with a name that nothing else has, and without a path of this machine."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """A name for each image."""
+
+    def entry(self, number: int) -> Mapping[str, Any] | None:
+        """`bytes` and `path` of an image, not decoded."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files on disk.
+
+    Args:
+        names (`Sequence[str]`): Their names, relative to the folder that was given.
+        paths (`Sequence[str]`): Where they are.
+    """
+
+    names: Sequence[str]
+    paths: Sequence[str]
+
+    def entry(self, number: int) -> Mapping[str, Any]:
+        """`bytes` and `path` of an image, not decoded."""
+        return {"bytes": None, "path": self.paths[number]}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of data sets.
+
+    Args:
+        names (`Sequence[str]`): `<split>/<row>`.
+        rows (`datasets.Dataset`): With one column, of encoded images.
+    """
+
+    names: Sequence[str]
+    rows: datasets.Dataset
+
+    def entry(self, number: int) -> Mapping[str, Any] | None:
+        """`bytes` and `path` of an image, not decoded."""
+        return next(iter(self.rows[number].values()))
+
+
+def list_images(sources: Sequence[str], split: str | None = None, image_column_name: str | None = None) -> ImageList:
+    """Lists the images that are meant.
+
+    Args:
+        sources (`Sequence[str]`):
+            Image files and folders of them, in folders below too; or one data set: a Hub id, a parquet file, or a
+            folder of parquet or arrow files.
+        split (`str`, *optional*): Of a data set; by default all.
+        image_column_name (`str`, *optional*): Of a data set; by default the only column of images.
+
+    Returns:
+        [`ImageList`]
+
+    Raises:
+        FileNotFoundError: if there are no images.
+        ValueError: if there is no such split or column.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> from metalr_hf.data.listing import list_images
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Image.new("L", (4, 4)).save(Path(folder) / "scan.png")
+    ...     list_images([folder]).names
+    ['scan.png']
+
+    ```
+    """
+    if len(sources) == 1 and _is_table(sources[0]):
+        return _rows(sources[0], split, image_column_name)
+    names, paths = [], []
+    for source in sources:
+        if os.path.isdir(source):
+            found = list(image_files(source))
+            if not found:
+                raise FileNotFoundError(f"images={source!r}: there are no images in that folder, nor in those below.")
+            paths += found
+            names += [Path(os.path.relpath(file, source)).as_posix() for file in found]
+        elif os.path.isfile(source):
+            paths.append(source)
+            names.append(os.path.basename(source) if os.path.isabs(source) else Path(source).as_posix())
+        else:
+            raise FileNotFoundError(
+                f"images={source!r} does not exist. Give image files, folders of them, or one data set: a Hub id or a "
+                "parquet file."
+            )
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"images: {times} of the images are called {name!r}. Give the folder that holds them all.")
+    return Files(names, paths)
+
+
+def _is_table(source: str) -> bool:
+    if os.path.isfile(source):
+        return source.endswith(TABLES)
+    if os.path.isdir(source):
+        files = [name for _, _, names in os.walk(source) for name in names]
+        return any(name.endswith(TABLES) for name in files) and next(image_files(source), None) is None
+    return source.count("/") == 1 and not source.startswith(("/", "."))
+
+
+def _rows(source: str, split: str | None, image_column_name: str | None) -> Rows:
+    if os.path.isfile(source):
+        kind = "arrow" if source.endswith(".arrow") else "parquet"
+        splits: Mapping[str, Any] = datasets.load_dataset(kind, data_files={Path(source).stem.split("-")[0]: source})
+    else:
+        splits = read_splits(DataArguments(dataset_name=source))
+    if split is not None and split not in splits:
+        raise ValueError(f"split={split!r} is not a split of the data set. Its splits: {', '.join(map(repr, splits))}.")
+    names, parts = [], []
+    for name, rows in splits.items():
+        if split not in (None, name):
+            continue
+        column = find_column(rows.features, "image", image_column_name, image_columns(rows.features))
+        images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format(None)
+        parts.append(images.rename_column(column, "image") if column != "image" else images)
+        names += [f"{name}/{row}" for row in range(len(rows))]
+    return Rows(names, datasets.concatenate_datasets(parts))

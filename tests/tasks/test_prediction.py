@@ -1,0 +1,255 @@
+import csv
+import os
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+import torch
+from cells import save_cells
+from digits import digit_images, findings, save_image_folder, save_timm, save_vit, save_with_metadata
+from PIL import Image
+from scans import save_dicom, save_dicom_folder
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from metalr_hf.cli import main
+from metalr_hf.data.loading import DataArguments
+from metalr_hf.data.masks import read_mask
+from metalr_hf.models.loading import ModelArguments
+from metalr_hf.tasks import TASKS, get_task
+from metalr_hf.tasks.base import task_of
+
+pytestmark = pytest.mark.usefixtures("offline")
+QUICK = [
+    *("--learning_rate", "1e-3", "--per_device_train_batch_size", "8", "--use_cpu", "true", "--disable_tqdm", "true"),
+    *("--max_steps", "2", "--save_strategy", "no", "--report_to", "none"),
+]
+
+
+def train(output, data, model, *more):
+    named = [] if model is None else ["--model_name_or_path", str(model)]
+    where = [] if data is None else ["--dataset_name", str(data)]
+    assert main(["train", "--output_dir", str(output), *where, *named, *QUICK, *more]) == 0
+    return output
+
+
+def predict(run, images, output, *more):
+    code = main(["predict", str(run), str(images), "--output", str(output), "--use_cpu", *more])
+    return pandas.read_csv(output, index_col="file") if code == 0 else code
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return save_image_folder(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, photos):
+    folder = tmp_path_factory.mktemp("run")
+    return train(folder / "run", photos, save_vit(folder / "vit"))
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return save_dicom_folder(tmp_path_factory.mktemp("scans"), endings=(".dcm", ""))
+
+
+def test_probabilities_are_those_of_transformers_pipeline(tmp_path, run, photos):
+    table = predict(run, photos / "test", tmp_path / "out" / "predictions.csv")
+    assert len(table) == 30
+    assert list(table.columns) == [
+        "prediction",
+        "probability_nil",
+        "probability_one",
+        "probability_two",
+        "error",
+        "model",
+    ]
+    classify = pipeline("image-classification", model=str(run))
+    for name, row in table.iterrows():
+        told = {answer["label"]: answer["score"] for answer in classify(str(photos / "test" / name))}
+        assert {label: row[f"probability_{label}"] for label in told} == pytest.approx(told, abs=1e-5)
+        assert told[row["prediction"]] == max(told.values())
+    assert table["error"].isna().all()
+
+
+@pytest.mark.parametrize("kind", ["photos", "scans", "voi"])
+@pytest.mark.parametrize("save_model", [save_vit, save_timm])
+def test_the_input_is_bit_for_bit_that_of_the_test(tmp_path, photos, scans, kind, save_model):
+    data, more = (photos, []) if kind == "photos" else (scans, [])
+    if kind == "voi":
+        values, more = np.arange(400, dtype="uint16").reshape(20, 20) * 9, ["--intensity_window", "voi"]
+        for i in range(12):
+            folder = tmp_path / "voi" / ("train" if i < 8 else "test") / "ab"[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            save_dicom(folder / f"{i}.dcm", values, WindowCenter=200 * (i + 1), WindowWidth=900)
+        data = tmp_path / "voi"
+    model = save_model(tmp_path / "model")
+    output = train(tmp_path / "run", data, model, *more)
+    task = get_task("classification")
+    arguments = DataArguments(dataset_name=str(data), intensity_window=more[1:] or None)
+    splits = task.load_splits(arguments)
+    processor = task.load_processor(
+        ModelArguments(str(model)), task.load_model(ModelArguments(str(model)), splits.id2label)
+    )
+    tested = task.prepare(splits, processor, "crop_flip").test
+    saved = task.load_trained(ModelArguments(str(output)))[1]
+    files = splits.test.cast_column("image", datasets.Image(decode=False))
+    for row, expected in zip(files, tested, strict=True):
+        pixels, _ = task.read(row["image"], saved)
+        assert torch.equal(pixels, expected["pixel_values"])
+
+
+def test_broken_files_are_named_and_tried_again(tmp_path, scans, capfd):
+    output = train(tmp_path / "run", scans, save_vit(tmp_path / "vit"))
+    folder = tmp_path / "new"
+    (folder / "deep").mkdir(parents=True)
+    files = [path for path in sorted((scans / "test").rglob("*")) if path.is_file()]
+    for i, file in enumerate(files[:4]):
+        (folder / "deep" / f"{i}.dcm").write_bytes(file.read_bytes())
+    save_dicom(folder / "frames.dcm", np.zeros((8, 4), "uint16"), NumberOfFrames=2, Rows=4)
+    (folder / "half.dcm").write_bytes(files[0].read_bytes()[:700])
+    (folder / "text.png").write_text("no image")
+    table = predict(output, folder, tmp_path / "p.csv", "--batch_size", "3")
+    assert len(table) == 7
+    assert table["error"].notna().sum() == 3
+    assert "has 2 frames" in table.loc["frames.dcm", "error"]
+    assert str(tmp_path) not in (tmp_path / "p.csv").read_text()
+    assert "3 of the images could not be read" in capfd.readouterr().err
+    good = table[table["error"].isna()]
+    (folder / "text.png").unlink()
+    Image.new("L", (24, 24)).save(folder / "text.png")
+    table = predict(output, folder, tmp_path / "p.csv")
+    assert table["error"].notna().sum() == 2
+    assert np.isfinite(table.loc["text.png", "probability_left"])
+    # The others were not predicted again.
+    assert list(table.index[:4]) == list(good.index)
+    pandas.testing.assert_frame_equal(table.loc[good.index], good, check_dtype=False)
+
+
+def test_a_second_run_goes_on_where_a_killed_one_stopped(tmp_path, run, photos, monkeypatch):
+    whole = predict(run, photos / "test", tmp_path / "whole.csv", "--batch_size", "4")
+    lines = (tmp_path / "whole.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "p.csv").write_text("".join(lines[:9]) + lines[9][:20])
+    task = TASKS["classification"]
+    read, seen = type(task).read, []
+    monkeypatch.setattr(type(task), "read", lambda *given: seen.append(given[1]) or read(*given))
+    table = predict(run, photos / "test", tmp_path / "p.csv", "--batch_size", "4")
+    assert len(seen) == 30 - 8
+    assert sorted(table.index) == sorted(whole.index)
+    numbers = [name for name in table if name.startswith("probability")]
+    assert table.loc[whole.index, numbers].to_numpy() == pytest.approx(whole[numbers].to_numpy(), abs=1e-6)
+    seen.clear()
+    predict(run, photos / "test", tmp_path / "p.csv")
+    assert not seen
+
+
+def test_a_table_of_another_model_is_left_alone(tmp_path, run, photos, capsys):
+    predict(run, photos / "test", tmp_path / "p.csv")
+    before = (tmp_path / "p.csv").read_text()
+    other = AutoModelForImageClassification.from_pretrained(run)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    other.save_pretrained(tmp_path / "run")
+    AutoImageProcessor.from_pretrained(run).save_pretrained(tmp_path / "run")
+    assert predict(tmp_path / "run", photos / "test", tmp_path / "p.csv") == 2
+    assert "is a table of another model or of something else. Give another file" in capsys.readouterr().err
+    assert (tmp_path / "p.csv").read_text() == before
+    assert len(predict(tmp_path / "run", photos / "test", tmp_path / "p.csv", "--overwrite")) == 30
+
+
+def test_files_parquet_and_saved_data_sets_are_predicted_alike(tmp_path, run, photos):
+    pictures, _ = digit_images(6, start=60)
+    rows = datasets.Dataset.from_dict({"scan": pictures}, features=datasets.Features(scan=datasets.Image()))
+    rows.to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    datasets.DatasetDict({"a": rows, "b": rows.select([0])}).save_to_disk(tmp_path / "saved")
+    first = predict(run, tmp_path / "test-00000-of-00001.parquet", tmp_path / "p.csv")
+    assert list(first.index) == [f"test/{i}" for i in range(6)]
+    again = predict(run, tmp_path / "saved", tmp_path / "s.csv")
+    assert list(again.index) == [*(f"a/{i}" for i in range(6)), "b/0"]
+    assert len(predict(run, tmp_path / "saved", tmp_path / "b.csv", "--split", "b")) == 1
+    numbers = [name for name in first if name.startswith("probability")]
+    assert again[numbers].to_numpy()[:6] == pytest.approx(first[numbers].to_numpy(), abs=1e-6)
+    files = sorted(str(path) for path in (photos / "test").rglob("*.png"))
+    more = ["--output", str(tmp_path / "f.csv"), "--use_cpu", "--num_workers", "2"]
+    assert main(["predict", str(run), *files, *more]) == 0
+    assert len(pandas.read_csv(tmp_path / "f.csv")) == len(files)
+
+
+def test_several_labels_and_numbers_in_their_units(tmp_path):
+    data = save_with_metadata(tmp_path / "labels", findings)
+    columns = ["--target_column_names", "even", "loop", "bent"]
+    output = train(tmp_path / "run", data, save_vit(tmp_path / "vit"), "--task", "multi_label", *columns)
+    table = predict(output, data / "test", tmp_path / "p.csv")
+    assert list(table.columns)[:4] == ["prediction", "probability_even", "probability_loop", "probability_bent"]
+    for _, row in table.iterrows():
+        named = [name for name in ("even", "loop", "bent") if row[f"probability_{name}"] > 0.5]
+        assert (row["prediction"] if isinstance(row["prediction"], str) else "") == "|".join(named)
+    ink = save_with_metadata(tmp_path / "ink", lambda name, image, row: {"ink": 1000.0 + np.asarray(image).mean()})
+    output = train(
+        tmp_path / "numbers", ink, save_vit(tmp_path / "vit2"), "--task", "regression", "--target_column_names", "ink"
+    )
+    table = predict(output, ink / "test", tmp_path / "n.csv")
+    assert table["prediction_ink"].between(900, 1300).all()
+
+
+def test_masks_have_the_size_of_their_images(tmp_path):
+    data, model = save_cells(tmp_path / "cells"), save_timm(tmp_path / "model")
+    output = train(tmp_path / "run", data, model, "--task", "segmentation", "--image_size", "32")
+    for i, size in enumerate([(40, 30), (96, 96)]):
+        (tmp_path / "new" / "sub").mkdir(parents=True, exist_ok=True)
+        Image.effect_noise(size, 40).save(tmp_path / "new" / "sub" / f"{i}.png")
+    table = predict(output, tmp_path / "new", tmp_path / "p.csv")
+    for name, row in table.iterrows():
+        assert row["mask"] == f"p_masks/{name}.png"
+        mask = read_mask({"bytes": None, "path": str(tmp_path / row["mask"])})
+        with Image.open(tmp_path / "new" / name) as image:
+            assert mask.shape == (image.height, image.width)
+        assert (mask == 1).mean() == pytest.approx(row["share_1"])
+        assert row["share_0"] + row["share_1"] == pytest.approx(1)
+    # The input is bit for bit that of the test.
+    task = get_task("segmentation")
+    splits = task.load_splits(task.data_arguments(dataset_name=str(data)))
+    _, saved = task.load_trained(ModelArguments(str(output)))
+    tested = task.prepare(splits, saved, "none").test
+    files = splits.test.cast_column("image", datasets.Image(decode=False))
+    for row, expected in zip(files, tested, strict=True):
+        assert torch.equal(task.read(row["image"], saved)[0], expected["pixel_values"])
+
+
+def test_the_task_is_told_by_the_model(run, tmp_path):
+    assert task_of(AutoConfig.from_pretrained(run)) is TASKS["classification"]
+    from transformers import DetrConfig
+
+    with pytest.raises(ValueError, match="No task is known for a model like this"):
+        task_of(DetrConfig(architectures=["DetrForObjectDetection"]))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["RUN", "/no/such/folder", "--output", "p.csv"], "images='/no/such/folder' does not exist"),
+        (["/no/such/run", "PHOTOS", "--output", "p.csv"], "model_name_or_path='/no/such/run': no model there"),
+        (["RUN", "PHOTOS", "--output", "p.txt"], "output='p.txt' is the table to write: give it a name that ends in"),
+        (["RUN", "PHOTOS", "--output", "p.csv", "--batch_size", "0"], "batch_size=0 must be 1 or more"),
+        (["RUN", "EMPTY", "--output", "p.csv"], "there are no images in that folder"),
+        (["RUN", "PHOTOS", "--output", "p.csv", "--task", "guessing"], "task='guessing' is no task"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, run, photos, capsys, more, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    meant = {"RUN": str(run), "PHOTOS": str(photos), "EMPTY": str(tmp_path / "empty")}
+    assert main(["predict", *(meant.get(word, word) for word in more)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not os.path.exists("p.csv")
+
+
+def test_the_table_is_plain_csv(tmp_path, run, photos):
+    predict(run, photos / "test", tmp_path / "p.csv")
+    with open(tmp_path / "p.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert len({len(row) for row in rows}) == 1
+    assert rows[1][-1].startswith(f"{run.name}@")

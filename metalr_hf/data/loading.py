@@ -17,6 +17,7 @@ from .files import ImageFile
 from .files.folders import holds_other_images, load_folder
 from .intensity import VOI, parse_window
 from .labels import class_labels, layout_hint
+from .patients import with_groups
 from .splits import ImageSplits, SplitNames, arrange
 
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip")
@@ -50,8 +51,8 @@ class DataArguments:
             Share of the training split to evaluate on during training where there is no split for it. It is held out
             only if evaluations are asked for.
         group_column (`str`, *optional*):
-            Column of the patients, videos or slides: rows that share a value of it stay on one side of every split
-            that is made here, and splits that share one are refused.
+            Column of the patients, videos or slides, or a tag of DICOM files such as `PatientID`: rows that share a
+            value of it stay on one side of every split that is made here, and splits that share one are refused.
         allow_shared_groups (`bool`, *optional*, defaults to `False`): Train on splits that share groups all the same.
         meta_split_name (`str`, *optional*): Split to take the validation batches from that tune the learning rates.
         max_train_samples (`int`, *optional*):
@@ -134,8 +135,9 @@ class DataArguments:
     group_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the patients, videos or slides: rows that share a value of it stay on one side of every "
-            "split that is made here, and splits that share one are refused."
+            "help": "Column of the patients, videos or slides, or a tag of DICOM files such as `PatientID`: rows that "
+            "share a value of it stay on one side of every split that is made here, and splits that share one are "
+            "refused."
         },
     )
     allow_shared_groups: bool = field(
@@ -282,6 +284,7 @@ def load_splits(args: DataArguments, demo: Demo) -> tuple[Mapping[str, Any], Spl
             raise ValueError(
                 f"{argument}={name!r} is not a split of the data set. Its splits: {', '.join(map(repr, splits))}."
             )
+    splits = with_groups({name: splits[name] for name in splits}, args.group_column, args.image_column_name)
     columns = getattr(splits[train_name], "column_names", None)
     if args.group_column is not None and columns is not None and args.group_column not in columns:
         raise ValueError(f"group_column={args.group_column!r} is not a column of the data set: {columns}.")

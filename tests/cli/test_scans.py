@@ -64,3 +64,18 @@ def test_bad_scans_and_windows_are_one_line(tmp_path, scans, vit, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "intensity_window='9' is no window" in error
+
+
+def test_nothing_of_the_patient_goes_to_the_hub(tmp_path, scans, vit, hub, user):
+    more = ["--group_column", "PatientID", "--train_split", "train", "--intensity_window", "-160", "900"]
+    assert run(tmp_path / "run", scans, vit, *more) == 0
+    done = user.metalr_hf("publish", tmp_path / "run", "--repo_id", "me/scans")
+    assert done.returncode == 0, done.stderr
+    pushed = [hub.folder("me/scans") / name for name in hub.files("me/scans")]
+    assert len(pushed) >= 7
+    for file in pushed:
+        text = file.read_bytes().decode("latin-1")
+        for secret in ("Mustermann", PRIVATE, "train-0", "19700101", str(tmp_path), scans):
+            assert secret not in text
+    window = json.loads((hub.folder("me/scans") / "preprocessor_config.json").read_text())["intensity_window"]
+    assert window == {"low": -160.0, "high": 900.0, "source": "given"}

@@ -107,20 +107,44 @@ def read_dicom(file: BinaryIO | str, *, voi: bool = False) -> np.ndarray:
         return values
 
 
-def patient_of(file: BinaryIO | str, tag: str) -> str | None:
-    """The value of one tag, by which files are grouped.
+def is_tag(keyword: str) -> bool:
+    """Whether a word is the keyword of a tag of DICOM files, such as `PatientID`.
+
+    Args:
+        keyword (`str`): The word.
+
+    Returns:
+        `bool`: not so where pydicom is not installed.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.files.dicom import is_tag
+    >>> is_tag("PatientID"), is_tag("patient")
+    (True, False)
+
+    ```
+    """
+    try:
+        return require("pydicom.datadict", "DICOM").tag_for_keyword(keyword) is not None
+    except ImportError:
+        return False
+
+
+def tag_of(file: BinaryIO | str, keyword: str) -> str | None:
+    """The value of one tag.
 
     Args:
         file (`BinaryIO` or `str`): The file or its path.
-        tag (`str`): Keyword of the tag, such as `"PatientID"`.
+        keyword (`str`): Its keyword, such as `"PatientID"`.
 
     Returns:
         `str`, *optional*: `None` where the file does not have it.
     """
     pydicom = require("pydicom", "DICOM")
     with _quietly():
-        dataset = pydicom.dcmread(file, force=True, specific_tags=[tag], stop_before_pixels=True)
-        value = str(dataset.get(tag, "")).strip()
+        dataset = pydicom.dcmread(file, force=True, specific_tags=[keyword], stop_before_pixels=True)
+        value = str(dataset.get(keyword, "")).strip()
     return value or None
 
 

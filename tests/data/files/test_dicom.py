@@ -7,7 +7,7 @@ import pytest
 from scans import NAME, PRIVATE, pydicom_file, save_dicom
 
 from metalr_hf.data.files import UnusableFileError, look_at, read_image
-from metalr_hf.data.files.dicom import patient_of, read_dicom
+from metalr_hf.data.files.dicom import read_dicom, tag_of
 
 VALUES = (np.arange(12 * 16).reshape(12, 16) * 20).astype("uint16")
 
@@ -150,8 +150,8 @@ def test_nothing_of_the_patient_is_read(tmp_path, caplog):
     assert NAME not in text
     assert PRIVATE not in text
     assert "P1" not in text
-    assert patient_of(str(file), "PatientID") == "P1"
-    assert patient_of(str(file), "StudyID") is None
+    assert tag_of(str(file), "PatientID") == "P1"
+    assert tag_of(str(file), "StudyID") is None
 
 
 def test_a_path_and_a_file_read_alike(tmp_path):

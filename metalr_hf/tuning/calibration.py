@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .hypergradient import LookAhead
 from .ladder import LADDER, TOLERANCE, first_valley, raised
+from .looks import largest_backbone_lr, losses_until_hopeless, lowest_on_average
 
 # One batch of 32 images often says nothing of a backbone, or what is wrong; three batches rarely do.
 LOOKS = (0, 1, 2)
@@ -27,11 +28,6 @@ HEAD_LADDER = (1e-6, 1e-5, *(rate for rate in LADDER if rate > 0.99e-4))
 PROBE_LR = 1e-3
 FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 1e-3
 BACKBONE_DOUBT = "no step of the backbone lowers the loss"
-# Where a look has seen the loss so much above its start, further rungs are not tried. They all count as that bad and
-# no worse, or one odd batch would outvote two.
-HOPELESS = 0.15
-# A fall by so much behind a hill is no noise.
-DEEP = 0.05
 # Tuning lowers a rate that is too high within a few steps; from one a thousand times too low it needs the better part
 # of a short run.
 LARGEST_HEAD_TO_BACKBONE, FALLBACK_HEAD_TO_BACKBONE = 100.0, 30.0
@@ -48,6 +44,7 @@ class Calibration:
         head_losses (`dict[float, float]`):
             Learning rate to validation loss with the head alone moved; empty where the head's rate was known.
         backbone_losses (`dict[float, float]`): The same for the backbone.
+        largest_lr (`float`): The highest rate that was tried for the backbone.
         changes (`list[dict[float, float]]`):
             By how much of the loss before the step a rate of the backbone changed the loss, a mapping a look.
         doubts (`list[str]`): Why the rates are not to be trusted. Empty if all went well.
@@ -56,7 +53,7 @@ class Calibration:
 
     ```python
     >>> from metalr_hf.tuning.calibration import Calibration
-    >>> found = Calibration(1e-4, 1e-3, 2.3, {1e-4: 2.2, 1e-3: 2.0}, {1e-4: 2.1}, changes=[], doubts=[])
+    >>> found = Calibration(1e-4, 1e-3, 2.3, {1e-4: 2.2, 1e-3: 2.0}, {1e-4: 2.1}, 1e-3, changes=[], doubts=[])
     >>> found.learning_rates(layers=4)
     [0.0001, 0.0001, 0.0001, 0.001]
     >>> found.forwards
@@ -70,6 +67,7 @@ class Calibration:
     start_loss: float
     head_losses: dict[float, float]
     backbone_losses: dict[float, float]
+    largest_lr: float
     changes: list[dict[float, float]]
     doubts: list[str]
 
@@ -113,7 +111,8 @@ def calibrate(
     The step gives every layer a direction. The validation loss is walked along it, once with the head alone and once
     with the backbone alone: its gradient was taken through the head as it was, and says nothing for another one. A
     single batch says little of the backbone, so that its rate is read off the mean of this look and all `earlier` ones.
-    It is at least a hundredth of the head's. The parameters are put back bit for bit; buffers and random numbers are
+    It is at least a hundredth of the head's, and at most where the step moves the median layer by 1 % of its norm. The
+    parameters are put back bit for bit; buffers and random numbers are
     the caller's, see [`~metalr_hf.tuning.contexts.untouched`].
 
     Args:
@@ -150,7 +149,7 @@ def calibrate(
     >>> look_ahead.after_step()
     >>> found = calibrate(look_ahead, [1e-3, 1e-3], loss)
     >>> round(found.backbone_lr, 3), round(found.head_lr, 3)
-    (0.316, 0.316)
+    (0.005, 0.316)
 
     ```
     """
@@ -180,8 +179,13 @@ def calibrate(
     if head_lr is None:
         doubts.append("the loss does not tell the learning rates of the head apart")
         head_lr = bounded(FALLBACK_HEAD_LR)
-    lowest = max(head_lr / LARGEST_HEAD_TO_BACKBONE, lr_min)
-    ladder = [rate for rate in LADDER if 0.99 * lowest <= rate <= lr_max] if layers > head_layers else []
+    if earlier is None:
+        sizes = look_ahead.relative_sizes(reduce)[: layers - head_layers]
+        largest_lr = bounded(largest_backbone_lr(sizes, step_lrs[: layers - head_layers]))
+    else:
+        largest_lr = earlier.largest_lr
+    lowest = min(max(head_lr / LARGEST_HEAD_TO_BACKBONE, lr_min), largest_lr)
+    ladder = [largest_lr * rung for rung in LADDER if largest_lr * rung >= 0.99 * lowest and layers > head_layers]
     backbone_losses = losses_until_hopeless(ladder, lambda rate: loss_at(rate, head_step), start_loss)
     changes = [] if earlier is None else list(earlier.changes)
     if math.isfinite(start_loss):
@@ -193,80 +197,9 @@ def calibrate(
             doubts.append(BACKBONE_DOUBT)
         harms_at_once = bool(backbone_losses) and backbone_losses[ladder[0]] > raised(start_loss, TOLERANCE)
         guess = max(FALLBACK_BACKBONE_LR, head_lr / FALLBACK_HEAD_TO_BACKBONE)
-        backbone_lr = lowest if harms_at_once else bounded(guess)
+        backbone_lr = lowest if harms_at_once else min(bounded(guess), largest_lr)
     backbone_lr = max(backbone_lr, lowest)
-    return Calibration(backbone_lr, head_lr, start_loss, head_losses, backbone_losses, changes, doubts)
-
-
-def losses_until_hopeless(
-    ladder: Sequence[float], loss_at: Callable[[float], float], start_loss: float
-) -> dict[float, float]:
-    """Walks up a ladder beyond valleys and hills, to where the loss is far above its start.
-
-    Where a single look has a valley, the mean of several may have none.
-
-    Args:
-        ladder (`Sequence[float]`): Learning rates, in rising order.
-        loss_at (`Callable[[float], float]`): The loss after a step with that learning rate.
-        start_loss (`float`): The loss before the step.
-
-    Returns:
-        `dict[float, float]`: every rung walked, with its loss.
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.tuning.calibration import losses_until_hopeless
-    >>> losses = {1e-4: 2.4, 1e-3: 1.8, 1e-2: 3.0, 1e-1: 0.9}
-    >>> losses_until_hopeless(list(losses), losses.get, start_loss=2.3)
-    {0.0001: 2.4, 0.001: 1.8, 0.01: 3.0}
-
-    ```
-    """
-    losses: dict[float, float] = {}
-    for rate in ladder:
-        losses[rate] = loss = loss_at(rate)
-        if not loss <= start_loss + HOPELESS * abs(start_loss):
-            break
-    return losses
-
-
-def lowest_on_average(changes: Sequence[dict[float, float]], ladder: Sequence[float], head_lr: float) -> float | None:
-    """The learning rate at the first valley of the mean of several looks.
-
-    Where there is none, for the loss rises first, a deep valley behind it counts up to the rate of the head.
-
-    Args:
-        changes (`Sequence[dict[float, float]]`): Learning rate to relative change of the loss, a mapping a look.
-        ladder (`Sequence[float]`): Learning rates, in rising order.
-        head_lr (`float`): The rate of the head.
-
-    Returns:
-        `float | None`: the rate, or `None` if no rate lowers the loss.
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.tuning.calibration import lowest_on_average
-    >>> looks = [{1e-4: 0.0, 1e-3: -0.1, 1e-2: 0.4}, {1e-4: 0.01, 1e-3: 0.02, 1e-2: -0.1}]
-    >>> lowest_on_average(looks, [1e-4, 1e-3, 1e-2], head_lr=1e-2)
-    0.001
-
-    ```
-    """
-    if not changes or not ladder:
-        return None
-
-    def change(look: dict[float, float], rate: float) -> float:
-        found = look.get(rate, HOPELESS)
-        return min(found, HOPELESS) if math.isfinite(found) else HOPELESS
-
-    curve = {rate: 1 + sum(change(look, rate) for look in changes) / len(changes) for rate in ladder}
-    found, walked = first_valley(ladder, curve.__getitem__, 1.0)
-    if found is not None and min(walked.values()) <= 1 - TOLERANCE:
-        return found
-    deepest = min((rate for rate in ladder if rate <= head_lr * 1.01), key=curve.__getitem__, default=None)
-    return deepest if deepest is not None and curve[deepest] < 1 - DEEP else None
+    return Calibration(backbone_lr, head_lr, start_loss, head_losses, backbone_losses, largest_lr, changes, doubts)
 
 
 class Calibrator:
@@ -373,7 +306,7 @@ def warn_of_doubts(calibration: Calibration) -> None:
 
     ```python
     >>> from metalr_hf.tuning.calibration import Calibration, warn_of_doubts
-    >>> certain = Calibration(1e-4, 1e-3, 2.3, head_losses={}, backbone_losses={}, changes=[], doubts=[])
+    >>> certain = Calibration(1e-4, 1e-3, 2.3, {}, {}, largest_lr=1e-3, changes=[], doubts=[])
     >>> warn_of_doubts(certain)
 
     ```

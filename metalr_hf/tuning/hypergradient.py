@@ -208,6 +208,25 @@ class LookAhead:
             self._factors = list(ratios)
             yield
 
+    @torch.no_grad()
+    def relative_sizes(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[float]:
+        """How far the step moved every layer, as a share of the norm of the layer's parameters.
+
+        Args:
+            reduce (`Callable`, *optional*): Averages a tensor over all processes.
+
+        Returns:
+            `list[float]`: ‖Δ_j‖ / ‖θ_j‖ of every layer, infinite where θ_j is zero.
+        """
+        squares = torch.zeros(2, len(self.sizes), device=self.parameters[0].device)
+        with nullcontext() if self._stepped else self.excursions(), self.moved_to([0.0] * len(self.sizes)):
+            for layer, piece in self._pieces():
+                for start, end in zip(self._parts[piece], self._stepped[piece], strict=True):
+                    squares[0, layer] += (end - start).float().square().sum().to(squares.device)
+                    squares[1, layer] += start.float().square().sum().to(squares.device)
+        moved, whole_layers = squares if reduce is None else reduce(squares)
+        return (moved / whole_layers).sqrt().tolist()
+
     def loss_at(
         self,
         ratios: Sequence[float],

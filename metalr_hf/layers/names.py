@@ -11,7 +11,7 @@ HEAD = re.compile(
     r"((\w+_)?(heads?|classifiers?|predictor|score|logits)(_\w+)?|fc|linear|criterion|(class|bbox|mask)_embed(der)?)"
 )
 # These may also be feature extractors; they count as the head only if nothing else does.
-OUTPUT = re.compile(r"(final|out|output)(_?(conv|layer|proj|projection|block))?")
+OUTPUT = re.compile(r"(final|out|output)(_?(conv|layer|proj|projection|block|tr))?")
 # Detectors register these modules inside their decoders.
 NESTED_HEAD = re.compile(r"(class|bbox|mask)_embed(der)?")
 STEM = re.compile(r".*(stem|embed|patch).*|conv[01]|conv_(proj|first|in)")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .names import HEAD, NESTED_HEAD, OUTPUT, STAGE, STEM, clean, exclusive_paths, without_prefix
+from .nested import nested_levels
 from .structure import (
     Child,
     children_with_parameters,
@@ -46,6 +47,11 @@ def find_layers(network: nn.Module, prefix: str, granularity: str) -> Layers:
     """
     if has_group_matcher(network):
         return _timm_layers(network, prefix, granularity)
+    if levels := nested_levels(network):
+        found = {
+            name: parameter_names(network.get_submodule(path), f"{prefix}{path}.") for name, path in levels.items()
+        }
+        return {name: members for name, members in found.items() if members}
     return _network_layers(network, prefix, granularity)
 
 
@@ -188,7 +194,7 @@ def _well_named(layers: Layers, network: nn.Module, prefix: str, body: list[Chil
 
 def _heads_and_body(network: nn.Module) -> tuple[list[Child], list[Child]]:
     """The modules that make the outputs, by their path, and the other children."""
-    children = list(children_with_parameters(network))
+    children = _without_repeats(list(children_with_parameters(network)))
     heads = [(name, child) for name, child in children if HEAD.fullmatch(name)]
     body = [pair for pair in children if pair not in heads]
     for name, child in body:
@@ -206,6 +212,18 @@ def _heads_and_body(network: nn.Module) -> tuple[list[Child], list[Child]]:
     if not body:
         heads, body = [], heads
     return heads, body
+
+
+def _without_repeats(children: list[Child]) -> list[Child]:
+    """Leaves out children that only hold what earlier ones hold, such as MONAI's DynUNet has for its forward pass."""
+    seen: set[int] = set()
+    kept = []
+    for name, child in children:
+        own = {id(parameter) for parameter in child.parameters()}
+        if not own <= seen:
+            kept.append((name, child))
+        seen |= own
+    return kept
 
 
 def _inner_head(path: str, module: nn.Module) -> list[Child]:

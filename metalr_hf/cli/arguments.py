@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from ..data.loading import DataArguments
+from ..data.loading import DataArguments, folder_of
 from ..messages import did_you_mean
 from ..models.loading import ModelArguments
 from ..tasks import TASKS, Task, get_task
@@ -37,6 +37,15 @@ class TaskArguments:
             "`--task segmentation --help` lists the further arguments of that task."
         },
     )
+
+
+@dataclass
+class _TaskAndData(TaskArguments):
+    """Where the data are, by the names that the commands have for it: on them a task may depend."""
+
+    dataset_name: str | None = None
+    data_dir: str | None = None
+    dataset: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -179,7 +188,7 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
             parser.set_defaults(**{name: value for name, value in task.demo_arguments.items() if name not in preset})
     elif given.model_name_or_path is None:
         # What EfficientNet-Lite0 was pretrained on; the digits need less.
-        parser.set_defaults(image_size=224)
+        parser.set_defaults(image_size=task.default_image_size)
     parser.set_defaults(**from_file)
     try:
         _, model, data, training, output = parser.parse(argv)
@@ -204,12 +213,16 @@ def named_task(argv: Sequence[str]) -> Task:
     Raises:
         ValueError: if there is no such task.
     """
-    kind: Any = TaskArguments
+    kind: Any = _TaskAndData
     parser = CommandParser(kind, add_help=False, allow_abbrev=False)
     if argv and not argv[0].startswith("-") and os.path.isfile(argv[0]):
         from_file = read_arguments_file(argv[0])
-        parser.set_defaults(task=from_file.get("task", TaskArguments.task))
-    return get_task(parser.parse_known_args(list(argv))[0].task)
+        parser.set_defaults(**{name: from_file[name] for name in parser.names() if name in from_file})
+    given = parser.parse_known_args(list(argv))[0]
+    names = [given.dataset_name, *([given.dataset] if isinstance(given.dataset, str) else given.dataset)]
+    task = get_task(given.task)
+    folders = [folder_of(name, given.data_dir) for name in names]
+    return next((other for folder in folders if (other := task.for_data(folder)) is not task), task)
 
 
 def read_arguments_file(file: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..compare.backends import check_backend
 from ..compare.report import write_report
 from ..compare.results import read_results
 from ..compare.runs import Cell, Comparison, compare
-from ..data.loading import DataArguments
+from ..data.loading import DataArguments, folder_of
 from ..models.loading import ModelArguments
 from ..tasks import get_task
 from ..trainer.arguments import MetaLRTrainingArguments
@@ -251,7 +251,7 @@ def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments, r
     Returns:
         [`~metalr_hf.compare.runs.Cell`]
     """
-    task = get_task(arguments.task)
+    task = get_task(arguments.task).for_data(folder_of(dataset_name))
     data = task.data_arguments(
         dataset_name=None if dataset_name == DEMO else dataset_name,
         image_column_name=arguments.image_column_name,
@@ -268,7 +268,7 @@ def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments, r
         # Every row is tested on in its turn, so that none is held out where there is no test split.
         data.test_share = 0.0
     splits = task.load_splits(data)
-    model_arguments = ModelArguments(None if model_name == DEMO else model_name)
+    model_arguments = task.model_arguments(ModelArguments(None if model_name == DEMO else model_name), splits)
 
     def make_model(classes: Sequence[str]) -> PreTrainedModel:
         return task.load_model(model_arguments, dict(enumerate(classes)), arguments.image_size, arguments.num_channels)

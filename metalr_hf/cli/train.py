@@ -124,8 +124,9 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         # They are held out now. The trainer, which knows no groups, need not do it.
         training.meta_split = 0.0
     set_seed(training.seed)
-    model = task.load_model(arguments.model, splits.id2label, data.image_size, data.num_channels)
-    processor = task.load_processor(arguments.model, model, data.image_size)
+    model_arguments = task.model_arguments(arguments.model, splits)
+    model = task.load_model(model_arguments, splits.id2label, data.image_size, data.num_channels)
+    processor = task.load_processor(model_arguments, model, data.image_size)
     prepared = task.prepare(splits, processor, data.augment, seed=training.seed)
     for name, value in task.training_arguments.items():
         setattr(training, name, value)

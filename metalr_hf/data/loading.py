@@ -212,14 +212,27 @@ class DataArguments:
     @property
     def folder(self) -> str | None:
         """The local folder that the images are in, if they are in one."""
-        parts = [part for part in (self.dataset_name, self.data_dir) if part and part != "imagefolder"]
-        folder = os.path.join(*parts) if parts else ""
-        return folder if os.path.isdir(folder) else None
+        return folder_of(self.dataset_name, self.data_dir)
 
     @property
     def is_demo(self) -> bool:
         """Whether no data set is named, so that it is one that comes along."""
         return self.dataset_name is None and self.data_dir is None
+
+
+def folder_of(dataset_name: str | None, data_dir: str | None = None) -> str | None:
+    """The local folder of a data set.
+
+    Args:
+        dataset_name (`str`, *optional*): As in [`DataArguments`].
+        data_dir (`str`, *optional*): The same.
+
+    Returns:
+        `str`, *optional*: `None` where the data set is not in one.
+    """
+    parts = [part for part in (dataset_name, data_dir) if part and part != "imagefolder"]
+    folder = os.path.join(*parts) if parts else ""
+    return folder if os.path.isdir(folder) else None
 
 
 def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
@@ -256,12 +269,15 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
     return ImageSplits(class_names=class_names, **arrange(chosen, names, args, seed))
 
 
-def load_splits(args: DataArguments, demo: Demo) -> tuple[Mapping[str, Any], SplitNames]:
+def load_splits(
+    args: DataArguments, demo: Demo, read: Callable[[DataArguments, Demo], Mapping[str, Any]] | None = None
+) -> tuple[Mapping[str, Any], SplitNames]:
     """Loads a data set as it is, and finds the splits to train and to test on.
 
     Args:
         args ([`DataArguments`]): Which data set and splits.
         demo (`Callable`): Makes the splits that are loaded where no data set is named.
+        read (`Callable`, *optional*): Reads the splits, where `datasets` cannot.
 
     Returns:
         `tuple[Mapping[str, Any], SplitNames]`: the splits by name, and which of them are used for what.
@@ -270,7 +286,7 @@ def load_splits(args: DataArguments, demo: Demo) -> tuple[Mapping[str, Any], Spl
         FileNotFoundError: if there is no such data set, or no network to fetch it.
         ValueError: if a split is missing, naming those that are there.
     """
-    splits = read_splits(args, demo)
+    splits = (read or read_splits)(args, demo)
     train_name, test_name, validation_name = args.train_split, args.test_split, args.validation_split
     taken = {train_name, test_name, validation_name, args.meta_split_name}
     if test_name is None:

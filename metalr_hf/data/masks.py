@@ -74,8 +74,9 @@ class MaskArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.metrics != ["dice"]:
-            raise ValueError(f"metrics={self.metrics}: segmentation is measured by dice. Leave the argument out.")
+        if self.metrics != list(self.default_metrics):
+            measured = " and ".join(self.default_metrics)
+            raise ValueError(f"metrics={self.metrics}: segmentation is measured by {measured}. Leave the argument out.")
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def load_masks(args: MaskArguments, *, seed: int = 42, keep_columns: Sequence[st
                 "The classes of a stream of masks are not known before its end. Name them with class_names, or leave "
                 "out streaming."
             )
-        classes = _named_classes(args, _first_values(chosen[names.train], names.train, args))
+        classes = named_classes(args, _first_values(chosen[names.train], names.train, args))
     else:
         classes = _check_masks(chosen, names.train, args)
     return MaskSplits(class_names=classes.names, classes=classes, **arrange(chosen, names, args, seed))
@@ -291,7 +292,7 @@ def _check_masks(splits: Mapping[str, Any], train_name: str, args: MaskArguments
             check_size(where, mask.shape, _named(where, _size, entry[IMAGE]))
             for value in _values(mask):
                 first[name].setdefault(value, where)
-    classes = _named_classes(args, set(first[train_name]), first[train_name])
+    classes = named_classes(args, set(first[train_name]), first[train_name])
     for seen in first.values():
         for value, where in seen.items():
             _named(where, classes.ids, np.array([[value]]))
@@ -326,7 +327,20 @@ def _values(mask: np.ndarray) -> list[int]:
     return values.tolist()
 
 
-def _named_classes(args: MaskArguments, values: Iterable[int], first: Mapping[int, str] | None = None) -> MaskClasses:
+def named_classes(args: MaskArguments, values: Iterable[int], first: Mapping[int, str] | None = None) -> MaskClasses:
+    """The classes of masks, from their names or from the values that the training masks hold.
+
+    Args:
+        args ([`MaskArguments`]): The names and the value that does not count, where they were given.
+        values (`Iterable[int]`): What the training masks hold.
+        first (`Mapping[int, str]`, *optional*): Where each value is first, for the message.
+
+    Returns:
+        [`MaskClasses`]
+
+    Raises:
+        ValueError: if the values are no classes, or there are too few or too many.
+    """
     found, names, ignored = sorted(values), args.class_names, args.ignore_index
     if tuple(found) == BLACK_AND_WHITE and ignored != WHITE and (names is None or len(names) == 2):
         return MaskClasses(tuple(names or ("0", "255")), BLACK_AND_WHITE, -1 if ignored is None else ignored)

@@ -6,6 +6,7 @@ from .metrics import build_compute_metrics
 from .multi_label import MultiLabel
 from .regression import Regression
 from .segmentation import Segmentation, segmentation_trainer_arguments
+from .segmentation_3d import VolumeSegmentation
 
 __all__ = [
     "TASKS",
@@ -14,6 +15,7 @@ __all__ = [
     "Regression",
     "Segmentation",
     "Task",
+    "VolumeSegmentation",
     "build_compute_metrics",
     "get_task",
     "register_task",

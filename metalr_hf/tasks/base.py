@@ -48,6 +48,7 @@ class Task(ABC):
         demo_model_name (`str`): What a comparison calls the model that is trained where none is named.
         demo_arguments (`Mapping[str, Any]`): Arguments of a run that names neither a model nor a data set.
         demo_augment (`str`): Augmentation of the images that are trained on where no data set is named.
+        default_image_size (`int`, *optional*): Height and width of images where a data set but no model is named.
         purpose (`str`, *optional*): What the card calls the task, where that says more than the Hub's name of it.
         card_sentence (`str`): What the model answers; `{count}` and `{names}` stand for the classes.
         activation (`str`): What makes answers of the logits: `"softmax"`, `"sigmoid"` or `"none"`.
@@ -64,6 +65,7 @@ class Task(ABC):
     demo_model_name: ClassVar[str] = "EfficientNet-Lite0"
     demo_arguments: ClassVar[Mapping[str, Any]] = DEMO_ARGUMENTS
     demo_augment: ClassVar[str] = "none"
+    default_image_size: ClassVar[int | None] = 224
     purpose: ClassVar[str | None] = None
     card_sentence: ClassVar[str] = "It tells {count} classes apart: {names}"
     activation: ClassVar[str] = "softmax"
@@ -86,6 +88,29 @@ class Task(ABC):
         Raises:
             FileNotFoundError, ValueError: if there are no such rows, or some of them cannot be learned from.
         """
+
+    def for_data(self, folder: str | None) -> Task:
+        """The task that is meant where these data are given.
+
+        Args:
+            folder (`str`, *optional*): The local folder of the data, where they are in one.
+
+        Returns:
+            [`Task`]: itself by default.
+        """
+        return self
+
+    def model_arguments(self, arguments: ModelArguments, splits: Any) -> ModelArguments:
+        """Adds what the rows say about the network, such as the number of channels.
+
+        Args:
+            arguments ([`ModelArguments`]): Which model.
+            splits ([`ImageSplits`]): What [`~Task.load_splits`] gave.
+
+        Returns:
+            [`ModelArguments`]: for [`~Task.load_model`] and [`~Task.load_processor`]; the same by default.
+        """
+        return arguments
 
     @abstractmethod
     def load_model(

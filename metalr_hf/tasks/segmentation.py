@@ -25,6 +25,7 @@ from ..data.intensity import set_window
 from ..data.mask_transforms import MaskTransform, collate_masks
 from ..data.masks import MaskArguments, MaskSplits, load_masks
 from ..data.transforms import Transform, load_image_processor, model_input, set_channels
+from ..data.volumes.folders import holds_volumes
 
 # The 3-D U-Net for its entry in transformers' Auto classes.
 from ..models import unet3d as unet3d
@@ -33,7 +34,7 @@ from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import resize_logits, segmentation_loss
 from ..models.probe import check_input
 from ..models.unet import TimmUNetForSemanticSegmentation
-from .base import DEMO_ARGUMENTS, Task, register_task
+from .base import DEMO_ARGUMENTS, Task, get_task, register_task
 from .metrics import build_dice_metrics, predicted_classes
 
 DEMO_IMAGE_SIZE = 96
@@ -59,6 +60,9 @@ class Segmentation(Task):
     }
     auto_class = AutoModelForSemanticSegmentation
     metric = "dice"
+
+    def for_data(self, folder: str | None) -> Task:
+        return get_task("segmentation_3d") if holds_volumes(folder) else self
 
     def load_splits(self, data: MaskArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> MaskSplits:
         return load_masks(data, seed=seed, keep_columns=keep_columns)

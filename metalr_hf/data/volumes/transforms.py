@@ -52,10 +52,11 @@ class VolumeTransform:
     """
 
     def __init__(self, processor: VolumeImageProcessor, classes: MaskClasses, augment: str | None = None):
-        from monai.transforms import ClassesToIndicesd, Compose, RandCropByLabelClassesd, RandFlipd, SpatialPadd
+        from monai.transforms import ClassesToIndicesd, Compose, Lambda, RandCropByLabelClassesd, RandFlipd, SpatialPadd
 
         self.training = augment is not None
-        steps: list[Any] = [_Prepared(processor, classes, resample_masks=self.training)]
+        # Of what is no transform of its own MONAI keeps nothing.
+        steps: list[Any] = [Lambda(_Prepared(processor, classes, resample_masks=self.training))]
         if augment is not None:
             check_choice("augment", augment, AUGMENTATIONS)
             count, patch, both = len(classes.names), processor.patch_size, [PIXELS, MASKS]
@@ -110,7 +111,7 @@ class VolumeTransform:
             found = PersistentDataset([row], self.steps, self.folder)[0]
         except (RuntimeError, ValueError, OSError, EOFError) as error:
             where = place("A volume", channels_of(row)[0])
-            raise ValueError(f"{where} cannot be prepared: {first_line(error)}.") from error
+            raise ValueError(f"{where} cannot be prepared: {first_line(error.__cause__ or error)}.") from error
         return found[0] if isinstance(found, list) else found
 
 

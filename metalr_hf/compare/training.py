@@ -115,7 +115,7 @@ def _train_and_test(
         trainer = _make_trainer(strategy, model, train, cell, run, comparison, scratch)
         watch = _Watch(trainer)
         output = trainer.train()
-        prediction = trainer.predict(_prepared(test, cell.test_transform))
+        prediction = cell.task.measure(trainer, _prepared(test, cell.test_transform))
         rates, history = getattr(trainer, "lr_history", None), None
         if rates is not None:
             # As text: the folder of the comparison may be on another machine.

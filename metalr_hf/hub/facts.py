@@ -204,7 +204,7 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
         settings["weights"] = "; ".join(weights)
     packages = ["metalr_hf", "transformers", "torch", "datasets"]
     modules = {type(module).__module__.split(".")[0] for module in trainer.model.modules()}
-    packages += sorted(modules & {"timm", "peft"})
+    packages += sorted(modules & {"timm", "peft", "monai"})
     return settings | {"versions": ", ".join(f"{package} {version(package)}" for package in packages)}
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from ..data.files import read_image
@@ -199,12 +199,24 @@ class Task(ABC):
         """
         return {}
 
+    def measure(self, trainer: Trainer, rows: Any) -> PredictionOutput:
+        """Measures the test rows of a comparison.
+
+        Args:
+            trainer (`transformers.Trainer`): After training.
+            rows (`datasets.Dataset`): Prepared, without augmentation.
+
+        Returns:
+            `PredictionOutput`: for [`~Task.score`]; what `Trainer.predict` gives by default.
+        """
+        return trainer.predict(rows)
+
     @abstractmethod
     def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:
         """What a comparison keeps of a run: figures of the test rows, rounded to six digits.
 
         Args:
-            output (`PredictionOutput`): What `Trainer.predict` gave.
+            output (`PredictionOutput`): What [`~Task.measure`] gave.
             class_names (`Sequence[str]`): Name of class 0, 1, ...
 
         Returns:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from ..data.transforms import Transform
@@ -97,7 +97,7 @@ class VolumeSegmentation(Task):
             id2label=dict(id2label),
             label2id={label: i for i, label in id2label.items()},
         )
-        with naming_the_model(name, "network"):
+        with naming_the_model(f"{MONAI}{network}", "network"):
             return MonaiForSemanticSegmentation(config)
 
     def load_processor(
@@ -128,6 +128,10 @@ class VolumeSegmentation(Task):
             "compute_metrics": build_volume_metrics(class_names),
             "preprocess_logits_for_metrics": measure_volumes,
         }
+
+    def measure(self, trainer: Trainer, rows: Any) -> PredictionOutput:
+        # `predict` would keep all masks, and cannot where they differ in size.
+        return PredictionOutput(None, None, trainer.evaluate(rows, metric_key_prefix="test"))  # type: ignore[arg-type]
 
     def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:
         found = {name.removeprefix("test_"): value for name, value in (output.metrics or {}).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,9 +65,12 @@ def _figures(guess: Tensor, truth: Tensor, spacing: Tensor) -> list[float]:
     dice = float(compute_dice(one, other, ignore_empty=False)) if all(there) else 0.0
     if not all(there):
         return [dice, float((torch.tensor(truth.shape) * spacing.cpu()).norm())]
-    distance = compute_hausdorff_distance(
-        one, other, include_background=True, percentile=PERCENTILE, spacing=spacing.tolist()
-    )
+    with warnings.catch_warnings():
+        # MONAI warns of an argument that it gives to itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        distance = compute_hausdorff_distance(
+            one, other, include_background=True, percentile=PERCENTILE, spacing=spacing.tolist()
+        )
     return [dice, float(distance)]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 LABELS = {"background": 0, "organ": 1, "lesion": 2}
 QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no", "--per_device_train_batch_size", "2"]
-SMALL = ["--network_args", '{"filters": [4, 8]}', "--patch_size", "16", "16", "8"]
+SMALL = ["--network_args", '{"filters": [4, 8, 8]}', "--patch_size", "16", "16", "8"]
 
 
 def volume(seed=0, shape=(18, 16, 10), spacing=(1.0, 1.0, 2.0), axcodes="RAS", dtype=np.int16):

@@ -109,5 +109,8 @@ def _choose_columns(rows: Any, args: VolumeArguments, keep_columns: Sequence[str
     # By way of names that no data set has: an image column may be called `label`.
     rows = rows.rename_columns({image: "_image", mask: "_mask"}).rename_columns({"_image": IMAGE, "_mask": LABEL})
     entry = datasets.Nifti(decode=False)
-    several = not isinstance(rows.features[IMAGE], datasets.Nifti)
-    return rows.cast_column(IMAGE, datasets.List(entry) if several else entry).cast_column(LABEL, entry)
+    wanted = {IMAGE: entry if isinstance(rows.features[IMAGE], datasets.Nifti) else datasets.List(entry), LABEL: entry}
+    for name, feature in wanted.items():
+        if rows.features[name] != feature:
+            rows = rows.cast_column(name, feature)
+    return rows

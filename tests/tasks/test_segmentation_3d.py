@@ -1,0 +1,156 @@
+"""Volumes from the command line: training, comparing, going on from a checkpoint."""
+
+import json
+
+import datasets
+import nibabel
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from volumes import QUICK, SMALL, save_folder, volume
+
+from metalr_hf import LRHistory
+from metalr_hf.cli import main
+from metalr_hf.cli.arguments import named_task, parse_train_arguments
+from metalr_hf.models.loading import ModelArguments
+from metalr_hf.tasks import get_task
+
+pytestmark = pytest.mark.usefixtures("offline")
+LAYERS = ["input_block", "downsamples.0", "bottleneck", "upsamples.0", "upsamples.1", "head"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_folder(tmp_path_factory.mktemp("scans"), train=6, test=2)
+
+
+def train(folder, output, *arguments, task="segmentation"):
+    given = ["--task", task, "--dataset_name", str(folder), "--output_dir", str(output)]
+    assert main(["train", *given, *QUICK, *map(str, arguments)]) == 0
+    return json.loads((output / "all_results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "run"
+    return output, train(folder, output, *SMALL, "--max_steps", "40", "--seed", "1")
+
+
+def test_a_network_learns_and_is_measured_in_mm(run):
+    _, results = run
+    names = ["dice", "dice_lesion", "dice_organ", "hausdorff95", "hausdorff95_lesion", "hausdorff95_organ"]
+    assert sorted(name.removeprefix("test_") for name in results if "dice" in name or "hausdorff" in name) == names
+    assert results["test_dice"] > 0.6
+    assert results["test_hausdorff95"] < 10
+
+
+def test_every_layer_is_tuned_and_the_card_names_it(run):
+    output, _ = run
+    assert list(LRHistory.load(output / "lr_history.csv").layers) == LAYERS
+    card = (output / "README.md").read_text()
+    assert "segmentation of volumes" in card
+    assert "upsamples.0" in card
+    assert "monai" in card
+
+
+def test_the_saved_files_give_the_masks_of_new_volumes(run, tmp_path):
+    output, results = run
+    model = AutoModelForSemanticSegmentation.from_pretrained(output, trust_remote_code=True).eval()
+    processor = AutoImageProcessor.from_pretrained(output, trust_remote_code=True)
+    image, mask = volume(50, axcodes="PIR")
+    nibabel.save(image, tmp_path / "new.nii.gz")
+    with torch.no_grad():
+        outputs = model(**processor(str(tmp_path / "new.nii.gz"), return_tensors="pt"))
+    (answer,) = processor.post_process_semantic_segmentation(outputs, [str(tmp_path / "new.nii.gz")])
+    assert np.allclose(answer.affine, image.affine)
+    guess, truth = np.asanyarray(answer.dataobj) == 1, np.asanyarray(mask.dataobj) == 1
+    assert 2 * (guess & truth).sum() / (guess.sum() + truth.sum()) > results["test_dice_organ"] - 0.3
+
+
+def test_a_saved_network_is_trained_on_with_its_own_preparation(run, folder, tmp_path):
+    output, _ = run
+    train(folder, tmp_path / "on", "--model_name_or_path", output, "--max_steps", "1", "--spacing", "2", "2", "2")
+    saved, before = (json.loads((one / "preprocessor_config.json").read_text()) for one in (tmp_path / "on", output))
+    assert saved["spacing"] == [2.0, 2.0, 2.0]
+    assert saved["patch_size"] == before["patch_size"] == [16, 16, 8]
+
+
+def test_volumes_are_segmented_in_3d_without_being_asked(folder):
+    volumes = get_task("segmentation_3d")
+    assert named_task(["--task", "segmentation", "--dataset_name", str(folder)]) is volumes
+    assert named_task(["--task", "segmentation", "--data_dir", str(folder)]) is volumes
+    assert named_task(["--task", "segmentation", "--dataset", str(folder)]) is volumes
+    assert named_task(["--task", "segmentation"]) is get_task("segmentation")
+    assert named_task(["--dataset_name", str(folder)]) is get_task("classification")
+    arguments = ["--task", "segmentation", "--dataset_name", str(folder), "--output_dir", "runs", "--spacing"]
+    assert parse_train_arguments([*arguments, "1", "1", "3"]).data.spacing == [1.0, 1.0, 3.0]
+
+
+def test_columns_of_nifti_are_read(tmp_path):
+    pairs = [volume(i) for i in range(5)]
+    rows = {"scan": [i.to_bytes() for i, _ in pairs], "mask": [m.to_bytes() for _, m in pairs]}
+    features = datasets.Features(scan=datasets.Nifti(), mask=datasets.Nifti())
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "data" / "train.parquet"))
+    results = train(tmp_path / "data", tmp_path / "run", *SMALL, "--max_steps", "1", "--class_names", "a", "b", "c")
+    assert "test_dice_c" in results
+
+
+@pytest.mark.parametrize("name", ["monai/UNet", "monai/SegResNet"])
+def test_other_networks_of_monai_by_name(name, folder, tmp_path):
+    args = {"monai/UNet": '{"channels": [4, 8]}', "monai/SegResNet": '{"init_filters": 8}'}[name]
+    options = ["--network_args", args, "--patch_size", "16", "16", "8", "--max_steps", "1"]
+    train(folder, tmp_path / "run", "--model_name_or_path", name, *options)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["network"] == name.removeprefix("monai/")
+
+
+def test_a_network_that_cannot_take_the_patches_is_refused_before_training(folder, tmp_path, capsys):
+    options = ["--model_name_or_path", "monai/SwinUNETR", "--patch_size", "20", "16", "12"]
+    given = ["--task", "segmentation", "--dataset_name", str(folder), "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *given, *QUICK, *options]) == 2
+    said = capsys.readouterr().err
+    assert "cannot take patches of 20 × 16 × 12 voxels" in said
+    assert "Give multiples of 32 with patch_size" in said
+
+
+def test_a_network_of_monai_that_needs_arguments_says_so():
+    task = get_task("segmentation_3d")
+    splits = task.load_splits(task.data_arguments())
+    arguments = task.model_arguments(ModelArguments("monai/VNetz"), splits)
+    with pytest.raises(ValueError, match="needs network_args"):
+        task.load_model(arguments, splits.id2label)
+
+
+def test_strategies_are_compared_on_volumes(folder, tmp_path):
+    given = ["--task", "segmentation", "--dataset", folder, "--output_dir", tmp_path / "out", "--seeds", "0", "--steps"]
+    options = ["2", "--batch_size", "2", "--strategies", "cosine", "metalr", "--learning_rates", "1e-3", *SMALL]
+    assert main(["compare", *map(str, [*given, *options])]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["done", "done"]
+    assert {"dice", "hausdorff95", "class_dice"} <= set(rows[0])
+    # Both saw the same patches.
+    assert rows[0]["images"] == rows[1]["images"]
+
+
+def test_evaluations_while_training_see_whole_volumes_that_were_held_out(folder, tmp_path):
+    options = [
+        *SMALL,
+        "--max_steps",
+        "4",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "2",
+        "--validation_share",
+        "0.34",
+    ]
+    train(folder, tmp_path / "run", *options)
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_dice" in row for row in history) == 2
+
+
+def test_the_demo_needs_no_data(tmp_path):
+    given = ["--task", "segmentation_3d", "--output_dir", str(tmp_path / "run"), *QUICK, *SMALL, "--max_steps", "1"]
+    assert main(["train", *given]) == 0
+    assert "generated volumes" in (tmp_path / "run" / "README.md").read_text()

@@ -53,7 +53,6 @@ SHOWN = (
     "metalr_hf.models.losses",
     "metalr_hf.models.timm",
     "metalr_hf.models.unet",
-    "metalr_hf.models.unet3d",
     "metalr_hf.plots.drawing",
     "metalr_hf.plots.learning_rates",
     "metalr_hf.tasks.metrics",

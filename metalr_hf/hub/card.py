@@ -41,8 +41,17 @@ import torch
 from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained("{model_id}"{code}).eval()
-volume = torch.zeros(1, {channels}, 16, 64, 64)  # batch, channels, depth, height, width
+volume = torch.zeros(1, {channels}, 64, 64, 64)  # batch, channels, x, y, z
 print(model(volume).logits.argmax(1))
+""",
+    "nifti": """
+from transformers import AutoImageProcessor, {auto_class}
+
+processor = AutoImageProcessor.from_pretrained("{model_id}"{code})
+model = {auto_class}.from_pretrained("{model_id}"{code}).eval()
+outputs = model(**processor("volume.nii.gz", return_tensors="pt"))
+mask, = processor.post_process_semantic_segmentation(outputs, ["volume.nii.gz"])
+mask.to_filename("mask.nii.gz")
 """,
     "timm": """
 import timm
@@ -136,6 +145,7 @@ class RunFacts:
         auto_class (`str`): The class of transformers that loads such a model.
         has_own_code (`bool`): Whether the code of the model's class is published with it.
         volume_channels (`int`, *optional*): Of the volumes that a 3-D network takes, for which there is no pipeline.
+        reads_nifti (`bool`): Whether the processor that is published with it reads such volumes.
         base_model (`str`, *optional*): Hub id of the pretrained model.
         license (`str`, *optional*): Its licence.
         dataset (`str`, *optional*): Hub id of the data set, or its name.
@@ -161,6 +171,7 @@ class RunFacts:
     auto_class: str = "AutoModelForImageClassification"
     has_own_code: bool = False
     volume_channels: int | None = None
+    reads_nifti: bool = False
     base_model: str | None = None
     license: str | None = None
     dataset: str | None = None
@@ -305,7 +316,7 @@ def _usage(facts: RunFacts) -> str:
     if not facts.task or not facts.library or (facts.library == "peft" and not facts.base_model):
         return ""
     return (
-        USAGE["volumes" if facts.volume_channels else facts.library]
+        USAGE["nifti" if facts.reads_nifti else "volumes" if facts.volume_channels else facts.library]
         .strip()
         .format(
             task=facts.task,

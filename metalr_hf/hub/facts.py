@@ -22,8 +22,9 @@ from yaml import YAMLError
 
 from ..data.intensity import window_of
 from ..models.bare import Classifier
+from ..models.monai_networks import MonaiConfig
 from ..models.target_losses import TargetLoss
-from ..models.unet3d import UNet3DConfig
+from ..models.volume_processor import VolumeImageProcessor
 from ..tasks.base import Task
 from ..tuning.optimizers import unwrap
 from .card import Evaluation, LayerFacts, RunFacts
@@ -76,7 +77,8 @@ def run_facts(
         auto_class=f"AutoModel{next((e for e in PIPELINE_TAGS if type(network).__name__.endswith(e)), '')}",
         # By this `save_pretrained` decides whether to save the code.
         has_own_code=getattr(network, "_auto_class", None) is not None,
-        volume_channels=config.num_channels if getattr(config, "model_type", None) == UNet3DConfig.model_type else None,
+        volume_channels=config.num_channels if getattr(config, "model_type", None) == MonaiConfig.model_type else None,
+        reads_nifti=isinstance(trainer.processing_class, VolumeImageProcessor),
         base_model=base_model,
         license=_license(base_model, loaded_from, config),
         dataset=dataset,

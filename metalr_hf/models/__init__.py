@@ -7,16 +7,18 @@ if TYPE_CHECKING:
     from .bare import Classifier
     from .demo import demo_image_processor, demo_model, demo_unet
     from .losses import segmentation_loss
+    from .monai_networks import MonaiConfig, MonaiForSemanticSegmentation
     from .timm import wrap_timm_model
     from .unet import TimmUNetConfig, TimmUNetForSemanticSegmentation
-    from .unet3d import UNet3DConfig, UNet3DForSemanticSegmentation
+    from .volume_processor import VolumeImageProcessor
 
 __all__ = [
     "Classifier",
+    "MonaiConfig",
+    "MonaiForSemanticSegmentation",
     "TimmUNetConfig",
     "TimmUNetForSemanticSegmentation",
-    "UNet3DConfig",
-    "UNet3DForSemanticSegmentation",
+    "VolumeImageProcessor",
     "demo_image_processor",
     "demo_model",
     "demo_unet",
@@ -26,10 +28,11 @@ __all__ = [
 
 _HOMES = {
     "Classifier": "bare",
+    "MonaiConfig": "monai_networks",
+    "MonaiForSemanticSegmentation": "monai_networks",
     "TimmUNetConfig": "unet",
     "TimmUNetForSemanticSegmentation": "unet",
-    "UNet3DConfig": "unet3d",
-    "UNet3DForSemanticSegmentation": "unet3d",
+    "VolumeImageProcessor": "volume_processor",
     "demo_image_processor": "demo",
     "demo_model": "demo",
     "demo_unet": "demo",

@@ -26,9 +26,6 @@ from ..data.mask_transforms import MaskTransform, collate_masks
 from ..data.masks import MaskArguments, MaskSplits, load_masks
 from ..data.transforms import Transform, load_image_processor, model_input, set_channels
 from ..data.volumes.folders import holds_volumes
-
-# The 3-D U-Net for its entry in transformers' Auto classes.
-from ..models import unet3d as unet3d
 from ..models.channels import RGB, input_channels, load_with_channels
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import resize_logits, segmentation_loss

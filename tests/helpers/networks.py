@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from metalr_hf.models import TimmUNetForSemanticSegmentation, UNet3DConfig, UNet3DForSemanticSegmentation
+from metalr_hf.models import MonaiConfig, MonaiForSemanticSegmentation, TimmUNetForSemanticSegmentation
 
 
 class Network(nn.Module):
@@ -30,6 +30,7 @@ def unet(encoder="test_resnet", **kwargs):
     return TimmUNetForSemanticSegmentation.from_encoder(encoder, pretrained=False, **labels, **kwargs)
 
 
-def unet3d(**kwargs):
+def volume_network(**kwargs):
     torch.manual_seed(0)
-    return UNet3DForSemanticSegmentation(UNet3DConfig(hidden_sizes=(4, 8, 8), num_labels=3, **kwargs))
+    options = {"network_args": {"filters": [4, 8, 8]}, "patch_size": (16, 16, 8), "num_labels": 3}
+    return MonaiForSemanticSegmentation(MonaiConfig(**options, **kwargs))

@@ -1,17 +1,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from networks import NAMES, unet, unet3d
+from networks import NAMES, unet, volume_network
 from transformers import AutoModelForSemanticSegmentation
 
 from metalr_hf import layer_groups
 from metalr_hf.models.losses import segmentation_loss
 from metalr_hf.models.unet import TimmUNetConfig, TimmUNetForSemanticSegmentation
-from metalr_hf.models.unet3d import UNet3DConfig
 
 
 def reload(model, folder):
@@ -86,35 +86,15 @@ def test_another_number_of_classes_gets_a_fresh_head_and_keeps_the_rest(tmp_path
     assert torch.equal(again.decoder[0].conv1.weight, model.decoder[0].conv1.weight)
 
 
-@pytest.mark.parametrize("make", [unet, unet3d])
-def test_the_loss_is_cross_entropy_plus_dice_without_ignored_pixels(make):
-    model = make().eval()
-    size = (32, 32) if make is unet else (4, 16, 16)
-    pixels, labels = torch.randn(2, 3 if make is unet else 1, *size), torch.randint(0, 3, (2, *size))
+def test_the_loss_is_cross_entropy_plus_dice_without_ignored_pixels():
+    model = unet().eval()
+    pixels, labels = torch.randn(2, 3, 32, 32), torch.randint(0, 3, (2, 32, 32))
     labels[:, 0] = 255
     outputs = model(pixels, labels)
     assert outputs.loss == segmentation_loss(outputs.logits, labels)
     assert torch.equal(model(pixels, labels, return_dict=False)[1], outputs.logits)
     outputs.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-@pytest.mark.parametrize("size", [(4, 16, 16), (5, 18, 15)])
-def test_a_network_for_volumes_reloads_with_equal_logits(tmp_path, size):
-    model = unet3d(num_channels=2).eval()
-    volumes = torch.randn(1, 2, *size)
-    with torch.no_grad():
-        logits = model(volumes).logits
-        assert logits.shape == (1, 3, *size)
-        assert torch.equal(reload(model, tmp_path)(volumes).logits, logits)
-
-
-def test_strides_for_each_level():
-    model = unet3d(strides=((2, 2, 2), (1, 4, 4)))
-    deepest = model.encoder[2](model.encoder[1](model.encoder[0](torch.zeros(1, 1, 4, 16, 16))))
-    assert deepest.shape[2:] == (2, 2, 2)
-    with pytest.raises(ValueError, match=r"strides=.* must have 2 entries"):
-        UNet3DConfig(hidden_sizes=(4, 8, 8), strides=[[1, 2, 2]])
 
 
 def test_layers_from_the_stem_to_the_head():
@@ -124,20 +104,29 @@ def test_layers_from_the_stem_to_the_head():
         *(f"decoder.{i}" for i in range(5)),
         "head",
     ]
-    assert list(layer_groups(unet3d())) == ["encoder.0", "encoder.1", "encoder.2", "decoder.0", "decoder.1", "head"]
+
+
+SAVED_UNET3D = Path(__file__).parents[1] / "helpers" / "saved_unet3d"
 
 
 def test_a_saved_network_brings_its_code_along(tmp_path):
-    """For those who have transformers and timm, but not this package."""
-    folders = [str(tmp_path / name) for name in ("unet", "unet3d")]
-    for model, folder in zip((unet(), unet3d()), folders, strict=True):
-        model.save_pretrained(folder)
+    """For those who have transformers and timm, but not this package, and for networks that it had once."""
+    unet().save_pretrained(tmp_path / "unet")
+    volume_network().save_pretrained(tmp_path / "volumes")
+    folders = [str(folder) for folder in (tmp_path / "unet", tmp_path / "volumes", SAVED_UNET3D)]
     code = (
-        "import sys; sys.modules['metalr_hf'] = None\n"
+        "import sys, torch; sys.modules['metalr_hf'] = None\n"
         "from transformers import AutoModelForSemanticSegmentation as Auto\n"
-        f"print(*(Auto.from_pretrained(name, trust_remote_code=True).config.model_type for name in {folders}))"
+        f"models = [Auto.from_pretrained(name, trust_remote_code=True).eval() for name in {folders}]\n"
+        "volume = torch.linspace(-1, 1, 256).reshape(1, 1, 4, 8, 8)\n"
+        "print(*(model.config.model_type for model in models), *models[-1](volume).logits.mean((0, 2, 3, 4)).tolist())"
     )
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["timm_unet", "unet3d"]
+    *names, background, first, second = run.stdout.split()
+    assert names == ["timm_unet", "monai", "unet3d"]
+    # As when it was saved.
+    assert [float(mean) for mean in (background, first, second)] == pytest.approx(
+        [0.38793, -0.34589, 0.42014], abs=1e-3
+    )

@@ -16,8 +16,8 @@ from metalr_hf import LRHistory, MetaLRTrainer
 from metalr_hf.cli import main
 from metalr_hf.cli.train import RUN_FILES
 from metalr_hf.models.losses import segmentation_loss
+from metalr_hf.models.monai_networks import MonaiConfig, MonaiForSemanticSegmentation
 from metalr_hf.models.unet import TimmUNetForSemanticSegmentation
-from metalr_hf.models.unet3d import UNet3DConfig, UNet3DForSemanticSegmentation
 from metalr_hf.tasks.segmentation import load_mask_processor, load_segmentation_model, segmentation_trainer_arguments
 
 NAMES = ["inside", "membrane"]
@@ -133,7 +133,8 @@ def test_a_unet_learns_the_membranes_from_a_rate_30_times_too_low(tmp_path):
 
 def test_a_network_for_volumes_learns(tmp_path):
     set_seed(0)
-    model = UNet3DForSemanticSegmentation(UNet3DConfig(hidden_sizes=(4, 8), num_labels=2))
+    options = {"network_args": {"channels": (4, 8), "strides": (2,)}, "patch_size": (4, SIZE, SIZE), "num_labels": 2}
+    model = MonaiForSemanticSegmentation(MonaiConfig(network="UNet", **options))
     volumes, test = rows(depth=4, count=8), rows("test", depth=4)
     run = train(tmp_path, model, volumes, test, max_steps=40, learning_rate=2e-2)
     results = run.evaluate()

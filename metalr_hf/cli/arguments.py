@@ -173,6 +173,7 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     if argv and not argv[0].startswith("-"):
         file, *argv = argv
         from_file = parser.read_file(file)
+    parser.set_defaults(**task.default_arguments)
     # Pinning memory without an accelerator only warns.
     parser.set_defaults(remove_unused_columns=False, dataloader_pin_memory=torch.accelerator.is_available())
     parser.set_defaults(**from_file)

@@ -176,7 +176,8 @@ def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict
         ValueError: if an argument is unknown, its value is none it can have, or the file holds something else.
     """
     common = {f.name for f in dataclasses.fields(DataArguments)}
-    of_task = [f for f in dataclasses.fields(named_task(argv).data_arguments) if f.name not in common]
+    task = named_task(argv)
+    of_task = [f for f in dataclasses.fields(task.data_arguments) if f.name not in common]
     kinds: Any = (CompareArguments, TuningArguments, _unless_given("RowArguments", of_task))
     parser = CommandParser(
         kinds,
@@ -185,6 +186,7 @@ def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict
         "a YAML or JSON file may be given.",
         allow_abbrev=False,
     )
+    parser.set_defaults(**task.default_arguments)
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         file, *argv = argv

@@ -212,5 +212,6 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-AutoImageProcessor.register(MonaiConfig, VolumeImageProcessor)
+# By the name of the backend that transformers asks for first, so that it does not warn that it is missing.
+AutoImageProcessor.register(MonaiConfig, image_processor_classes={"torchvision": VolumeImageProcessor})
 VolumeImageProcessor.register_for_auto_class("AutoImageProcessor")

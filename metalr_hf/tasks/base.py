@@ -43,6 +43,7 @@ class Task(ABC):
         pipeline_tag (`str`): The Hub's name of the task, such as `"image-classification"`.
         data_arguments (`type`): [`DataArguments`], or a subclass with the arguments that only this task has.
         training_arguments (`Mapping[str, Any]`): What `TrainingArguments` have to say for this task.
+        default_arguments (`Mapping[str, Any]`): What they say where the user does not.
         demo_name (`str`): What a comparison calls the images that are trained on where no data set is named.
         demo_description (`str`): What the card calls them.
         demo_model_name (`str`): What a comparison calls the model that is trained where none is named.
@@ -60,6 +61,7 @@ class Task(ABC):
     pipeline_tag: ClassVar[str]
     data_arguments: ClassVar[type[DataArguments]] = DataArguments
     training_arguments: ClassVar[Mapping[str, Any]] = {}
+    default_arguments: ClassVar[Mapping[str, Any]] = {}
     demo_name: ClassVar[str] = "demo"
     demo_description: ClassVar[str] = "images that come with the package"
     demo_model_name: ClassVar[str] = "EfficientNet-Lite0"

@@ -57,6 +57,9 @@ class VolumeSegmentation(Task):
         # Distances are measured in mm.
         "label_names": ["labels", "spacing"],
     }
+    # These networks begin untrained, with a norm after each convolution: a first step a hundred times too long is as
+    # good as another, and the steps after it are not.
+    default_arguments: ClassVar[Mapping[str, Any]] = {"lr_max": 1e-2}
     demo_name = "generated volumes"
     demo_description = "generated volumes of an organ with a lesion"
     demo_model_name = DEFAULT_NETWORK

@@ -13,6 +13,7 @@ from volumes import QUICK, SMALL, save_folder, volume
 from metalr_hf import LRHistory
 from metalr_hf.cli import main
 from metalr_hf.cli.arguments import named_task, parse_train_arguments
+from metalr_hf.cli.compare import parse_compare_arguments
 from metalr_hf.models.loading import ModelArguments
 from metalr_hf.tasks import get_task
 
@@ -154,3 +155,13 @@ def test_the_demo_needs_no_data(tmp_path):
     given = ["--task", "segmentation_3d", "--output_dir", str(tmp_path / "run"), *QUICK, *SMALL, "--max_steps", "1"]
     assert main(["train", *given]) == 0
     assert "generated volumes" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_rates_of_untrained_networks_are_bounded_unless_the_user_says_otherwise(folder):
+    arguments = ["--task", "segmentation", "--dataset_name", str(folder), "--output_dir", "runs"]
+    assert parse_train_arguments(arguments).training.lr_max == 1e-2
+    assert parse_train_arguments([*arguments, "--lr_max", "0.5"]).training.lr_max == 0.5
+    assert parse_train_arguments(["--task", "segmentation", "--output_dir", "runs"]).training.lr_max == 1.0
+    compared = ["--task", "segmentation", "--dataset", str(folder), "--output_dir", "runs"]
+    assert parse_compare_arguments(compared)[1] == {"lr_max": 1e-2}
+    assert parse_compare_arguments([*compared, "--lr_max", "0.5"])[1] == {"lr_max": 0.5}

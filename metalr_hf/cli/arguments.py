@@ -18,6 +18,7 @@ from ..messages import did_you_mean
 from ..models.loading import ModelArguments
 from ..tasks import TASKS, Task, get_task
 from ..trainer.arguments import PRESETS, MetaLRTrainingArguments
+from ..trainer.stopping import SETS_ITSELF
 
 
 @dataclass
@@ -185,8 +186,8 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     if given.dataset_name is None and given.data_dir is None:
         parser.set_defaults(augment=task.demo_augment)
         if given.model_name_or_path is None:
-            preset = PRESETS.get(given.preset, {})
-            parser.set_defaults(**{name: value for name, value in task.demo_arguments.items() if name not in preset})
+            others = {*PRESETS.get(given.preset, {}), *(SETS_ITSELF if given.stop_when_converged else ())}
+            parser.set_defaults(**{name: value for name, value in task.demo_arguments.items() if name not in others})
     elif given.model_name_or_path is None:
         # What EfficientNet-Lite0 was pretrained on; the digits need less.
         parser.set_defaults(image_size=task.default_image_size)

@@ -114,7 +114,7 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     task = arguments.task
     with training.main_process_first(desc="loading the images"):
         splits = task.load_splits(data, seed=training.seed)
-    evaluates = training.eval_strategy != IntervalStrategy.NO
+    evaluates = training.eval_strategy != IntervalStrategy.NO or training.stop_when_converged
     if evaluates and splits.validation is None:
         splits = hold_out(
             splits, "validation", "validation_share", data.validation_share, training.seed, data.group_column
@@ -202,6 +202,8 @@ def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
         )
     if scheduler.guard.refused:
         console.print(f"Harmful steps taken back: {scheduler.guard.refused}")
+    if trainer.stopped_because is not None:
+        console.print(trainer.stopped_because)
     console.print(f"The model, its learning rates and its results are in {trainer.args.output_dir}", soft_wrap=True)
 
 

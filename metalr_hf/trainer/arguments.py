@@ -14,6 +14,7 @@ from ..settings import LAYER_GRANULARITIES, META_MODES, check_choice, check_coun
 from ..tuning.averaging import averaging_share
 from ..tuning.rules import get_rule
 from .defaults import calibrates
+from .stopping import prepare_stopping
 
 # Chen et al. 2023, section 3.1, and the reference code, with the sign of the paper's equation.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -90,6 +91,12 @@ class MetaLRTrainingArguments(TrainingArguments):
         average_weights (`str`, *optional*):
             Evaluate, save and end with an average of the weights along the run: `polynomial`, over a fixed share of the
             steps so far (Shamir and Zhang 2013), or the decay of an exponential moving average, such as `0.99`.
+        stop_when_converged (`bool`, *optional*, defaults to `False`):
+            Stop when the best evaluation has not been beaten in the last third of the steps, and go back to its
+            weights. No number of epochs or steps is needed; one that is given is a limit. Rates are constant and
+            weights averaged unless set otherwise.
+        max_minutes (`float`, *optional*):
+            With `stop_when_converged`: stop after so many minutes at the latest.
         preset (`str`, *optional*):
             `paper` gives the settings of the paper to all of these that are left at their defaults, and a constant
             schedule.
@@ -111,6 +118,11 @@ class MetaLRTrainingArguments(TrainingArguments):
             "help": "The shape that multiplies the tuned rates; `warmup_stable_decay` goes down linearly over the "
             "last seven tenths of the steps unless `lr_scheduler_kwargs` says otherwise."
         },
+    )
+    # None tells transformers' default from one that was given.
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Number of epochs: 3 by default, and without a limit with `stop_when_converged`."},
     )
     hyper_lr: float = field(default=0.1, metadata={"help": "Step size η of the learning rates; 0 switches tuning off."})
     lr_rule: str = field(
@@ -210,6 +222,18 @@ class MetaLRTrainingArguments(TrainingArguments):
             "`0.99`."
         },
     )
+    stop_when_converged: bool = field(
+        default=False,
+        metadata={
+            "help": "Stop when the best evaluation has not been beaten in the last third of the steps, and go back to "
+            "its weights. No number of epochs or steps is needed; one that is given is a limit. Rates are constant and "
+            "weights averaged unless set otherwise."
+        },
+    )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={"help": "With `stop_when_converged`: stop after so many minutes at the latest."},
+    )
     preset: str | None = field(
         default=None,
         metadata={
@@ -223,7 +247,9 @@ class MetaLRTrainingArguments(TrainingArguments):
         refuse_deepspeed(self)
         self._apply_preset()
         _refuse_watching_schedules(self)
+        prepare_stopping(self)
         super().__post_init__()
+        self.load_best_model_at_end |= self.stop_when_converged
         _check_tuning_arguments(self)
 
     def _apply_preset(self) -> None:

@@ -33,13 +33,14 @@ from .meta_sets import create_meta_stream, prepare_meta_dataset
 from .meta_stream import MetaStream
 from .schedules import schedule_shape
 from .step_hooks import StepHooks, calibrate_on, fetch_validation_batch, step_hooks
+from .stopping import StoppingTrainer
 
 logger = logging.get_logger(__name__)
 
 COLLAPSE_FACTOR = 0.1
 
 
-class MetaLRTrainer(AveragingTrainer, CheckpointingTrainer, HubTrainer):
+class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, HubTrainer):
     """[`~transformers.Trainer`] with one meta-tuned learning rate per layer.
 
     The start rates are found along the first steps, so that `args.learning_rate` makes no difference. After each of

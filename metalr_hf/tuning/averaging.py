@@ -105,7 +105,7 @@ class WeightAverage:
         self._parameters = {
             name: p for name, p in model.named_parameters() if (p.requires_grad if wanted is None else id(p) in wanted)
         }
-        self._norms = {name: norm for name, norm in model.named_modules() if _has_statistics(norm)}
+        self._norms = {name: norm for name, norm in model.named_modules() if has_statistics(norm)}
         self._model = model
         self._average: dict[str, Tensor] = {}
         # Of the weights while the average is in their place.
@@ -227,7 +227,7 @@ def estimated_statistics(model: nn.Module) -> Iterator[None]:
     """
     training = [module.training for module in model.modules()]
     model.train()
-    norms: list[Any] = [module for module in model.modules() if _has_statistics(module) and module.training]
+    norms: list[Any] = [module for module in model.modules() if has_statistics(module) and module.training]
     model.eval()
     momenta, counts = [norm.momentum for norm in norms], [norm.num_batches_tracked for norm in norms]
     try:
@@ -244,7 +244,15 @@ def estimated_statistics(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _has_statistics(module: nn.Module) -> bool:
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a batch norm that keeps running statistics.
+
+    Args:
+        module (`torch.nn.Module`): The module itself; those within it do not count.
+
+    Returns:
+        `bool`
+    """
     return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 

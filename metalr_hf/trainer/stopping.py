@@ -1,0 +1,340 @@
+"""A run that stops by itself when it has converged."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy, SchedulerType, has_length
+from transformers.utils import logging
+
+from ..settings import check_number
+from ..tuning.averaging import POLYNOMIAL, has_statistics
+from .averaging import STATISTICS_BATCHES
+
+logger = logging.get_logger(__name__)
+
+# What the evaluations may cost, as a share of the training.
+EVALUATION_SHARE = 0.05
+# Two evaluations are at least so many times the steps of the first apart: their number grows as the logarithm.
+EVALUATION_GROWTH = 1.1
+# The share of the steps taken that may pass without a better evaluation, so that patience grows with the run.
+PATIENCE = 1 / 3
+# A smaller gain, as a share of the largest value up to then, is noise, or a loss that creeps on without end.
+IMPROVEMENT = 0.01
+FIRST_STOP = 60
+FEWEST_WORSE = 3
+# Trainer counts in epochs or steps, and has no word for a run without a limit.
+UNLIMITED_EPOCHS = 1e6
+# Arguments that a run which stops by itself sets itself, or leaves open.
+SETS_ITSELF = ("num_train_epochs", "max_steps", "lr_scheduler_type", "save_strategy", "save_total_limit")
+# Shapes of the learning rate that are the same whatever the length of the run.
+ENDLESS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.INVERSE_SQRT)
+
+
+def evaluation_steps(step: int, cost: float) -> int:
+    """The step of the next evaluation.
+
+    Args:
+        step (`int`): The step of the last one, 0 if there was none.
+        cost (`float`): What an evaluation costs, in optimizer steps.
+
+    Returns:
+        `int`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.trainer.stopping import evaluation_steps
+    >>> steps = [0]
+    >>> for _ in range(6):
+    ...     steps.append(evaluation_steps(steps[-1], cost=2.0))
+    >>> steps
+    [0, 40, 80, 120, 160, 200, 240]
+    >>> evaluation_steps(1000, cost=2.0)
+    1100
+
+    ```
+    """
+    # Rounded, because 1.1 times 1000 is a little more than 1100.
+    return max(step + max(1, math.ceil(cost / EVALUATION_SHARE)), math.ceil(round(step * EVALUATION_GROWTH, 6)))
+
+
+def best_evaluation(evaluations: Sequence[tuple[int, float]], greater_is_better: bool) -> tuple[int, float] | None:
+    """The last evaluation that beat all before it by more than noise.
+
+    That is by a hundredth of the largest value up to then. A share of the best would not do: a loss that goes to zero
+    halves for ever.
+
+    Args:
+        evaluations (`Sequence[tuple[int, float]]`): Step and metric.
+        greater_is_better (`bool`): Of the metric.
+
+    Returns:
+        `tuple[int, float]`, *optional*: its step and metric; `None` if there is none that is a number.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.trainer.stopping import best_evaluation
+    >>> best_evaluation([(20, 1.0), (40, 0.1), (60, 0.095), (80, 0.2)], greater_is_better=False)
+    (40, 0.1)
+    >>> best_evaluation([(20, 1.0), (40, 0.1), (60, 0.095), (80, 0.08)], greater_is_better=False)
+    (80, 0.08)
+
+    ```
+    """
+    best: tuple[int, float] | None = None
+    largest = 0.0
+    for step, metric in evaluations:
+        if not math.isfinite(metric):
+            continue
+        largest = max(largest, abs(metric))
+        gain = math.inf if best is None else (metric - best[1]) * (1 if greater_is_better else -1)
+        if gain > IMPROVEMENT * largest:
+            best = step, metric
+    return best
+
+
+def has_converged(evaluations: Sequence[tuple[int, float]], greater_is_better: bool) -> bool:
+    """Whether the best evaluation has not been beaten in the last third of the steps taken.
+
+    Nor in three evaluations, and not before step 60, so that noise stops no run at once.
+
+    Args:
+        evaluations (`Sequence[tuple[int, float]]`): Step and metric, up to now.
+        greater_is_better (`bool`): Of the metric.
+
+    Returns:
+        `bool`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.trainer.stopping import has_converged
+    >>> evaluations = [(20, 1.0), (40, 0.6), (60, 0.5), (80, 0.51), (90, 0.52)]
+    >>> has_converged(evaluations, greater_is_better=False)
+    False
+    >>> has_converged([*evaluations, (100, 0.52)], greater_is_better=False)
+    True
+
+    ```
+    """
+    if not evaluations:
+        return False
+    step = evaluations[-1][0]
+    best = best_evaluation(evaluations, greater_is_better)
+    best_step = 0 if best is None else best[0]
+    return step >= earliest_stop(best_step) and sum(other > best_step for other, _ in evaluations) >= FEWEST_WORSE
+
+
+def earliest_stop(best_step: int) -> int:
+    """The first step at which a run may stop if its best is that of a step.
+
+    Args:
+        best_step (`int`): The step of the best, 0 if there is none.
+
+    Returns:
+        `int`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.trainer.stopping import earliest_stop
+    >>> earliest_stop(0), earliest_stop(100)
+    (60, 150)
+
+    ```
+    """
+    return max(FIRST_STOP, math.ceil(round(best_step / (1 - PATIENCE), 6)))
+
+
+def prepare_stopping(args: Any) -> None:
+    """Fills in what a run that stops by itself needs, and refuses what contradicts it.
+
+    Args:
+        args ([`MetaLRTrainingArguments`]): The arguments, before transformers has looked at them.
+
+    Raises:
+        ValueError: if an argument contradicts `stop_when_converged`.
+    """
+    epochs = args.num_train_epochs
+    if args.max_minutes is not None:
+        check_number("max_minutes", args.max_minutes)
+        if not args.max_minutes > 0:
+            raise ValueError(f"max_minutes={args.max_minutes!r} must be above 0; leave it out for no limit.")
+        if not args.stop_when_converged:
+            raise ValueError(
+                f"max_minutes={args.max_minutes!r} is a limit of runs that stop by themselves: set "
+                "stop_when_converged=True too, or set max_steps."
+            )
+    if epochs is None:
+        args.num_train_epochs = UNLIMITED_EPOCHS if args.stop_when_converged else TrainingArguments.num_train_epochs
+    if not args.stop_when_converged:
+        return
+    if args.average_weights is None:
+        args.average_weights = POLYNOMIAL
+    schedule = SchedulerType(args.lr_scheduler_type)
+    if schedule == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
+        schedule = SchedulerType.CONSTANT_WITH_WARMUP if args.warmup_steps else SchedulerType.CONSTANT
+        args.lr_scheduler_type = schedule
+    if args.max_steps <= 0 and args.num_train_epochs == UNLIMITED_EPOCHS:
+        if schedule not in ENDLESS:
+            raise ValueError(
+                f"lr_scheduler_type={schedule.value!r} needs the length of the run, which stop_when_converged=True "
+                "leaves open. Leave lr_scheduler_type out, which gives constant rates, or set max_steps."
+            )
+        for name in ("warmup_steps", "logging_steps", "eval_steps", "save_steps"):
+            value = getattr(args, name)
+            if value is not None and 0 < value < 1:
+                raise ValueError(
+                    f"{name}={value!r} is a share of the run, whose length stop_when_converged=True leaves open. Give "
+                    "a number of steps, or set max_steps."
+                )
+    if SaveStrategy(args.save_strategy) == SaveStrategy.NO:
+        raise ValueError(
+            f"save_strategy={SaveStrategy(args.save_strategy).value!r} would leave no best weights to go back to, as "
+            "stop_when_converged=True does. Leave save_strategy out."
+        )
+    if SaveStrategy(args.save_strategy) == SaveStrategy.STEPS and args.save_steps == TrainingArguments.save_steps:
+        args.save_strategy = SaveStrategy.BEST
+        if args.save_total_limit is None:
+            args.save_total_limit = 1
+    if args.metric_for_best_model is None:
+        args.metric_for_best_model = "loss"
+    # Transformers would refuse it without an eval_strategy. It is set to True afterwards.
+    args.load_best_model_at_end = False
+
+
+class StoppingTrainer(Trainer):
+    """[`~transformers.Trainer`] that stops by itself when it has converged, if `args.stop_when_converged` is set.
+
+    It evaluates at steps whose distance grows, at no more than a twentieth of the cost of the training, stops when the
+    best evaluation has not been beaten in the last third of the steps taken, and goes back to the best. All of it
+    depends on the steps and metrics in `state` alone, so that a resumed run stops at the same step.
+
+    Attributes:
+        stopped_because (`str`, *optional*): After such a run, why it ended.
+    """
+
+    args: Any
+    model: Any
+    stopped_because: str | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not getattr(self.args, "stop_when_converged", False):
+            return
+        self._evaluation_images()
+        self.add_callback(_StopWhenConverged(self))
+
+    def _evaluation_images(self) -> int:
+        if self.eval_dataset is None:
+            raise ValueError(
+                "stop_when_converged=True needs eval_dataset: images that are not trained on, which tell when the run "
+                "has converged. Pass eval_dataset, such as a fifth of the training images."
+            )
+        several = isinstance(self.eval_dataset, dict)
+        parts: list[Any] = list(self.eval_dataset.values()) if several else [self.eval_dataset]  # type: ignore[union-attr]
+        if not all(has_length(part) for part in parts):
+            raise ValueError(
+                "stop_when_converged=True needs an eval_dataset with a length, by which it keeps the cost of "
+                f"evaluations low; a {type(self.eval_dataset).__name__} has none. Pass a datasets.Dataset or a list."
+            )
+        return sum(len(part) for part in parts)
+
+    def evaluation_cost(self) -> float:
+        """What an evaluation costs, in optimizer steps; a forward pass alone counts as a third of an image trained on.
+
+        Returns:
+            `float`
+        """
+        args = self.args
+        images_of_step = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        cost = self._evaluation_images() / images_of_step / 3
+        if args.average_weights is not None and any(map(has_statistics, self.model.modules())):
+            cost += STATISTICS_BATCHES / args.gradient_accumulation_steps / 3
+        return cost
+
+
+class _StopWhenConverged(TrainerCallback):
+    def __init__(self, trainer: StoppingTrainer):
+        self.trainer = trainer
+        self.metric = "eval_" + trainer.args.metric_for_best_model.removeprefix("eval_")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started = time.monotonic()
+        self.trainer.stopped_because = None
+        self.cost = self.trainer.evaluation_cost()
+        self._look_ahead(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        timeout = args.max_minutes is not None and self._agreed(time.monotonic() - self.started > 60 * args.max_minutes)
+        if timeout:
+            self.trainer.stopped_because = f"Stopped at step {state.global_step} by max_minutes={args.max_minutes:g}."
+            control.should_training_stop = True
+        # The last weights may be the best.
+        if timeout or state.global_step >= min(self.next, state.max_steps):
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        metrics: Mapping[str, float] = kwargs["metrics"]
+        if self.metric not in metrics or not self.trainer.is_in_train or not state.global_step:
+            return
+        self._look_ahead(state)
+        evaluations = self._evaluations(state)
+        value, best = metrics[self.metric], state.best_metric
+        # Trainer's own comparison, of which it makes a checkpoint only with save_strategy="best".
+        if args.save_strategy != SaveStrategy.BEST and (
+            best is None or (value > best if args.greater_is_better else value < best)
+        ):
+            control.should_save = True
+        if not control.should_training_stop and has_converged(evaluations, args.greater_is_better):
+            control.should_training_stop = True
+            self.trainer.stopped_because = f"Stopped at step {state.global_step}, converged."
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        reason = self.trainer.stopped_because
+        if reason is None and state.global_step >= state.max_steps:
+            reason = f"Stopped at step {state.global_step}, the limit that was given, before it had converged."
+        if reason is None:
+            return
+        if state.best_global_step:
+            reason += (
+                f" The model is that of step {state.best_global_step}, whose {self.metric} of {state.best_metric:.4g} "
+                "is the best."
+            )
+        self.trainer.stopped_because = reason
+        logger.warning(reason)
+
+    def _evaluations(self, state: TrainerState) -> list[tuple[int, float]]:
+        rows: list[dict[str, Any]] = state.log_history
+        return [(row["step"], row[self.metric]) for row in rows if self.metric in row and row["step"] > 0]
+
+    def _look_ahead(self, state: TrainerState) -> None:
+        evaluations = self._evaluations(state)
+        self.next = evaluation_steps(evaluations[-1][0] if evaluations else 0, self.cost)
+        best = best_evaluation(evaluations, self.trainer.args.greater_is_better)
+        self._set_end_of_bar(min(max(self.next, earliest_stop(best[0] if best else 0)), state.max_steps))
+
+    def _set_end_of_bar(self, step: int) -> None:
+        # Of the terminal's and of notebooks'; there is no other way to change where they end.
+        for callback in self.trainer.callback_handler.callbacks:
+            for name in ("training_bar", "training_tracker"):
+                bar: Any = getattr(callback, name, None)
+                if bar is not None:
+                    bar.total = step
+
+    def _agreed(self, value: bool) -> bool:
+        # The clocks of several processes differ.
+        if self.trainer.args.world_size == 1:
+            return value
+        flag = torch.tensor([value], dtype=torch.int32, device=self.trainer.args.device)
+        return bool(broadcast(flag, from_process=0).item())

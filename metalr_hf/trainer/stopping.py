@@ -230,6 +230,11 @@ class StoppingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if not getattr(self.args, "stop_when_converged", False):
             return
+        if not self.args.load_best_model_at_end:
+            raise ValueError(
+                "stop_when_converged=True was set after the arguments were made, which fill in what it needs. Give it "
+                "to MetaLRTrainingArguments."
+            )
         self._evaluation_images()
         self.add_callback(_StopWhenConverged(self))
 
@@ -261,27 +266,56 @@ class StoppingTrainer(Trainer):
             cost += STATISTICS_BATCHES / args.gradient_accumulation_steps / 3
         return cost
 
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Step and metric of the evaluations of this run, those before it was resumed among them.
+
+        Returns:
+            `list[tuple[int, float]]`
+        """
+        rows: list[dict[str, Any]] = self.state.log_history
+        metric = _metric(self.args)
+        return [(row["step"], row[metric]) for row in rows if metric in row and row["step"] > 0]
+
+    def has_converged(self) -> bool:
+        """Whether the run has come to its end by itself, by [`has_converged`].
+
+        Returns:
+            `bool`
+        """
+        return has_converged(self.evaluations(), self.args.greater_is_better)
+
+    # There is no public hook between the state of a checkpoint and the first step.
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        self.stopped_because = None
+        start = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        # Of a run that had ended, no epoch is left.
+        return (epochs, 0) if self.args.stop_when_converged and self.has_converged() else start
+
+
+def _metric(args: Any) -> str:
+    return "eval_" + args.metric_for_best_model.removeprefix("eval_")
+
 
 class _StopWhenConverged(TrainerCallback):
     def __init__(self, trainer: StoppingTrainer):
         self.trainer = trainer
-        self.metric = "eval_" + trainer.args.metric_for_best_model.removeprefix("eval_")
+        self.metric = _metric(trainer.args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.started = time.monotonic()
-        self.trainer.stopped_because = None
+        self.started, self.timeout = time.monotonic(), False
         self.cost = self.trainer.evaluation_cost()
         self._look_ahead(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        timeout = args.max_minutes is not None and self._agreed(time.monotonic() - self.started > 60 * args.max_minutes)
-        if timeout:
-            self.trainer.stopped_because = f"Stopped at step {state.global_step} by max_minutes={args.max_minutes:g}."
-            control.should_training_stop = True
+        if args.max_minutes is not None:
+            self.timeout = self._agreed(time.monotonic() - self.started > 60 * args.max_minutes)
+            control.should_training_stop |= self.timeout
         # The last weights may be the best.
-        if timeout or state.global_step >= min(self.next, state.max_steps):
+        if self.timeout or state.global_step >= min(self.next, state.max_steps):
             control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -289,23 +323,25 @@ class _StopWhenConverged(TrainerCallback):
         if self.metric not in metrics or not self.trainer.is_in_train or not state.global_step:
             return
         self._look_ahead(state)
-        evaluations = self._evaluations(state)
         value, best = metrics[self.metric], state.best_metric
         # Trainer's own comparison, of which it makes a checkpoint only with save_strategy="best".
         if args.save_strategy != SaveStrategy.BEST and (
             best is None or (value > best if args.greater_is_better else value < best)
         ):
             control.should_save = True
-        if not control.should_training_stop and has_converged(evaluations, args.greater_is_better):
-            control.should_training_stop = True
-            self.trainer.stopped_because = f"Stopped at step {state.global_step}, converged."
+        control.should_training_stop |= self.trainer.has_converged()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        reason = self.trainer.stopped_because
-        if reason is None and state.global_step >= state.max_steps:
-            reason = f"Stopped at step {state.global_step}, the limit that was given, before it had converged."
-        if reason is None:
+        if self.timeout:
+            reason = f"by max_minutes={args.max_minutes:g}"
+        elif self.trainer.has_converged():
+            reason = "converged"
+        elif state.global_step >= state.max_steps:
+            reason = "the limit that was given, before it had converged"
+        else:
+            # By another callback.
             return
+        reason = f"Stopped at step {state.global_step}, {reason}."
         if state.best_global_step:
             reason += (
                 f" The model is that of step {state.best_global_step}, whose {self.metric} of {state.best_metric:.4g} "
@@ -314,12 +350,8 @@ class _StopWhenConverged(TrainerCallback):
         self.trainer.stopped_because = reason
         logger.warning(reason)
 
-    def _evaluations(self, state: TrainerState) -> list[tuple[int, float]]:
-        rows: list[dict[str, Any]] = state.log_history
-        return [(row["step"], row[self.metric]) for row in rows if self.metric in row and row["step"] > 0]
-
     def _look_ahead(self, state: TrainerState) -> None:
-        evaluations = self._evaluations(state)
+        evaluations = self.trainer.evaluations()
         self.next = evaluation_steps(evaluations[-1][0] if evaluations else 0, self.cost)
         best = best_evaluation(evaluations, self.trainer.args.greater_is_better)
         self._set_end_of_bar(min(max(self.next, earliest_stop(best[0] if best else 0)), state.max_steps))

@@ -9,13 +9,14 @@ import pandas
 import pytest
 import timm
 import torch
-from digits import NAMES, digit_images, save_image_folder, save_timm, save_vit
+from digits import NAMES, digit_images, save_image_folder, save_timm, save_vit, save_with_metadata
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from metalr_hf import LRHistory
 from metalr_hf.cli import main
 from metalr_hf.cli.train import RUN_FILES
+from metalr_hf.data.splits import hold_out
 from metalr_hf.trainer.checkpoints import usable_checkpoint
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -310,3 +311,30 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, images, vit):
     assert main(["train", *arguments, "--max_steps", str(done + 2), "--resume_from_checkpoint", "true"]) == 0
     history = LRHistory.load(output / "lr_history.csv")
     assert history.steps.tolist() == list(range(done + 2))
+
+
+def test_a_run_without_any_number_stops_by_itself(tmp_path, images, vit, capsys):
+    more = ["--stop_when_converged", "--augment", "none", "--calibrate", "false", "--learning_rate", "3e-3"]
+    assert run(tmp_path, images, vit, *more) == 0
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    seen = [row["step"] for row in state["log_history"] if "eval_loss" in row]
+    assert seen[-1] == state["global_step"] > state["best_global_step"] >= seen[0]
+    # A fifth of the training images was held out, once in five epochs of the others.
+    assert state["epoch"] == pytest.approx(state["global_step"] / 5)
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert accuracy(tmp_path) == pytest.approx(results["test_accuracy"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"Stopped at step {state['global_step']}, converged." in shown
+    card = (tmp_path / "README.md").read_text()
+    assert f"those of step {state['best_global_step']}, the best on the evaluation set" in card
+
+
+def test_the_images_it_stops_by_keep_their_groups(tmp_path, vit, monkeypatch):
+    folder = save_with_metadata(tmp_path / "data", lambda name, image, row: {"label": name, "patient": f"p{row // 5}"})
+    held = []
+    monkeypatch.setattr("metalr_hf.cli.train.hold_out", lambda *args: held.append(hold_out(*args)) or held[-1])
+    more = ["--stop_when_converged", "--max_steps", "2", "--calibrate", "false"]
+    assert run(tmp_path / "run", str(folder), vit, *more, "--group_column", "patient", "--allow_shared_groups") == 0
+    (splits,) = held
+    assert len(splits.validation) + len(splits.train) == 60
+    assert not set(splits.validation["patient"]) & set(splits.train["patient"])

@@ -35,6 +35,16 @@ def test_a_preset_goes_before_the_demo(tmp_path):
     assert arguments.training.learning_rate == DEMO_ARGUMENTS["learning_rate"]
 
 
+def test_a_demo_that_stops_by_itself_has_no_number_of_epochs(tmp_path):
+    arguments = parse_train_arguments(["--output_dir", str(tmp_path), "--stop_when_converged"])
+    assert arguments.training.num_train_epochs > 1e5
+    assert arguments.training.save_strategy == "best"
+    assert arguments.training.learning_rate == DEMO_ARGUMENTS["learning_rate"]
+    more = ["--num_train_epochs", "10", "--max_minutes", "5"]
+    limited = parse_train_arguments(["--output_dir", str(tmp_path), "--stop_when_converged", *more])
+    assert (limited.training.num_train_epochs, limited.training.max_minutes) == (10, 5)
+
+
 def test_with_own_images_or_model_there_are_no_demo_settings(tmp_path):
     output = ["--output_dir", str(tmp_path)]
     own_images = parse_train_arguments([*output, "--dataset_name", "beans"])

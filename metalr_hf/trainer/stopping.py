@@ -2,156 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy, SchedulerType, has_length
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, SchedulerType, has_length
 from transformers.utils import logging
 
 from ..settings import check_number
+from ..tasks.refined_loss import refined_loss
 from ..tuning.averaging import POLYNOMIAL, has_statistics
 from .averaging import STATISTICS_BATCHES
+from .convergence import best_evaluation, earliest_stop, evaluation_steps, has_converged
 
 logger = logging.get_logger(__name__)
 
-# What the evaluations may cost, as a share of the training.
-EVALUATION_SHARE = 0.05
-# Two evaluations are at least so many times the steps of the first apart: their number grows as the logarithm.
-EVALUATION_GROWTH = 1.1
-# The share of the steps taken that may pass without a better evaluation, so that patience grows with the run.
-PATIENCE = 1 / 3
-# A smaller gain, as a share of the largest value up to then, is noise, or a loss that creeps on without end.
-IMPROVEMENT = 0.01
-FIRST_STOP = 60
-FEWEST_WORSE = 3
 # Trainer counts in epochs or steps, and has no word for a run without a limit.
 UNLIMITED_EPOCHS = 1e6
+REFINED_LOSS = "refined_loss"
 # Arguments that a run which stops by itself sets itself, or leaves open.
 SETS_ITSELF = ("num_train_epochs", "max_steps", "lr_scheduler_type", "save_strategy", "save_total_limit")
 # Shapes of the learning rate that are the same whatever the length of the run.
 ENDLESS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.INVERSE_SQRT)
-
-
-def evaluation_steps(step: int, cost: float) -> int:
-    """The step of the next evaluation.
-
-    Args:
-        step (`int`): The step of the last one, 0 if there was none.
-        cost (`float`): What an evaluation costs, in optimizer steps.
-
-    Returns:
-        `int`
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.trainer.stopping import evaluation_steps
-    >>> steps = [0]
-    >>> for _ in range(6):
-    ...     steps.append(evaluation_steps(steps[-1], cost=2.0))
-    >>> steps
-    [0, 40, 80, 120, 160, 200, 240]
-    >>> evaluation_steps(1000, cost=2.0)
-    1100
-
-    ```
-    """
-    # Rounded, because 1.1 times 1000 is a little more than 1100.
-    return max(step + max(1, math.ceil(cost / EVALUATION_SHARE)), math.ceil(round(step * EVALUATION_GROWTH, 6)))
-
-
-def best_evaluation(evaluations: Sequence[tuple[int, float]], greater_is_better: bool) -> tuple[int, float] | None:
-    """The last evaluation that beat all before it by more than noise.
-
-    That is by a hundredth of the largest value up to then. A share of the best would not do: a loss that goes to zero
-    halves for ever.
-
-    Args:
-        evaluations (`Sequence[tuple[int, float]]`): Step and metric.
-        greater_is_better (`bool`): Of the metric.
-
-    Returns:
-        `tuple[int, float]`, *optional*: its step and metric; `None` if there is none that is a number.
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.trainer.stopping import best_evaluation
-    >>> best_evaluation([(20, 1.0), (40, 0.1), (60, 0.095), (80, 0.2)], greater_is_better=False)
-    (40, 0.1)
-    >>> best_evaluation([(20, 1.0), (40, 0.1), (60, 0.095), (80, 0.08)], greater_is_better=False)
-    (80, 0.08)
-
-    ```
-    """
-    best: tuple[int, float] | None = None
-    largest = 0.0
-    for step, metric in evaluations:
-        if not math.isfinite(metric):
-            continue
-        largest = max(largest, abs(metric))
-        gain = math.inf if best is None else (metric - best[1]) * (1 if greater_is_better else -1)
-        if gain > IMPROVEMENT * largest:
-            best = step, metric
-    return best
-
-
-def has_converged(evaluations: Sequence[tuple[int, float]], greater_is_better: bool) -> bool:
-    """Whether the best evaluation has not been beaten in the last third of the steps taken.
-
-    Nor in three evaluations, and not before step 60, so that noise stops no run at once.
-
-    Args:
-        evaluations (`Sequence[tuple[int, float]]`): Step and metric, up to now.
-        greater_is_better (`bool`): Of the metric.
-
-    Returns:
-        `bool`
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.trainer.stopping import has_converged
-    >>> evaluations = [(20, 1.0), (40, 0.6), (60, 0.5), (80, 0.51), (90, 0.52)]
-    >>> has_converged(evaluations, greater_is_better=False)
-    False
-    >>> has_converged([*evaluations, (100, 0.52)], greater_is_better=False)
-    True
-
-    ```
-    """
-    if not evaluations:
-        return False
-    step = evaluations[-1][0]
-    best = best_evaluation(evaluations, greater_is_better)
-    best_step = 0 if best is None else best[0]
-    return step >= earliest_stop(best_step) and sum(other > best_step for other, _ in evaluations) >= FEWEST_WORSE
-
-
-def earliest_stop(best_step: int) -> int:
-    """The first step at which a run may stop if its best is that of a step.
-
-    Args:
-        best_step (`int`): The step of the best, 0 if there is none.
-
-    Returns:
-        `int`
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.trainer.stopping import earliest_stop
-    >>> earliest_stop(0), earliest_stop(100)
-    (60, 150)
-
-    ```
-    """
-    return max(FIRST_STOP, math.ceil(round(best_step / (1 - PATIENCE), 6)))
 
 
 def prepare_stopping(args: Any) -> None:
@@ -206,7 +81,7 @@ def prepare_stopping(args: Any) -> None:
         if args.save_total_limit is None:
             args.save_total_limit = 1
     if args.metric_for_best_model is None:
-        args.metric_for_best_model = "loss"
+        args.metric_for_best_model = REFINED_LOSS
     # Transformers would refuse it without an eval_strategy. It is set to True afterwards.
     args.load_best_model_at_end = False
 
@@ -253,6 +128,31 @@ class StoppingTrainer(Trainer):
             )
         return sum(len(part) for part in parts)
 
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, *args: Any, **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Trainer's; while a run that stops by itself is trained, with [`~metalr_hf.tasks.refined_loss.refined_loss`].
+
+        Where the answers are not logits of classes, that is the loss itself.
+        """
+        if not (self.args.stop_when_converged and self.is_in_train):
+            return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
+        preprocess = self.preprocess_logits_for_metrics
+        if self.compute_metrics is None and preprocess is None:
+            # Trainer would keep no answers; of those that are large, as masks are, none are needed.
+            prediction_loss_only, self.preprocess_logits_for_metrics = False, _of_classes
+        try:
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
+        finally:
+            self.preprocess_logits_for_metrics = preprocess
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        answers = output.predictions
+        refined = refined_loss(answers[0] if isinstance(answers, tuple) else answers, output.label_ids)
+        metrics: Any = output.metrics
+        if refined is not None or f"{prefix}_loss" in metrics:
+            metrics[f"{prefix}_{REFINED_LOSS}"] = metrics[f"{prefix}_loss"] if refined is None else refined
+        return output
+
     def evaluation_cost(self) -> float:
         """What an evaluation costs, in optimizer steps; a forward pass alone counts as a third of an image trained on.
 
@@ -292,6 +192,11 @@ class StoppingTrainer(Trainer):
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         # Of a run that had ended, no epoch is left.
         return (epochs, 0) if self.args.stop_when_converged and self.has_converged() else start
+
+
+def _of_classes(logits: Any, labels: Any) -> Any:
+    first = logits[0] if isinstance(logits, tuple) else logits
+    return first if first.ndim == 2 else labels
 
 
 def _metric(args: Any) -> str:

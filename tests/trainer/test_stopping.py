@@ -1,16 +1,15 @@
 """A run that stops by itself: when, at which cost, with which weights, and the same after an interruption."""
 
-import math
-
 import pytest
 import torch
+from networks import Network
 from small_runs import arguments, images, resnet, same_weights, trainer, vit
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
-from metalr_hf.trainer.stopping import EVALUATION_SHARE, best_evaluation, earliest_stop, evaluation_steps, has_converged
+from metalr_hf.trainer.convergence import EVALUATION_SHARE, earliest_stop, has_converged
 
 STOPPING = {
     "stop_when_converged": True,
@@ -32,7 +31,7 @@ def overfitting(folder, **kwargs):
     return trainer(folder, vit(0.0), noisy(), eval_dataset=images(16, seed=1), **{**STOPPING, **kwargs})
 
 
-def evaluations(run, metric="eval_loss"):
+def evaluations(run, metric="eval_refined_loss"):
     return [(row["step"], row[metric]) for row in run.state.log_history if metric in row]
 
 
@@ -42,11 +41,12 @@ def test_a_run_that_overfits_stops_and_goes_back_to_its_best(tmp_path):
     seen = evaluations(run)
     assert has_converged(seen, False)
     assert not any(has_converged(seen[:i], False) for i in range(len(seen)))
-    best_step, best = min(seen, key=lambda row: row[1])
+    best_step, _ = min(seen, key=lambda row: row[1])
+    loss_of_best = dict(evaluations(run, "eval_loss"))[best_step]
     assert run.state.global_step == seen[-1][0] > best_step
     assert run.state.best_global_step == best_step
     # The weights that were evaluated, an average, are back.
-    assert run.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
+    assert run.evaluate()["eval_loss"] == pytest.approx(loss_of_best, rel=1e-5)
     assert f"Stopped at step {run.state.global_step}, converged." in run.stopped_because
     assert f"that of step {best_step}" in run.stopped_because
     # Nothing but the best is left on disk.
@@ -98,7 +98,11 @@ def test_what_is_left_out_is_filled_in(tmp_path):
     assert args.average_weights == "polynomial"
     assert args.lr_scheduler_type == SchedulerType.CONSTANT
     assert (args.save_strategy, args.save_total_limit) == (SaveStrategy.BEST, 1)
-    assert (args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better) == (True, "loss", False)
+    assert (args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better) == (
+        True,
+        "refined_loss",
+        False,
+    )
     args = MetaLRTrainingArguments(
         str(tmp_path),
         stop_when_converged=True,
@@ -150,6 +154,34 @@ def test_set_too_late_it_is_refused(tmp_path):
         MetaLRTrainer(model=vit(), args=args, train_dataset=images(), eval_dataset=images(16))
 
 
+@pytest.mark.parametrize("with_metrics", [True, False])
+def test_it_goes_by_the_loss_that_no_temperature_makes_lower(tmp_path, with_metrics):
+    run = overfitting(tmp_path, max_steps=60)
+    kept = []
+    if with_metrics:
+        run.compute_metrics = lambda prediction: kept.append(prediction.predictions) or {"accuracy": 0.5}
+    run.train()
+    refined, losses = evaluations(run), evaluations(run, "eval_loss")
+    assert all(0 < a < b for (_, a), (_, b) in zip(refined, losses, strict=True))
+    # The answers of the model that is left, at any temperature.
+    prediction = run.predict(run.eval_dataset)
+    logits, labels = torch.tensor(prediction.predictions), torch.tensor(prediction.label_ids)
+    at = [torch.nn.functional.cross_entropy(logits / t, labels).item() for t in torch.logspace(-2, 2, 400)]
+    assert dict(refined)[run.state.best_global_step] == pytest.approx(min(at), abs=1e-3)
+    assert len(kept) == (len(losses) + 1) * with_metrics
+
+
+def test_a_task_without_classes_goes_by_its_loss(tmp_path):
+    pixels = images(24)
+    targets = [[float(label), 1.0] for label in pixels["labels"]]
+    rows = pixels.remove_columns("labels").add_column("labels", targets)
+    model = Network(2)
+    own = {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: (outputs.logits - labels).abs().mean()}
+    run = trainer(tmp_path, model, rows, eval_dataset=rows, **{**STOPPING, "max_steps": 60}, **own)
+    run.train()
+    assert evaluations(run) == evaluations(run, "eval_loss") != []
+
+
 def test_several_evaluation_sets(tmp_path):
     sets = {"near": images(8, seed=1), "far": images(8, seed=2)}
     options = {**STOPPING, "metric_for_best_model": "eval_near_loss", "greater_is_better": False}
@@ -181,24 +213,3 @@ def test_without_it_a_run_is_that_of_transformers_default_length(tmp_path):
     run.train()
     assert run.state.global_step == 3 * 48 / 8
     assert run.stopped_because is None
-
-
-def test_spacing_grows_and_bounds_the_cost():
-    for cost in (0.01, 0.4, 3.0, 40.0):
-        steps = [0]
-        while len(steps) < 40:
-            steps.append(evaluation_steps(steps[-1], cost))
-            assert cost * (len(steps) - 1) <= EVALUATION_SHARE * steps[-1] * (1 + 1e-9) or cost < EVALUATION_SHARE
-        assert sorted(set(steps)) == steps
-    assert steps[1] == 40 / EVALUATION_SHARE
-
-
-def test_noise_and_creeping_do_not_count_as_better():
-    creeping = [(step, 0.5 ** (step / 20)) for step in range(20, 600, 20)]
-    assert best_evaluation(creeping, False)[0] < 200
-    assert has_converged(creeping, False)
-    assert not has_converged([(step, 1 - step / 1000) for step in range(20, 600, 20)], False)
-    assert has_converged([(20, math.nan), (40, math.nan), (60, math.nan)], False)
-    assert not has_converged([], False)
-    # The higher the better.
-    assert best_evaluation([(20, 0.5), (40, 0.9), (60, 0.902)], True) == (40, 0.9)

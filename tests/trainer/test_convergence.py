@@ -1,0 +1,26 @@
+"""The rule by which a run stops: when it looks, and what it takes for better."""
+
+import math
+
+from metalr_hf.trainer.convergence import EVALUATION_SHARE, best_evaluation, evaluation_steps, has_converged
+
+
+def test_spacing_grows_and_bounds_the_cost():
+    for cost in (0.01, 0.4, 3.0, 40.0):
+        steps = [0]
+        while len(steps) < 40:
+            steps.append(evaluation_steps(steps[-1], cost))
+            assert cost * (len(steps) - 1) <= EVALUATION_SHARE * steps[-1] * (1 + 1e-9) or cost < EVALUATION_SHARE
+        assert sorted(set(steps)) == steps
+    assert steps[1] == 40 / EVALUATION_SHARE
+
+
+def test_noise_and_creeping_do_not_count_as_better():
+    creeping = [(step, 0.5 ** (step / 20)) for step in range(20, 600, 20)]
+    assert best_evaluation(creeping, False)[0] < 200
+    assert has_converged(creeping, False)
+    assert not has_converged([(step, 1 - step / 1000) for step in range(20, 600, 20)], False)
+    assert has_converged([(20, math.nan), (40, math.nan), (60, math.nan)], False)
+    assert not has_converged([], False)
+    # The higher the better.
+    assert best_evaluation([(20, 0.5), (40, 0.9), (60, 0.902)], True) == (40, 0.9)

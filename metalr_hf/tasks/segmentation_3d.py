@@ -81,9 +81,15 @@ class VolumeSegmentation(Task):
         return VolumeModelArguments(**vars(arguments), plan=splits.plan)
 
     def load_model(
-        self, arguments: ModelArguments, id2label: Mapping[int, str], image_size: int | None = None
+        self,
+        arguments: ModelArguments,
+        id2label: Mapping[int, str],
+        image_size: int | None = None,
+        num_channels: int | None = None,
     ) -> PreTrainedModel:
         name, plan = arguments.model_name_or_path, _plan_of(arguments)
+        if num_channels is not None and num_channels != plan.channels:
+            raise ValueError(f"num_channels={num_channels!r}, but the volumes have {plan.channels}. Leave it out.")
         if name is not None and not (name.startswith(MONAI) and not os.path.isdir(name)):
             with naming_the_model(name, "model"):
                 return load_segmentation_model(name, id2label, trust_remote_code=arguments.trust_remote_code)

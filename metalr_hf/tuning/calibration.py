@@ -191,7 +191,7 @@ def calibrate(
     if math.isfinite(start_loss):
         size = abs(start_loss) or 1.0
         changes.append({rate: (loss - start_loss) / size for rate, loss in backbone_losses.items()})
-    backbone_lr = lowest_on_average(changes, ladder, head_lr)
+    backbone_lr = lowest_on_average(changes, ladder)
     if backbone_lr is None:
         if layers > head_layers:
             doubts.append(BACKBONE_DOUBT)

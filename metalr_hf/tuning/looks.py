@@ -6,13 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from .ladder import LADDER, TOLERANCE, first_valley
+from .ladder import LADDER, TOLERANCE
 
 # Where a look has seen the loss so much above its start, further rungs are not tried. They all count as that bad and
 # no worse, or one odd batch would outvote two.
 HOPELESS = 0.15
-# A fall by so much behind a hill is no noise.
-DEEP = 0.05
 # A longer step, as a share of the norm of what it moves, makes a backbone forget what it was trained for, even where
 # the loss falls along it: towards a constant answer, if the fresh head does worse than that.
 LARGEST_STEP = 0.01
@@ -74,15 +72,12 @@ def losses_until_hopeless(
     return losses
 
 
-def lowest_on_average(changes: Sequence[dict[float, float]], ladder: Sequence[float], head_lr: float) -> float | None:
-    """The learning rate at the first valley of the mean of several looks.
-
-    Where there is none, for the loss rises first, a deep valley behind it counts up to the rate of the head.
+def lowest_on_average(changes: Sequence[dict[float, float]], ladder: Sequence[float]) -> float | None:
+    """The highest learning rate of those at which the mean of several looks is lowest.
 
     Args:
         changes (`Sequence[dict[float, float]]`): Learning rate to relative change of the loss, a mapping a look.
         ladder (`Sequence[float]`): Learning rates, in rising order.
-        head_lr (`float`): The rate of the head.
 
     Returns:
         `float | None`: the rate, or `None` if no rate lowers the loss.
@@ -92,21 +87,18 @@ def lowest_on_average(changes: Sequence[dict[float, float]], ladder: Sequence[fl
     ```python
     >>> from metalr_hf.tuning.looks import lowest_on_average
     >>> looks = [{1e-4: 0.0, 1e-3: -0.1, 1e-2: 0.4}, {1e-4: 0.01, 1e-3: 0.02, 1e-2: -0.1}]
-    >>> lowest_on_average(looks, [1e-4, 1e-3, 1e-2], head_lr=1e-2)
+    >>> lowest_on_average(looks, [1e-4, 1e-3, 1e-2])
     0.001
 
     ```
     """
-    if not changes or not ladder:
-        return None
 
     def change(look: dict[float, float], rate: float) -> float:
         found = look.get(rate, HOPELESS)
         return min(found, HOPELESS) if math.isfinite(found) else HOPELESS
 
-    curve = {rate: 1 + sum(change(look, rate) for look in changes) / len(changes) for rate in ladder}
-    found, walked = first_valley(ladder, curve.__getitem__, 1.0)
-    if found is not None and min(walked.values()) <= 1 - TOLERANCE:
-        return found
-    deepest = min((rate for rate in ladder if rate <= head_lr * 1.01), key=curve.__getitem__, default=None)
-    return deepest if deepest is not None and curve[deepest] < 1 - DEEP else None
+    means = {rate: sum(change(look, rate) for look in changes) / max(len(changes), 1) for rate in ladder}
+    lowest = min(means.values(), default=math.inf)
+    if not changes or lowest > -TOLERANCE:
+        return None
+    return max(rate for rate, mean in means.items() if mean <= lowest + TOLERANCE)

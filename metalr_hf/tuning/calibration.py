@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .hypergradient import LookAhead
 from .ladder import LADDER, TOLERANCE, first_valley, raised
-from .looks import largest_backbone_lr, losses_until_hopeless, lowest_on_average
+from .looks import highest_useful, largest_backbone_lr, losses_until_hopeless
 
 # One batch of 32 images often says nothing of a backbone, or what is wrong; three batches rarely do.
 LOOKS = (0, 1, 2)
@@ -191,7 +191,7 @@ def calibrate(
     if math.isfinite(start_loss):
         size = abs(start_loss) or 1.0
         changes.append({rate: (loss - start_loss) / size for rate, loss in backbone_losses.items()})
-    backbone_lr = lowest_on_average(changes, ladder)
+    backbone_lr = highest_useful(changes, ladder)
     if backbone_lr is None:
         if layers > head_layers:
             doubts.append(BACKBONE_DOUBT)

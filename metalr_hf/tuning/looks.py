@@ -11,6 +11,7 @@ from .ladder import LADDER, TOLERANCE
 # Where a look has seen the loss so much above its start, further rungs are not tried. They all count as that bad and
 # no worse, or one odd batch would outvote two.
 HOPELESS = 0.15
+KEPT_GAIN = 0.5
 # A longer step, as a share of the norm of what it moves, makes a backbone forget what it was trained for, even where
 # the loss falls along it: towards a constant answer, if the fresh head does worse than that.
 LARGEST_STEP = 0.01
@@ -72,8 +73,10 @@ def losses_until_hopeless(
     return losses
 
 
-def lowest_on_average(changes: Sequence[dict[float, float]], ladder: Sequence[float]) -> float | None:
-    """The highest learning rate of those at which the mean of several looks is lowest.
+def highest_useful(changes: Sequence[dict[float, float]], ladder: Sequence[float]) -> float | None:
+    """The highest learning rate with at least half of the greatest gain, in the mean of several looks.
+
+    The gain of a single step is greatest at a rate below the one that is best for many steps.
 
     Args:
         changes (`Sequence[dict[float, float]]`): Learning rate to relative change of the loss, a mapping a look.
@@ -85,9 +88,9 @@ def lowest_on_average(changes: Sequence[dict[float, float]], ladder: Sequence[fl
     Example:
 
     ```python
-    >>> from metalr_hf.tuning.looks import lowest_on_average
+    >>> from metalr_hf.tuning.looks import highest_useful
     >>> looks = [{1e-4: 0.0, 1e-3: -0.1, 1e-2: 0.4}, {1e-4: 0.01, 1e-3: 0.02, 1e-2: -0.1}]
-    >>> lowest_on_average(looks, [1e-4, 1e-3, 1e-2])
+    >>> highest_useful(looks, [1e-4, 1e-3, 1e-2])
     0.001
 
     ```
@@ -101,4 +104,4 @@ def lowest_on_average(changes: Sequence[dict[float, float]], ladder: Sequence[fl
     lowest = min(means.values(), default=math.inf)
     if not changes or lowest > -TOLERANCE:
         return None
-    return max(rate for rate, mean in means.items() if mean <= lowest + TOLERANCE)
+    return max(rate for rate, mean in means.items() if mean <= KEPT_GAIN * lowest)

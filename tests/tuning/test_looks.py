@@ -3,7 +3,7 @@ import math
 import pytest
 
 from metalr_hf.tuning.ladder import LADDER
-from metalr_hf.tuning.looks import largest_backbone_lr, losses_until_hopeless, lowest_on_average
+from metalr_hf.tuning.looks import highest_useful, largest_backbone_lr, losses_until_hopeless
 
 
 def test_the_median_layer_sets_the_limit_and_those_without_a_norm_or_a_step_do_not_count():
@@ -21,12 +21,12 @@ def test_a_walk_goes_on_over_hills_until_it_is_hopeless():
 def test_one_odd_batch_does_not_outvote_two():
     odd = {1e-4: 0.5, 1e-3: 20.0, 1e-2: math.nan}
     right = {1e-4: -0.1, 1e-3: -0.3, 1e-2: 0.1}
-    assert lowest_on_average([odd], list(right)) is None
-    assert lowest_on_average([odd, right, right], list(right)) == 1e-3
+    assert highest_useful([odd], list(right)) is None
+    assert highest_useful([odd, right, right], list(right)) == 1e-3
 
 
-def test_a_hill_before_the_lowest_loss_is_passed_and_of_equals_the_highest_is_taken():
-    hill = {1e-4: 0.02, 1e-3: 0.05, 1e-2: -0.2, 1e-1: -0.198}
-    assert lowest_on_average([hill], list(hill)) == 1e-1
-    assert lowest_on_average([{1e-4: 0.02, 1e-3: -0.002}], [1e-4, 1e-3]) is None
-    assert lowest_on_average([], [1e-4]) is None
+def test_a_hill_before_the_lowest_loss_is_passed_and_the_highest_rate_with_half_of_the_gain_is_taken():
+    hill = {1e-4: 0.02, 1e-3: 0.05, 1e-2: -0.2, 1e-1: -0.101, 1.0: -0.099}
+    assert highest_useful([hill], list(hill)) == 1e-1
+    assert highest_useful([{1e-4: 0.02, 1e-3: -0.002}], [1e-4, 1e-3]) is None
+    assert highest_useful([], [1e-4]) is None

@@ -27,7 +27,7 @@ class TaskArguments:
 
     Args:
         task (`str`, *optional*, defaults to `"classification"`):
-            Name of a task; see [`~metalr_hf.tasks.base.register_task`]. Some tasks have further arguments, which
+            Name of a task; see [`~metalr_hf.tasks.registry.register_task`]. Some tasks have further arguments, which
             `metalr-hf train --task NAME --help` lists.
     """
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig
 from ..data.listing import list_images
 from ..models.loading import ModelArguments, naming_the_model
 from ..tasks import TASKS, get_task
-from ..tasks.base import task_of
 from ..tasks.prediction import PredictionTable, fingerprint, names_of, predict
+from ..tasks.registry import task_of
 from . import INTERRUPTED, say
 
 

@@ -81,6 +81,29 @@ def arrange(chosen: Mapping[str, Any], names: SplitNames, args: Any, seed: int) 
     Raises:
         ValueError: if splits share a group, a share cannot be taken, or an image cannot be learned from.
     """
+    divided = divide(chosen, names, args, seed)
+    window = parse_window(args.intensity_window)
+    # What a stream holds is seen as it comes.
+    if not (args.streaming or args.is_demo):
+        window = find_window({name: chosen[name] for name in names.used}, divided["train"], window, args.num_channels)
+    return {"window": window, **divided}
+
+
+def divide(chosen: Mapping[str, Any], names: SplitNames, args: Any, seed: int) -> dict[str, Any]:
+    """As [`arrange`], of rows whose images are not looked at.
+
+    Args:
+        chosen (`Mapping[str, Any]`): Name to rows, in their columns.
+        names ([`SplitNames`]): Which are used for what.
+        args ([`~metalr_hf.data.loading.DataArguments`]): Shares, sizes and the column of the groups.
+        seed (`int`): Of the held-out share and of the subset.
+
+    Returns:
+        `dict[str, Any]`: `train`, `test`, `meta` and `validation` of an [`ImageSplits`].
+
+    Raises:
+        ValueError: if splits share a group, or a share cannot be taken.
+    """
     if args.group_column is not None and not args.allow_shared_groups:
         refuse_shared_groups({name: chosen[name] for name in names.used}, args.group_column)
     train, test = chosen[names.train], None if names.test is None else chosen[names.test]
@@ -94,16 +117,7 @@ def arrange(chosen: Mapping[str, Any], names: SplitNames, args: Any, seed: int) 
         elif args.max_train_samples < len(train):
             _, train = hold_out_rows(train, "max_train_samples", args.max_train_samples, seed)
     others = {"meta": names.meta, "validation": names.validation}
-    window = parse_window(args.intensity_window)
-    # What a stream holds is seen as it comes.
-    if not (args.streaming or args.is_demo):
-        window = find_window({name: chosen[name] for name in names.used}, train, window, args.num_channels)
-    return {
-        "window": window,
-        "train": train,
-        "test": test,
-        **{what: name and chosen[name] for what, name in others.items()},
-    }
+    return {"train": train, "test": test, **{what: name and chosen[name] for what, name in others.items()}}
 
 
 def hold_out(splits: Splits, what: str, argument: str, share: float, seed: int, group_column: str | None) -> Splits:

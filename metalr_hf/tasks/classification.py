@@ -26,8 +26,9 @@ from ..models.channels import RGB, load_with_channels
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.probe import check_input
 from ..models.target_losses import ClassLoss
-from .base import Task, register_task
+from .base import Task
 from .metrics import CLASS_SCORES, build_compute_metrics, score_classes
+from .registry import register_task
 
 SINGLE_LABEL = "single_label_classification"
 

@@ -14,9 +14,9 @@ from ..data.label_sets import LabelSetArguments, load_label_sets
 from ..data.splits import ImageSplits
 from ..data.targets import figures_of
 from ..models.target_losses import LabelSetLoss
-from .base import register_task
 from .classification import Classification
 from .label_metrics import LABEL_METRICS, build_label_metrics, score_label_sets
+from .registry import register_task
 
 # Of a table of predictions: labels that an image more likely has than not are named.
 LIKELY = 0.5

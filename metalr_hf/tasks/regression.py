@@ -15,9 +15,9 @@ from ..data.transforms import model_input
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.target_losses import QuantityLoss
 from ..models.units import answer_in_units
-from .base import register_task
 from .classification import Classification
 from .number_metrics import build_number_metrics, score_numbers
+from .registry import register_task
 
 
 @register_task("regression")

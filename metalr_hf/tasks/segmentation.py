@@ -29,10 +29,12 @@ from ..data.volumes.folders import holds_volumes
 from ..models.channels import RGB, input_channels, load_with_channels
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import resize_logits, segmentation_loss
+from ..models.monai_networks import MonaiConfig
 from ..models.probe import check_input
 from ..models.unet import TimmUNetForSemanticSegmentation
-from .base import DEMO_ARGUMENTS, Task, get_task, register_task
+from .base import DEMO_ARGUMENTS, Task
 from .metrics import build_dice_metrics, predicted_classes
+from .registry import get_task, register_task
 
 DEMO_IMAGE_SIZE = 96
 
@@ -110,7 +112,9 @@ class Segmentation(Task):
         }
 
     def made(self, config: Any) -> bool:
-        return any("ForSemanticSegmentation" in name for name in config.architectures or ())
+        # Those of MONAI take volumes.
+        kinds = [name for name in config.architectures or () if "ForSemanticSegmentation" in name]
+        return bool(kinds) and config.model_type != MonaiConfig.model_type
 
     def answer_columns(self, class_names: Sequence[str]) -> list[str]:
         return ["mask", *(f"share_{name}" for name in class_names)]

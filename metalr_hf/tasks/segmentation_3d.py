@@ -10,7 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, Trainer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    BaseImageProcessor,
+    PreTrainedModel,
+    Trainer,
+)
 from transformers.trainer_utils import PredictionOutput
 
 from ..data.transforms import Transform
@@ -21,7 +27,8 @@ from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import segmentation_loss
 from ..models.monai_networks import MonaiConfig, MonaiForSemanticSegmentation
 from ..models.volume_processor import VolumeImageProcessor
-from .base import DEMO_ARGUMENTS, Task, register_task
+from .base import DEMO_ARGUMENTS, Task
+from .registry import register_task
 from .segmentation import load_segmentation_model
 from .volume_metrics import build_volume_metrics, measure_volumes
 
@@ -72,6 +79,7 @@ class VolumeSegmentation(Task):
         "logging_steps": 6,
     }
     purpose = "segmentation of volumes"
+    auto_class = AutoModelForSemanticSegmentation
     metric = "dice"
 
     def load_splits(self, data: VolumeArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> VolumeSplits:
@@ -152,6 +160,14 @@ class VolumeSegmentation(Task):
             "test_loss": round(found["loss"], 6),
             "class_dice": {name: round(found[f"dice_{name}"], 6) for name in class_names[1:]},
         }
+
+    def made(self, config: Any) -> bool:
+        return config.model_type == MonaiConfig.model_type
+
+    def answer_columns(self, class_names: Sequence[str]) -> list[str]:
+        raise ValueError(
+            "Volumes are not predicted by this command: the model card shows how model and processor make a NIfTI mask."
+        )
 
 
 def _plan_of(arguments: ModelArguments) -> VolumePlan:

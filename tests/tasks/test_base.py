@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 @pytest.fixture
 def toy(monkeypatch):
     """Is it a nil, or another digit? Classification with labels, a metric and words of its own."""
-    monkeypatch.setattr("metalr_hf.tasks.base.TASKS", dict(TASKS))
+    monkeypatch.setattr("metalr_hf.tasks.registry.TASKS", dict(TASKS))
 
     @register_task("nil_or_not")
     class NilOrNot(Classification):
@@ -77,7 +77,7 @@ def test_a_task_that_is_not_there_is_one_line_with_a_hint(tmp_path, capsys):
     for command in ("train", "compare"):
         assert main([command, "--task", "segmentatoin", "--output_dir", str(tmp_path / "out")]) == 2
         printed = capsys.readouterr().err
-        assert "task='segmentatoin' is no task. Did you mean 'segmentation'?" in printed
+        assert "task='segmentatoin' is no task. Did you mean 'segmentation' or 'segmentation_3d'?" in printed
         assert "Traceback" not in printed
 
 
@@ -87,6 +87,8 @@ def test_every_task_is_compared_where_nothing_is_named(tmp_path):
     for name in TASKS:
         command = ["compare", "--task", name, "--output_dir", str(tmp_path / name), "--strategies", "cosine", "metalr"]
         command += ["--learning_rates", "1e-3", "--seeds", "0", "--steps", "1", "--batch_size", "4"]
-        assert main([*command, "--train_size", "16", "--image_size", "32"]) == 0
+        # That of volumes is the size of patches.
+        size = ["--image_size", "32"] if get_task(name).default_image_size else []
+        assert main([*command, "--train_size", "16", *size]) == 0
         rows = [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
         assert [(row["status"], row["metric"]) for row in rows] == [("done", get_task(name).metric)] * 2

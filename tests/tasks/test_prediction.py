@@ -17,7 +17,7 @@ from metalr_hf.data.loading import DataArguments
 from metalr_hf.data.masks import read_mask
 from metalr_hf.models.loading import ModelArguments
 from metalr_hf.tasks import TASKS, get_task
-from metalr_hf.tasks.base import task_of
+from metalr_hf.tasks.registry import task_of
 
 pytestmark = pytest.mark.usefixtures("offline")
 QUICK = [

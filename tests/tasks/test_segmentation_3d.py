@@ -35,7 +35,8 @@ def train(folder, output, *arguments, task="segmentation"):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "run"
-    return output, train(folder, output, *SMALL, "--max_steps", "40", "--seed", "1")
+    larger = ["--network_args", '{"filters": [8, 16, 16]}', "--per_device_train_batch_size", "4"]
+    return output, train(folder, output, *SMALL, *larger, "--max_steps", "60", "--seed", "1")
 
 
 def test_a_network_learns_and_is_measured_in_mm(run):

@@ -32,7 +32,8 @@ class VolumeArguments(MaskArguments):
         network_args (`str`, *optional*):
             Arguments of MONAI's network as JSON, such as `{"filters": [16, 32, 64]}`.
 
-    All others are those of [`~metalr_hf.data.masks.MaskArguments`]; `image_size` has no meaning here.
+    All others are those of [`~metalr_hf.data.masks.MaskArguments`]; `image_size` and
+    `num_channels` have no meaning here.
 
     Example:
 
@@ -94,8 +95,10 @@ class VolumeArguments(MaskArguments):
                 raise ValueError(f"{name}={values!r} must be three positive numbers, one for each axis.")
         if self.normalization == "zscore" and self.intensity_window is not None:
             raise ValueError("intensity_window belongs to normalization='ct'; with zscore leave it out.")
-        if self.window is not None and not self.window[0] < self.window[1]:
-            raise ValueError(f"intensity_window={self.intensity_window!r}: the first number must be below the second.")
+        if self.intensity_window is not None and len(self.intensity_window) != 2:
+            raise ValueError(f"intensity_window={self.intensity_window!r}: volumes take two numbers, as in -160 240.")
+        if self.num_channels is not None:
+            raise ValueError(f"num_channels={self.num_channels}: volumes have the channels that their files have.")
         if not isinstance(self.network_options, dict):
             raise ValueError(f"network_args={self.network_args!r} must be a JSON object: names and values.")
 
@@ -104,10 +107,7 @@ class VolumeArguments(MaskArguments):
         """The intensity window that was given."""
         if self.intensity_window is None:
             return None
-        try:
-            low, high = map(float, self.intensity_window)
-        except ValueError as error:
-            raise ValueError(f"intensity_window={self.intensity_window!r} must be two numbers.") from error
+        low, high = map(float, self.intensity_window)
         return low, high
 
     @property

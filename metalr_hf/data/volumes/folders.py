@@ -13,6 +13,7 @@ import datasets
 import pyarrow.parquet
 
 from ...messages import first_line
+from ...models.volume_processor import open_nifti
 from ..columns import IMAGE, LABEL
 
 DATASET_FILE = "dataset.json"
@@ -49,7 +50,7 @@ def is_volume_folder(folder: str | None) -> bool:
 
 
 def holds_volumes(folder: str | None) -> bool:
-    """Whether a folder holds volumes: nnU-Net's layout, NIfTI files, or a data set with columns of them.
+    """Whether a folder holds volumes: nnU-Net's layout, or NIfTI files or columns, the first of them no single slice.
 
     Args:
         folder (`str`, *optional*): A folder.
@@ -63,12 +64,31 @@ def holds_volumes(folder: str | None) -> bool:
         return True
     for path in sorted(Path(folder).rglob("*")):
         if path.name.endswith(ENDINGS):
-            return True
-        if path.name == "dataset_info.json":
-            return NIFTI_FEATURE in path.read_text(encoding="utf-8", errors="replace")
+            return _is_volume(str(path))
+        if path.name == "dataset_info.json" and NIFTI_FEATURE in path.read_text(encoding="utf-8", errors="replace"):
+            return _holds_volumes(datasets.load_from_disk(str(path.parent)))
         if path.suffix == ".parquet":
-            return NIFTI_FEATURE.encode() in (pyarrow.parquet.read_schema(path).metadata or {}).get(b"huggingface", b"")
+            described = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"huggingface", b"")
+            if NIFTI_FEATURE.encode() in described:
+                batch = next(pyarrow.parquet.ParquetFile(path).iter_batches(1))
+                return any(_is_volume(v) for v in batch.to_pylist()[0].values() if isinstance(v, dict))
     return False
+
+
+def _holds_volumes(rows: datasets.Dataset) -> bool:
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Nifti)]
+    for name in columns:
+        rows = rows.cast_column(name, datasets.Nifti(decode=False))
+    return any(_is_volume(rows[0][name]) for name in columns)
+
+
+def _is_volume(entry: Any) -> bool:
+    """Whether a file has three axes; what is wrong with one that cannot be opened, the reader of volumes tells."""
+    try:
+        shape = open_nifti(entry).shape
+    except (ImportError, OSError, ValueError, EOFError, KeyError, TypeError):
+        return True
+    return len(shape) > 2 and min(shape[:3]) > 1
 
 
 def read_volume_folder(folder: str) -> tuple[dict[str, datasets.Dataset], FolderFacts]:

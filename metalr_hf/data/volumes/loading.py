@@ -13,7 +13,7 @@ import numpy as np
 from ..columns import IMAGE, LABEL, find_column
 from ..loading import load_splits
 from ..masks import MASK_NAME, MaskSplits, named_classes
-from ..splits import arrange
+from ..splits import divide
 from .arguments import VolumeArguments
 from .checks import check_volumes
 from .demo import CLASS_NAMES, demo_volumes
@@ -86,9 +86,9 @@ def load_volumes(args: VolumeArguments, *, seed: int = 42, keep_columns: Sequenc
                 classes.ids(np.array([value]))
             except ValueError as error:
                 raise ValueError(f"{where}: {error}. Mend the mask, or name its class.") from error
-    arranged = arrange(chosen, names, args, seed)
-    plan = make_plan(arranged["train"], args, facts.is_ct)
-    return VolumeSplits(class_names=classes.names, classes=classes, plan=plan, **arranged)
+    divided = divide(chosen, names, args, seed)
+    plan = make_plan(divided["train"], args, facts.is_ct)
+    return VolumeSplits(class_names=classes.names, classes=classes, plan=plan, **divided)
 
 
 def _choose_columns(rows: Any, args: VolumeArguments, keep_columns: Sequence[str]) -> Any:

@@ -141,8 +141,10 @@ def test_without_the_extra_the_error_names_it(folder, monkeypatch):
     [
         ({"spacing": [1.0]}, "spacing=.* three positive numbers"),
         ({"patch_size": [16, 16, 0]}, "patch_size=.* three positive numbers"),
-        ({"intensity_window": ["240", "-160"]}, "the first number must be below the second"),
-        ({"intensity_window": ["a", "b"]}, "must be two numbers"),
+        ({"intensity_window": ["240", "-160"]}, "is no window: give two numbers, the lower one first"),
+        ({"intensity_window": ["a", "b"]}, "is no window: give two numbers"),
+        ({"intensity_window": ["voi"]}, "volumes take two numbers"),
+        ({"num_channels": 2}, "the channels that their files have"),
         ({"normalization": "zscore", "intensity_window": ["0", "1"]}, "belongs to normalization='ct'"),
         ({"normalization": "minmax"}, "normalization"),
         ({"network_args": "{"}, "is no JSON"),

@@ -4,6 +4,7 @@ import json
 
 import datasets
 import nibabel
+import numpy as np
 import pytest
 from volumes import LABELS, save_folder, volume
 
@@ -94,5 +95,9 @@ def test_what_holds_volumes_is_told_from_what_holds_images(folder, tmp_path):
     (tmp_path / "plain").mkdir()
     datasets.Dataset.from_dict({"label": [0]}).to_parquet(str(tmp_path / "plain" / "train.parquet"))
     assert not holds_volumes(str(tmp_path / "plain"))
-    nibabel.save(image, tmp_path / "plain" / "zscan.nii")
+    (tmp_path / "slices").mkdir()
+    nibabel.save(
+        nibabel.Nifti1Image(np.zeros((16, 16, 1), dtype=np.int16), image.affine), tmp_path / "slices" / "a.nii"
+    )
+    assert not holds_volumes(str(tmp_path / "slices"))
     assert not holds_volumes(None)

@@ -12,11 +12,11 @@ from scipy.special import log_softmax
 WIDEST = np.log(100.0)
 
 
-def refined_loss(logits: Any, labels: Any) -> float | None:
-    """The cross-entropy after the best temperature scaling.
+def refined_losses(logits: Any, labels: Any) -> np.ndarray | None:
+    """The cross-entropy of every image after the best temperature scaling.
 
     A classifier that trains on becomes surer of all its answers, the wrong ones among them: its loss on other images
-    rises while its answers still get better. With the logits divided by the one number that makes the loss lowest,
+    rises while its answers still get better. With the logits divided by the one number that makes their mean lowest,
     what is left says how good the answers are, as the accuracy does, but not in steps of one image (Berta et al. 2025,
     *Rethinking Early Stopping: Refine, Then Calibrate*).
 
@@ -25,16 +25,16 @@ def refined_loss(logits: Any, labels: Any) -> float | None:
         labels (`numpy.ndarray` of shape `(images,)`): The class numbers; negative ones are left out.
 
     Returns:
-        `float`, *optional*: `None` if these are not logits and classes.
+        `numpy.ndarray` of shape `(images,)`, *optional*: `None` if these are not logits and classes.
 
     Example:
 
     ```python
     >>> import numpy as np
-    >>> from metalr_hf.tasks.refined_loss import refined_loss
+    >>> from metalr_hf.tasks.refined_loss import refined_losses
     >>> logits, labels = np.array([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]]), np.array([0, 1, 1])
-    >>> round(refined_loss(logits, labels), 3), round(refined_loss(10 * logits, labels), 3)
-    (0.637, 0.637)
+    >>> [round(float(refined_losses(sure * logits, labels).mean()), 3) for sure in (1, 10)]
+    [0.637, 0.637]
 
     ```
     """
@@ -47,10 +47,10 @@ def refined_loss(logits: Any, labels: Any) -> float | None:
         return None
     answers, classes = logits[known].astype(np.float64), labels[known]
     if not np.isfinite(answers).all():
-        return float("nan")
+        return np.full(len(classes), np.nan)
 
-    def loss(log_temperature: float) -> float:
-        scaled = log_softmax(answers / np.exp(log_temperature), axis=1)
-        return -float(scaled[np.arange(len(classes)), classes].mean())
+    def losses(log_temperature: float) -> np.ndarray:
+        return -log_softmax(answers / np.exp(log_temperature), axis=1)[np.arange(len(classes)), classes]
 
-    return float(minimize_scalar(loss, bounds=(-WIDEST, WIDEST), method="bounded").fun)
+    best = minimize_scalar(lambda value: losses(value).mean(), bounds=(-WIDEST, WIDEST), method="bounded")
+    return losses(best.x)

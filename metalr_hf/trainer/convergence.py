@@ -13,8 +13,9 @@ EVALUATION_GROWTH = 1.1
 PATIENCE = 1 / 3
 # A smaller gain, as a share of the largest value up to then, is noise, or a loss that creeps on without end.
 IMPROVEMENT = 0.01
-FIRST_STOP = 60
-FEWEST_WORSE = 3
+# The rates are tuned during the first 40 steps, and a loss may rise and fall again in the next.
+FIRST_STOP = 200
+FEWEST_WORSE = 2
 
 
 def evaluation_steps(step: int, cost: float) -> int:
@@ -84,7 +85,7 @@ def best_evaluation(evaluations: Sequence[tuple[int, float]], greater_is_better:
 def has_converged(evaluations: Sequence[tuple[int, float]], greater_is_better: bool) -> bool:
     """Whether the best evaluation has not been beaten in the last third of the steps taken.
 
-    Nor in three evaluations, and not before step 60, so that noise stops no run at once.
+    Nor in two evaluations, and not before step 200, so that noise stops no run at once.
 
     Args:
         evaluations (`Sequence[tuple[int, float]]`): Step and metric, up to now.
@@ -97,10 +98,10 @@ def has_converged(evaluations: Sequence[tuple[int, float]], greater_is_better: b
 
     ```python
     >>> from metalr_hf.trainer.convergence import has_converged
-    >>> evaluations = [(20, 1.0), (40, 0.6), (60, 0.5), (80, 0.51), (90, 0.52)]
+    >>> evaluations = [(80, 1.0), (160, 0.6), (200, 0.61), (220, 0.62)]
     >>> has_converged(evaluations, greater_is_better=False)
     False
-    >>> has_converged([*evaluations, (100, 0.52)], greater_is_better=False)
+    >>> has_converged([*evaluations, (242, 0.61)], greater_is_better=False)
     True
 
     ```
@@ -126,8 +127,8 @@ def earliest_stop(best_step: int) -> int:
 
     ```python
     >>> from metalr_hf.trainer.convergence import earliest_stop
-    >>> earliest_stop(0), earliest_stop(100)
-    (60, 150)
+    >>> earliest_stop(0), earliest_stop(200)
+    (200, 300)
 
     ```
     """

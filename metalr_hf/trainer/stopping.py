@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, SchedulerTy
 from transformers.utils import logging
 
 from ..settings import check_number
-from ..tasks.refined_loss import refined_loss
+from ..tasks.refined_loss import refined_losses
 from ..tuning.averaging import POLYNOMIAL, has_statistics
 from .averaging import STATISTICS_BATCHES
 from .convergence import best_evaluation, earliest_stop, evaluation_steps, has_converged
@@ -23,6 +23,8 @@ logger = logging.get_logger(__name__)
 # Trainer counts in epochs or steps, and has no word for a run without a limit.
 UNLIMITED_EPOCHS = 1e6
 REFINED_LOSS = "refined_loss"
+# After a metric's name: its standard error.
+ERROR = "_error"
 # Arguments that a run which stops by itself sets itself, or leaves open.
 SETS_ITSELF = ("num_train_epochs", "max_steps", "lr_scheduler_type", "save_strategy", "save_total_limit")
 # Shapes of the learning rate that are the same whatever the length of the run.
@@ -131,9 +133,10 @@ class StoppingTrainer(Trainer):
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, *args: Any, **kwargs: Any
     ) -> EvalLoopOutput:
-        """Trainer's; while a run that stops by itself is trained, with [`~metalr_hf.tasks.refined_loss.refined_loss`].
+        """Trainer's; while a run that stops by itself is trained, with its `refined_loss` too.
 
-        Where the answers are not logits of classes, that is the loss itself.
+        That is the mean of [`~metalr_hf.tasks.refined_loss.refined_losses`], or the loss itself where the answers are
+        not logits of classes.
         """
         if not (self.args.stop_when_converged and self.is_in_train):
             return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
@@ -147,11 +150,32 @@ class StoppingTrainer(Trainer):
             self.preprocess_logits_for_metrics = preprocess
         prefix = kwargs.get("metric_key_prefix", "eval")
         answers = output.predictions
-        refined = refined_loss(answers[0] if isinstance(answers, tuple) else answers, output.label_ids)
+        losses = refined_losses(answers[0] if isinstance(answers, tuple) else answers, output.label_ids)
         metrics: Any = output.metrics
-        if refined is not None or f"{prefix}_loss" in metrics:
-            metrics[f"{prefix}_{REFINED_LOSS}"] = metrics[f"{prefix}_loss"] if refined is None else refined
+        if losses is not None:
+            metrics[f"{prefix}_{REFINED_LOSS}"] = float(losses.mean())
+            metrics[f"{prefix}_{REFINED_LOSS}{ERROR}"] = float(losses.std() / len(losses) ** 0.5)
+        elif f"{prefix}_loss" in metrics:
+            metrics[f"{prefix}_{REFINED_LOSS}"] = metrics[f"{prefix}_loss"]
         return output
+
+    # Trainer's own place to say which weights to keep.
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's; of a loss with a standard error, the last weights within one of the best count as the best.
+
+        A few images cannot tell them apart, and the later ones are an average over more steps.
+        """
+        is_best = super()._determine_best_metric(metrics, trial)
+        if not self.args.stop_when_converged:
+            return is_best
+        metric, state = _metric(self.args), self.state
+        rows: list[dict[str, Any]] = [row for row in state.log_history if metric + ERROR in row]
+        lowest = min(rows, key=lambda row: row[metric], default=None)
+        if not is_best and lowest is not None and metrics[metric] <= lowest[metric] + lowest[metric + ERROR]:
+            is_best, state.best_metric, state.best_global_step = True, metrics[metric], state.global_step
+        # Trainer does so with save_strategy="best" alone.
+        self.control.should_save |= is_best
+        return is_best
 
     def evaluation_cost(self) -> float:
         """What an evaluation costs, in optimizer steps; a forward pass alone counts as a third of an image trained on.
@@ -228,12 +252,6 @@ class _StopWhenConverged(TrainerCallback):
         if self.metric not in metrics or not self.trainer.is_in_train or not state.global_step:
             return
         self._look_ahead(state)
-        value, best = metrics[self.metric], state.best_metric
-        # Trainer's own comparison, of which it makes a checkpoint only with save_strategy="best".
-        if args.save_strategy != SaveStrategy.BEST and (
-            best is None or (value > best if args.greater_is_better else value < best)
-        ):
-            control.should_save = True
         control.should_training_stop |= self.trainer.has_converged()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -250,7 +268,7 @@ class _StopWhenConverged(TrainerCallback):
         if state.best_global_step:
             reason += (
                 f" The model is that of step {state.best_global_step}, whose {self.metric} of {state.best_metric:.4g} "
-                "is the best."
+                "is the best, or the last that is as good."
             )
         self.trainer.stopped_because = reason
         logger.warning(reason)

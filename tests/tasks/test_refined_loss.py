@@ -5,7 +5,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from metalr_hf.tasks.refined_loss import refined_loss
+from metalr_hf.tasks.refined_loss import refined_losses
+
+
+def refined_loss(logits, labels):
+    losses = refined_losses(logits, labels)
+    return None if losses is None else losses.mean()
 
 
 def test_it_is_the_lowest_loss_of_any_temperature():

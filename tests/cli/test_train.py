@@ -326,8 +326,7 @@ def test_a_run_without_any_number_stops_by_itself(tmp_path, images, vit, capsys)
     assert accuracy(tmp_path) == pytest.approx(results["test_accuracy"])
     shown = " ".join(capsys.readouterr().out.split())
     assert f"Stopped at step {state['global_step']}, converged." in shown
-    card = (tmp_path / "README.md").read_text()
-    assert f"those of step {state['best_global_step']}, the best on the evaluation set" in card
+    assert f"The model is that of step {state['best_global_step']}" in shown
 
 
 def test_the_images_it_stops_by_keep_their_groups(tmp_path, vit, monkeypatch):

@@ -181,7 +181,9 @@ def test_a_validation_sends_one_figure_a_layer(folder):
     # The validation loss goes with the figures of the layers; a step that is calibrated sends losses alone, and the
     # look-out for a collapse one or two figures.
     assert steps - len(LOOKS) <= sent.count(LAYERS + 1) < steps
-    assert set(sent) == {gradient, LAYERS + 1, 1, 2, len(list(model.parameters()))}
+    # How far the first step moved every layer, and the norms of the layers.
+    assert sent.count(2 * LAYERS) == 1
+    assert set(sent) == {gradient, LAYERS + 1, 2 * LAYERS, 1, 2, len(list(model.parameters()))}
 
 
 def is_ddp(folder):

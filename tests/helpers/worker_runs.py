@@ -42,11 +42,13 @@ def strategy(name, make):
 
 
 SCRIPT = f"""
-    import sys
+    import signal, sys
     sys.path.insert(0, {str(HELPERS)!r})
     from metalr_hf.compare import compare
     from small_cells import cell, comparison
     if __name__ == "__main__":
+        # A process that a shell starts in the background ignores it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         def report(done, total, left):
             print(done, flush=True)
         settings = comparison(steps=int(sys.argv[2]), seeds=list(range(8)))

@@ -12,7 +12,7 @@ EVALUATION_GROWTH = 1.1
 # The share of the steps taken that may pass without a better evaluation, so that patience grows with the run.
 PATIENCE = 1 / 3
 # A smaller gain, as a share of the largest value up to then, is noise, or a loss that creeps on without end.
-IMPROVEMENT = 0.01
+IMPROVEMENT = 0.02
 # The rates are tuned during the first 40 steps, and a loss may rise and fall again in the next.
 FIRST_STOP = 200
 FEWEST_WORSE = 2
@@ -49,7 +49,7 @@ def evaluation_steps(step: int, cost: float) -> int:
 def best_evaluation(evaluations: Sequence[tuple[int, float]], greater_is_better: bool) -> tuple[int, float] | None:
     """The last evaluation that beat all before it by more than noise.
 
-    That is by a hundredth of the largest value up to then. A share of the best would not do: a loss that goes to zero
+    That is by a fiftieth of the largest value up to then. A share of the best would not do: a loss that goes to zero
     halves for ever.
 
     Args:
@@ -63,10 +63,10 @@ def best_evaluation(evaluations: Sequence[tuple[int, float]], greater_is_better:
 
     ```python
     >>> from metalr_hf.trainer.convergence import best_evaluation
-    >>> best_evaluation([(20, 1.0), (40, 0.1), (60, 0.095), (80, 0.2)], greater_is_better=False)
+    >>> best_evaluation([(20, 1.0), (40, 0.1), (60, 0.09), (80, 0.2)], greater_is_better=False)
     (40, 0.1)
-    >>> best_evaluation([(20, 1.0), (40, 0.1), (60, 0.095), (80, 0.08)], greater_is_better=False)
-    (80, 0.08)
+    >>> best_evaluation([(20, 1.0), (40, 0.1), (60, 0.09), (80, 0.07)], greater_is_better=False)
+    (80, 0.07)
 
     ```
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 # What the evaluations may cost, as a share of the training.
 EVALUATION_SHARE = 0.05
@@ -13,9 +14,25 @@ EVALUATION_GROWTH = 1.1
 PATIENCE = 1 / 3
 # A smaller gain, as a share of the largest value up to then, is noise, or a loss that creeps on without end.
 IMPROVEMENT = 0.02
+# And this share of the standard error. The images are the same each time, so that the difference has a smaller one.
+ERRORS = 0.5
 # The rates are tuned during the first 40 steps, and a loss may rise and fall again in the next.
 FIRST_STOP = 200
 FEWEST_WORSE = 2
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation gave.
+
+    Args:
+        step (`int`): The optimizer step.
+        metric (`float`): The metric.
+        error (`float`, *optional*, defaults to 0.0): Its standard error, if it is known.
+    """
+
+    step: int
+    metric: float
+    error: float = 0.0
 
 
 def evaluation_steps(step: int, cost: float) -> int:
@@ -46,49 +63,53 @@ def evaluation_steps(step: int, cost: float) -> int:
     return max(step + max(1, math.ceil(cost / EVALUATION_SHARE)), math.ceil(round(step * EVALUATION_GROWTH, 6)))
 
 
-def best_evaluation(evaluations: Sequence[tuple[int, float]], greater_is_better: bool) -> tuple[int, float] | None:
+def best_evaluation(evaluations: Sequence[Evaluated], greater_is_better: bool) -> Evaluated | None:
     """The last evaluation that beat all before it by more than noise.
 
-    That is by a fiftieth of the largest value up to then. A share of the best would not do: a loss that goes to zero
-    halves for ever.
+    That is by a fiftieth of the largest value up to then, and by half of the standard error. A share of the best would
+    not do: a loss that goes to zero halves for ever.
 
     Args:
-        evaluations (`Sequence[tuple[int, float]]`): Step and metric.
+        evaluations (`Sequence[Evaluated]`): Those up to now.
         greater_is_better (`bool`): Of the metric.
 
     Returns:
-        `tuple[int, float]`, *optional*: its step and metric; `None` if there is none that is a number.
+        [`Evaluated`], *optional*: `None` if there is none that is a number.
 
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.convergence import best_evaluation
-    >>> best_evaluation([(20, 1.0), (40, 0.1), (60, 0.09), (80, 0.2)], greater_is_better=False)
-    (40, 0.1)
-    >>> best_evaluation([(20, 1.0), (40, 0.1), (60, 0.09), (80, 0.07)], greater_is_better=False)
-    (80, 0.07)
+    >>> from metalr_hf.trainer.convergence import Evaluated, best_evaluation
+    >>> evaluations = [Evaluated(20, 1.0), Evaluated(40, 0.1), Evaluated(60, 0.09)]
+    >>> best_evaluation(evaluations, greater_is_better=False).step
+    40
+    >>> best_evaluation([*evaluations, Evaluated(80, 0.07)], greater_is_better=False).step
+    80
 
     ```
     """
-    best: tuple[int, float] | None = None
+    best: Evaluated | None = None
     largest = 0.0
-    for step, metric in evaluations:
-        if not math.isfinite(metric):
+    for one in evaluations:
+        if not math.isfinite(one.metric):
             continue
-        largest = max(largest, abs(metric))
-        gain = math.inf if best is None else (metric - best[1]) * (1 if greater_is_better else -1)
-        if gain > IMPROVEMENT * largest:
-            best = step, metric
+        largest = max(largest, abs(one.metric))
+        if best is None:
+            best = one
+            continue
+        gain = (one.metric - best.metric) * (1 if greater_is_better else -1)
+        if gain > max(IMPROVEMENT * largest, ERRORS * best.error):
+            best = one
     return best
 
 
-def has_converged(evaluations: Sequence[tuple[int, float]], greater_is_better: bool) -> bool:
+def has_converged(evaluations: Sequence[Evaluated], greater_is_better: bool) -> bool:
     """Whether the best evaluation has not been beaten in the last third of the steps taken.
 
     Nor in two evaluations, and not before step 200, so that noise stops no run at once.
 
     Args:
-        evaluations (`Sequence[tuple[int, float]]`): Step and metric, up to now.
+        evaluations (`Sequence[Evaluated]`): Those up to now.
         greater_is_better (`bool`): Of the metric.
 
     Returns:
@@ -97,21 +118,21 @@ def has_converged(evaluations: Sequence[tuple[int, float]], greater_is_better: b
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.convergence import has_converged
-    >>> evaluations = [(80, 1.0), (160, 0.6), (200, 0.61), (220, 0.62)]
+    >>> from metalr_hf.trainer.convergence import Evaluated, has_converged
+    >>> evaluations = [Evaluated(80, 1.0), Evaluated(160, 0.6), Evaluated(200, 0.61), Evaluated(220, 0.62)]
     >>> has_converged(evaluations, greater_is_better=False)
     False
-    >>> has_converged([*evaluations, (242, 0.61)], greater_is_better=False)
+    >>> has_converged([*evaluations, Evaluated(242, 0.61)], greater_is_better=False)
     True
 
     ```
     """
     if not evaluations:
         return False
-    step = evaluations[-1][0]
+    step = evaluations[-1].step
     best = best_evaluation(evaluations, greater_is_better)
-    best_step = 0 if best is None else best[0]
-    return step >= earliest_stop(best_step) and sum(other > best_step for other, _ in evaluations) >= FEWEST_WORSE
+    best_step = 0 if best is None else best.step
+    return step >= earliest_stop(best_step) and sum(other.step > best_step for other in evaluations) >= FEWEST_WORSE
 
 
 def earliest_stop(best_step: int) -> int:

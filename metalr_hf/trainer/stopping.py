@@ -16,7 +16,7 @@ from ..settings import check_number
 from ..tasks.refined_loss import refined_losses
 from ..tuning.averaging import POLYNOMIAL, has_statistics
 from .averaging import STATISTICS_BATCHES
-from .convergence import best_evaluation, earliest_stop, evaluation_steps, has_converged
+from .convergence import Evaluated, best_evaluation, earliest_stop, evaluation_steps, has_converged
 
 logger = logging.get_logger(__name__)
 
@@ -168,11 +168,10 @@ class StoppingTrainer(Trainer):
         is_best = super()._determine_best_metric(metrics, trial)
         if not self.args.stop_when_converged:
             return is_best
-        metric, state = _metric(self.args), self.state
-        rows: list[dict[str, Any]] = [row for row in state.log_history if metric + ERROR in row]
-        lowest = min(rows, key=lambda row: row[metric], default=None)
-        if not is_best and lowest is not None and metrics[metric] <= lowest[metric] + lowest[metric + ERROR]:
-            is_best, state.best_metric, state.best_global_step = True, metrics[metric], state.global_step
+        lowest = min(filter(_has_error, self.evaluations()), key=lambda one: one.metric, default=None)
+        value = metrics[_metric(self.args)]
+        if lowest is not None and not is_best and value <= lowest.metric + lowest.error:
+            is_best, self.state.best_metric, self.state.best_global_step = True, value, self.state.global_step
         # Trainer does so with save_strategy="best" alone.
         self.control.should_save |= is_best
         return is_best
@@ -190,15 +189,19 @@ class StoppingTrainer(Trainer):
             cost += STATISTICS_BATCHES / args.gradient_accumulation_steps / 3
         return cost
 
-    def evaluations(self) -> list[tuple[int, float]]:
-        """Step and metric of the evaluations of this run, those before it was resumed among them.
+    def evaluations(self) -> list[Evaluated]:
+        """The evaluations of this run, those before it was resumed among them.
 
         Returns:
-            `list[tuple[int, float]]`
+            `list[Evaluated]`
         """
         rows: list[dict[str, Any]] = self.state.log_history
-        metric = _metric(self.args)
-        return [(row["step"], row[metric]) for row in rows if metric in row and row["step"] > 0]
+        name = _metric(self.args)
+        return [
+            Evaluated(row["step"], row[name], row.get(name + ERROR, 0.0))
+            for row in rows
+            if name in row and row["step"] > 0
+        ]
 
     def has_converged(self) -> bool:
         """Whether the run has come to its end by itself, by [`has_converged`].
@@ -216,6 +219,11 @@ class StoppingTrainer(Trainer):
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         # Of a run that had ended, no epoch is left.
         return (epochs, 0) if self.args.stop_when_converged and self.has_converged() else start
+
+
+def _has_error(evaluated: Evaluated) -> bool:
+    # Neither without one nor not a number.
+    return evaluated.error > 0
 
 
 def _of_classes(logits: Any, labels: Any) -> Any:
@@ -275,9 +283,9 @@ class _StopWhenConverged(TrainerCallback):
 
     def _look_ahead(self, state: TrainerState) -> None:
         evaluations = self.trainer.evaluations()
-        self.next = evaluation_steps(evaluations[-1][0] if evaluations else 0, self.cost)
+        self.next = evaluation_steps(evaluations[-1].step if evaluations else 0, self.cost)
         best = best_evaluation(evaluations, self.trainer.args.greater_is_better)
-        self._set_end_of_bar(min(max(self.next, earliest_stop(best[0] if best else 0)), state.max_steps))
+        self._set_end_of_bar(min(max(self.next, earliest_stop(best.step if best else 0)), state.max_steps))
 
     def _set_end_of_bar(self, step: int) -> None:
         # Of the terminal's and of notebooks'; there is no other way to change where they end.

@@ -2,7 +2,7 @@
 
 import math
 
-from metalr_hf.trainer.convergence import EVALUATION_SHARE, best_evaluation, evaluation_steps, has_converged
+from metalr_hf.trainer.convergence import EVALUATION_SHARE, Evaluated, best_evaluation, evaluation_steps, has_converged
 
 
 def test_spacing_grows_and_bounds_the_cost():
@@ -15,13 +15,19 @@ def test_spacing_grows_and_bounds_the_cost():
     assert steps[1] == 40 / EVALUATION_SHARE
 
 
+def seen(*rows):
+    return [Evaluated(*row) for row in rows]
+
+
 def test_noise_and_creeping_do_not_count_as_better():
-    creeping = [(step, 0.5 ** (step / 20)) for step in range(20, 600, 20)]
-    assert best_evaluation(creeping, False)[0] < 200
+    creeping = seen(*[(step, 0.5 ** (step / 20)) for step in range(20, 600, 20)])
+    assert best_evaluation(creeping, False).step < 200
     assert has_converged(creeping[:14], False)
-    assert not has_converged([(step, 1 - step / 1000) for step in range(20, 600, 20)], False)
-    assert has_converged([(100, math.nan), (200, math.nan)], False)
-    assert not has_converged([(100, math.nan), (190, math.nan)], False)
+    falling = seen(*[(step, 1 - step / 1000) for step in range(20, 600, 20)])
+    assert not has_converged(falling, False)
+    assert has_converged([one._replace(error=0.6) for one in falling], False)
+    assert has_converged(seen((100, math.nan), (200, math.nan)), False)
+    assert not has_converged(seen((100, math.nan), (190, math.nan)), False)
     assert not has_converged([], False)
     # The higher the better.
-    assert best_evaluation([(20, 0.5), (40, 0.9), (60, 0.902)], True) == (40, 0.9)
+    assert best_evaluation(seen((20, 0.5), (40, 0.9), (60, 0.902)), True) == (40, 0.9, 0.0)

@@ -46,8 +46,8 @@ def test_a_run_that_overfits_stops_and_goes_back_to_its_best(tmp_path):
     run = overfitting(tmp_path)
     run.train()
     seen = evaluations(run)
-    assert has_converged(seen, False)
-    assert not any(has_converged(seen[:i], False) for i in range(len(seen)))
+    assert run.has_converged()
+    assert not any(has_converged(run.evaluations()[:i], False) for i in range(len(seen)))
     lowest_at, lowest = min(seen, key=lambda row: row[1])
     error = dict(evaluations(run, "eval_refined_loss_error"))[lowest_at]
     # The last that cannot be told from the best.
@@ -197,7 +197,7 @@ def test_several_evaluation_sets(tmp_path):
     options = {**STOPPING, "metric_for_best_model": "eval_near_loss", "greater_is_better": False}
     run = trainer(tmp_path, vit(0.0), noisy(), eval_dataset=sets, **options)
     run.train()
-    assert has_converged(evaluations(run, "eval_near_loss"), False)
+    assert run.has_converged()
     assert len(evaluations(run, "eval_far_loss")) == len(evaluations(run, "eval_near_loss"))
 
 

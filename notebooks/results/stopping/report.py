@@ -12,8 +12,8 @@ TEXT = """# Runs that stop by themselves
 
 `stop_when_converged=True`, everything else the default, against runs of a fixed number of steps with the defaults:
 500 images, batches of 32, AdamW with a weight decay of 0.01, one thread, seeds 0 and 1. The run that stops by itself
-trains on 400 of the 500 images and looks at the other 100; the fixed ones train on all 500. The ViT has images of 16 × 16
-pixels, EfficientNet-Lite0 of 32 × 32. Test accuracy on 396 images of blood cells or 400 digits. *Model* is the step
+trains on 400 of the 500 images and looks at the other 100; the fixed ones train on all 500. The ViT has images of
+16 × 16 pixels, EfficientNet-Lite0 of 32 × 32. Test accuracy on 396 images of blood cells or 400 digits. *Model* is the step
 whose weights the run went back to.
 
 {runs}
@@ -27,9 +27,10 @@ three of six are within half a point. It takes 1.1 to 1.4 times the steps of a r
 nowhere worse than 60 steps. An image is 0.25 points, and the run has a fifth fewer images to train on.
 
 **What was chosen on these runs, and so is not confirmed by them:** the metric (the loss after the best temperature
-scaling: by the plain loss a run of ViT → digits ended at .87), the earliest step at which a run may stop (200), how much
-better an evaluation has to be (half of its standard error: with a fiftieth of the first loss a run of blood cells went on
-for 1,082 steps, to the same accuracy), and that the last weights within one standard error of the best are taken.
+scaling: by the plain loss a run of ViT → digits ended at .87), the earliest step at which a run may stop (200), how
+much better an evaluation has to be (half of its standard error: with a fiftieth of the first loss a run of blood cells
+went on for 1,082 steps, to the same accuracy), and that the last weights within one standard error of the best are
+taken.
 """
 
 

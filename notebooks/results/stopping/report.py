@@ -13,8 +13,8 @@ TEXT = """# Runs that stop by themselves
 `stop_when_converged=True`, everything else the default, against runs of a fixed number of steps with the defaults:
 500 images, batches of 32, AdamW with a weight decay of 0.01, one thread, seeds 0 and 1. The run that stops by itself
 trains on 400 of the 500 images and looks at the other 100; the fixed ones train on all 500. The ViT has images of
-16 × 16 pixels, EfficientNet-Lite0 of 32 × 32. Test accuracy on 396 images of blood cells or 400 digits. *Model* is the step
-whose weights the run went back to.
+16 × 16 pixels, EfficientNet-Lite0 of 32 × 32. Test accuracy on 396 images of blood cells or 400 digits. *Model* is the
+step whose weights the run went back to.
 
 {runs}
 

@@ -214,6 +214,14 @@ class DataArguments:
         """The local folder that the images are in, if they are in one."""
         return folder_of(self.dataset_name, self.data_dir)
 
+    def kept_columns(self, others: Sequence[str] = ()) -> list[str]:
+        """The columns that rows keep beside images and labels: the one of the groups, and others.
+
+        Args:
+            others (`Sequence[str]`, *optional*): Those asked for.
+        """
+        return [*others, *([self.group_column] if self.group_column else [])]
+
     @property
     def is_demo(self) -> bool:
         """Whether no data set is named, so that it is one that comes along."""
@@ -263,7 +271,7 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
     ```
     """
     splits, names = load_splits(args, demo_dataset)
-    kept = [*keep_columns, *([args.group_column] if args.group_column else [])]
+    kept = args.kept_columns(keep_columns)
     chosen = {name: _choose_columns(splits[name], args, kept) for name in names.used}
     class_names, chosen = class_labels(chosen, names.train, args.streaming, args.folder)
     return ImageSplits(class_names=class_names, **arrange(chosen, names, args, seed))

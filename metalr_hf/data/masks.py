@@ -173,7 +173,7 @@ def load_masks(args: MaskArguments, *, seed: int = 42, keep_columns: Sequence[st
     if args.is_demo and args.class_names is None:
         args = replace(args, class_names=list(CLASS_NAMES))
     splits, names = load_splits(args, demo_cells)
-    kept = [*keep_columns, *([args.group_column] if args.group_column else [])]
+    kept = args.kept_columns(keep_columns)
     chosen = {name: _choose_columns(splits[name], args, kept) for name in names.used}
     if args.streaming:
         if args.class_names is None:
@@ -273,10 +273,25 @@ def _choose_columns(split: Any, args: MaskArguments, keep_columns: Sequence[str]
     wanted.sort(key=lambda column: column[1] is None)
     found = {what: find_column(features, what, name, there, FOLDER_OF_MASKS) for what, name, there in wanted}
     image, mask = found["image"], found["mask"]
-    split = split.select_columns([image, mask, *(name for name in keep_columns if name in features)])
-    # By way of names that no data set has: an image column may be called `label`.
-    split = split.rename_columns({image: "_image", mask: "_mask"}).rename_columns({"_image": IMAGE, "_mask": LABEL})
+    split = named_columns(split, image, mask, [name for name in keep_columns if name in features])
     return as_image_files(split, args).cast_column(LABEL, datasets.Image(decode=False))
+
+
+def named_columns(rows: Any, image: str, mask: str, others: Sequence[str]) -> Any:
+    """Calls the columns of images and masks `image` and `label`.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`): Rows.
+        image (`str`): The column of the images.
+        mask (`str`): The column of the masks.
+        others (`Sequence[str]`): Columns to keep besides.
+
+    Returns:
+        as `rows`
+    """
+    rows = rows.select_columns([image, mask, *others])
+    # By way of names that no data set has: an image column may be called `label`.
+    return rows.rename_columns({image: "_image", mask: "_mask"}).rename_columns({"_image": IMAGE, "_mask": LABEL})
 
 
 def _check_masks(splits: Mapping[str, Any], train_name: str, args: MaskArguments) -> MaskClasses:

@@ -97,7 +97,7 @@ class TargetRows:
         self.args, self.names = args, names
         self.images: dict[str, datasets.Dataset] = {}
         self.targets: dict[str, Targets] = {}
-        kept = [*keep_columns, *([args.group_column] if args.group_column else [])]
+        kept = args.kept_columns(keep_columns)
         for name in names.used:
             features = splits[name].features
             image = find_column(features, "image", args.image_column_name, image_columns(features))

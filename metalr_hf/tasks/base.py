@@ -15,9 +15,17 @@ from ..data.files import read_image
 from ..data.intensity import VOI, channels_of, window_of
 from ..data.loading import DataArguments
 from ..data.splits import ImageSplits, Splits
-from ..data.transforms import Transform, load_saved_processor, pixels_at_test, prepare_splits
+from ..data.transforms import (
+    Transform,
+    load_image_processor,
+    load_saved_processor,
+    model_input,
+    pixels_at_test,
+    prepare_splits,
+)
 from ..messages import did_you_mean
 from ..models.loading import ModelArguments, naming_the_model
+from ..models.probe import check_input
 
 # Of a run that names neither a model nor a data set.
 DEMO_ARGUMENTS: Mapping[str, Any] = {
@@ -139,7 +147,6 @@ class Task(ABC):
             ValueError: if it cannot do this task.
         """
 
-    @abstractmethod
     def load_processor(
         self, arguments: ModelArguments, model: PreTrainedModel, image_size: int | None = None
     ) -> BaseImageProcessor:
@@ -157,6 +164,27 @@ class Task(ABC):
             FileNotFoundError: if there is none, or no network to fetch it.
             ValueError: if the model cannot take what it gives.
         """
+        name = arguments.model_name_or_path
+        with naming_the_model(name, "image processor"):
+            processor = self.make_processor(model, name, image_size, trust_remote_code=arguments.trust_remote_code)
+        check_input(model, model_input(processor), image_size)
+        return processor
+
+    def make_processor(
+        self, model: PreTrainedModel, name: str | None, image_size: int | None, **kwargs: Any
+    ) -> BaseImageProcessor:
+        """What [`~Task.load_processor`] checks: [`~metalr_hf.data.transforms.load_image_processor`] by default.
+
+        Args:
+            model (`transformers.PreTrainedModel`): What [`~Task.load_model`] gave.
+            name (`str`, *optional*): Hub id or folder.
+            image_size (`int`, *optional*): Height and width of the output in pixels; by default the processor's own.
+            **kwargs: To `AutoImageProcessor.from_pretrained`.
+
+        Returns:
+            `transformers.BaseImageProcessor`
+        """
+        return load_image_processor(model, name, image_size, **kwargs)
 
     @abstractmethod
     def transforms(self, splits: Any, processor: BaseImageProcessor, augment: str) -> tuple[Transform, Transform]:

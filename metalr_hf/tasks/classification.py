@@ -21,10 +21,9 @@ from ..data.imbalance import ClassArguments, class_weights, warn_of_rare_classes
 from ..data.intensity import set_window
 from ..data.loading import DataArguments, load_images
 from ..data.splits import ImageSplits
-from ..data.transforms import ImageTransform, Transform, load_image_processor, model_input
+from ..data.transforms import ImageTransform, Transform
 from ..models.channels import RGB, load_with_channels
 from ..models.loading import ModelArguments, naming_the_model
-from ..models.probe import check_input
 from ..models.target_losses import ClassLoss
 from .base import Task
 from .metrics import CLASS_SCORES, build_compute_metrics, score_classes
@@ -87,15 +86,6 @@ class Classification(Task):
                 )
 
             return load_with_channels(load, config, num_channels)
-
-    def load_processor(
-        self, arguments: ModelArguments, model: PreTrainedModel, image_size: int | None = None
-    ) -> BaseImageProcessor:
-        name = arguments.model_name_or_path
-        with naming_the_model(name, "image processor"):
-            processor = load_image_processor(model, name, image_size, trust_remote_code=arguments.trust_remote_code)
-        check_input(model, model_input(processor), image_size)
-        return processor
 
     def transforms(
         self, splits: ImageSplits, processor: BaseImageProcessor, augment: str

@@ -24,13 +24,12 @@ from transformers.trainer_utils import PredictionOutput
 from ..data.intensity import set_window
 from ..data.mask_transforms import MaskTransform, collate_masks
 from ..data.masks import MaskArguments, MaskSplits, load_masks
-from ..data.transforms import Transform, load_image_processor, model_input, set_channels
+from ..data.transforms import Transform, load_image_processor, set_channels
 from ..data.volumes.folders import holds_volumes
 from ..models.channels import RGB, input_channels, load_with_channels
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import resize_logits, segmentation_loss
 from ..models.monai_networks import MonaiConfig
-from ..models.probe import check_input
 from ..models.unet import TimmUNetForSemanticSegmentation
 from .base import DEMO_ARGUMENTS, Task
 from .metrics import build_dice_metrics, predicted_classes
@@ -83,14 +82,10 @@ class Segmentation(Task):
                 name, id2label, image_size, num_channels, trust_remote_code=arguments.trust_remote_code
             )
 
-    def load_processor(
-        self, arguments: ModelArguments, model: PreTrainedModel, image_size: int | None = None
+    def make_processor(
+        self, model: PreTrainedModel, name: str | None, image_size: int | None, **kwargs: Any
     ) -> BaseImageProcessor:
-        name = arguments.model_name_or_path
-        with naming_the_model(name, "image processor"):
-            processor = load_mask_processor(model, name, image_size, trust_remote_code=arguments.trust_remote_code)
-        check_input(model, model_input(processor), image_size)
-        return processor
+        return load_mask_processor(model, name, image_size, **kwargs)
 
     def transforms(
         self, splits: MaskSplits, processor: BaseImageProcessor, augment: str

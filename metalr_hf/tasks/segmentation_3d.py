@@ -98,7 +98,7 @@ class VolumeSegmentation(Task):
         name, plan = arguments.model_name_or_path, _plan_of(arguments)
         if num_channels is not None and num_channels != plan.channels:
             raise ValueError(f"num_channels={num_channels!r}, but the volumes have {plan.channels}. Leave it out.")
-        if name is not None and not (name.startswith(MONAI) and not os.path.isdir(name)):
+        if name is not None and not _is_fresh(name):
             with naming_the_model(name, "model"):
                 return load_segmentation_model(name, id2label, trust_remote_code=arguments.trust_remote_code)
         network = DEFAULT_NETWORK if name is None else name.removeprefix(MONAI)
@@ -122,7 +122,7 @@ class VolumeSegmentation(Task):
     ) -> BaseImageProcessor:
         plan, name = _plan_of(arguments), arguments.model_name_or_path
         processor: Any = plan.processor()
-        if name is not None and not (name.startswith(MONAI) and not os.path.isdir(name)):
+        if name is not None and not _is_fresh(name):
             with naming_the_model(name, "image processor"):
                 # One that was trained elsewhere sees volumes as it did there.
                 saved = AutoImageProcessor.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
@@ -168,6 +168,11 @@ class VolumeSegmentation(Task):
         raise ValueError(
             "Volumes are not predicted by this command: the model card shows how model and processor make a NIfTI mask."
         )
+
+
+def _is_fresh(name: str) -> bool:
+    """Whether a name is that of an untrained network of MONAI, such as `monai/UNet`."""
+    return name.startswith(MONAI) and not os.path.isdir(name)
 
 
 def _plan_of(arguments: ModelArguments) -> VolumePlan:

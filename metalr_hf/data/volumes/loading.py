@@ -12,7 +12,7 @@ import numpy as np
 
 from ..columns import IMAGE, LABEL, find_column
 from ..loading import load_splits
-from ..masks import MASK_NAME, MaskSplits, named_classes
+from ..masks import MASK_NAME, MaskSplits, named_classes, named_columns
 from ..splits import divide
 from .arguments import VolumeArguments
 from .checks import check_volumes
@@ -76,7 +76,7 @@ def load_volumes(args: VolumeArguments, *, seed: int = 42, keep_columns: Sequenc
     if args.ignore_index is None and facts.ignore_index is not None:
         args = replace(args, ignore_index=facts.ignore_index)
     splits, names = load_splits(args, demo_volumes, read)
-    kept = [*keep_columns, *([args.group_column] if args.group_column else [])]
+    kept = args.kept_columns(keep_columns)
     chosen = {name: _choose_columns(splits[name], args, kept) for name in names.used}
     values = {name: check_volumes(name, rows) for name, rows in chosen.items()}
     classes = named_classes(args, values[names.train], values[names.train])
@@ -105,9 +105,7 @@ def _choose_columns(rows: Any, args: VolumeArguments, keep_columns: Sequence[str
     for name in (image, mask):
         if not is_nifti(features[name]):
             raise ValueError(f"The column {name!r} holds no NIfTI files, but {features[name]}. {EXPECTED}")
-    rows = rows.select_columns([image, mask, *(name for name in keep_columns if name in features)])
-    # By way of names that no data set has: an image column may be called `label`.
-    rows = rows.rename_columns({image: "_image", mask: "_mask"}).rename_columns({"_image": IMAGE, "_mask": LABEL})
+    rows = named_columns(rows, image, mask, [name for name in keep_columns if name in features])
     entry = datasets.Nifti(decode=False)
     wanted = {IMAGE: entry if isinstance(rows.features[IMAGE], datasets.Nifti) else datasets.List(entry), LABEL: entry}
     for name, feature in wanted.items():

@@ -38,11 +38,8 @@ def input_channels(config: Any) -> int:
         return int(given or (pretrained_cfg.get("input_size") or [RGB])[0])
     if hasattr(config, "encoder_args"):
         return int(config.encoder_args.get("in_chans", RGB))
-    for owner in (config, getattr(config, "backbone_config", None), getattr(config, "vision_config", None)):
-        channels = getattr(owner, "num_channels", None)
-        if isinstance(channels, int):
-            return channels
-    return RGB
+    owner = _owner(config)
+    return RGB if owner is None else owner.num_channels
 
 
 def load_with_channels(
@@ -141,11 +138,15 @@ def _set_channels(config: Any, channels: int) -> None:
     if hasattr(config, "encoder_args"):
         config.encoder_args = {**config.encoder_args, "in_chans": channels}
         return
-    owners: list[Any] = [config, getattr(config, "backbone_config", None), getattr(config, "vision_config", None)]
-    for owner in owners:
-        if isinstance(getattr(owner, "num_channels", None), int):
-            owner.num_channels = channels
-            return
+    owner = _owner(config)
+    if owner is not None:
+        owner.num_channels = channels
+
+
+def _owner(config: Any) -> Any:
+    """The part of a configuration of transformers that says how many channels there are, if one does."""
+    parts = (config, getattr(config, "backbone_config", None), getattr(config, "vision_config", None))
+    return next((part for part in parts if isinstance(getattr(part, "num_channels", None), int)), None)
 
 
 def spread(values: list[float], channels: int) -> list[float]:

@@ -219,7 +219,7 @@ class LookAhead:
             `list[float]`: ‖Δ_j‖ / ‖θ_j‖ of every layer, infinite where θ_j is zero.
         """
         squares = torch.zeros(2, len(self.sizes), device=self.parameters[0].device)
-        with nullcontext() if self._stepped else self.excursions(), self.moved_to([0.0] * len(self.sizes)):
+        with self.moved_to([0.0] * len(self.sizes)):
             for layer, piece in self._pieces():
                 for start, end in zip(self._parts[piece], self._stepped[piece], strict=True):
                     squares[0, layer] += (end - start).float().square().sum().to(squares.device)

@@ -11,6 +11,7 @@ from .ladder import LADDER, TOLERANCE
 # Where a look has seen the loss so much above its start, further rungs are not tried. They all count as that bad and
 # no worse, or one odd batch would outvote two.
 HOPELESS = 0.15
+# Of the greatest gain along the ladder.
 KEPT_GAIN = 0.5
 # A longer step, as a share of the norm of what it moves, makes a backbone forget what it was trained for, even where
 # the loss falls along it: towards a constant answer, if the fresh head does worse than that.
@@ -100,8 +101,10 @@ def highest_useful(changes: Sequence[dict[float, float]], ladder: Sequence[float
         found = look.get(rate, HOPELESS)
         return min(found, HOPELESS) if math.isfinite(found) else HOPELESS
 
-    means = {rate: sum(change(look, rate) for look in changes) / max(len(changes), 1) for rate in ladder}
-    lowest = min(means.values(), default=math.inf)
-    if not changes or lowest > -TOLERANCE:
+    if not changes or not ladder:
+        return None
+    means = {rate: sum(change(look, rate) for look in changes) / len(changes) for rate in ladder}
+    lowest = min(means.values())
+    if lowest > -TOLERANCE:
         return None
     return max(rate for rate, mean in means.items() if mean <= KEPT_GAIN * lowest)

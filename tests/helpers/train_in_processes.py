@@ -102,6 +102,7 @@ def run(
     spoiled_step=None,
     slow_to_save=False,
     profiled=False,
+    evaluated_on=0,
     **arguments,
 ):
     folder = Path(folder)
@@ -120,6 +121,7 @@ def run(
         model=MODELS[model](),
         args=args,
         train_dataset=TRAINING_SETS[train](),
+        eval_dataset=images(evaluated_on, seed=1) if evaluated_on else None,
         meta_dataset=META_SETS[meta](),
         callbacks=[rates],
     )
@@ -132,6 +134,8 @@ def run(
     weights = {name: whole(local(p), p).clone() for name, p in model.state_dict().items()}
     result = {
         "rates": rates.rates,
+        "steps": [trainer.state.global_step, trainer.state.best_global_step],
+        "stopped_because": trainer.stopped_because,
         "reduced": [event.input_shapes for event in events if event.name == "gloo:all_reduce"],
         "non_finite": trainer.lr_scheduler.guard.non_finite,
         "history": trainer.lr_history.learning_rates.tolist(),

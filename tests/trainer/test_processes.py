@@ -25,6 +25,8 @@ pytestmark = pytest.mark.slow
 LAYERS = 5
 # Where a gradient is nothing but rounding (a ViT's key biases), Adam's step is as long as anywhere else.
 EXACT = {"max_steps": 30, "adam_epsilon": 1e-3}
+# Images whose number two processes cannot divide evenly.
+STOPS_ITSELF = {"max_steps": -1, "stop_when_converged": True, "save_strategy": "steps", "evaluated_on": 47}
 SOURCES = ("stream", "next_batch")
 SHARDED = {"transformer_layer_cls_to_wrap": ["ViTLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
 WAYS = {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_config": SHARDED}}
@@ -91,6 +93,7 @@ def folder(request, tmp_path_factory):
         averaged = {**common, "meta_source": "next_batch", "average_weights": "polynomial"}
         runs.append({"folder": str(root / "averaged"), **EXACT, **averaged})
         runs += saved_and_resumed("averaged", **averaged, model="resnet")
+        runs.append({"folder": str(root / "stopped"), "per_device_train_batch_size": 4, **STOPS_ITSELF})
         for name, sets in STREAMS.items():
             runs += saved_and_resumed(name, **sets, dataloader_num_workers=2)
     launch(runs, root)
@@ -114,6 +117,17 @@ def test_the_average_of_two_processes_is_that_of_one(folder, tmp_path):
     assert far_apart(tmp_path, folder / "averaged") < 1e-6
     # The statistics of batch norm, estimated from batches of all processes, among it.
     assert far_apart(folder / "averaged-whole", folder / "averaged-resumed") == 0.0
+
+
+def test_two_processes_stop_at_the_step_at_which_one_does(folder, tmp_path):
+    if not is_ddp(folder):
+        pytest.skip("no average with FSDP yet")
+    run(str(tmp_path), per_device_train_batch_size=8, **STOPS_ITSELF)
+    one, two = of_process(tmp_path), of_process(folder / "stopped")
+    assert two["steps"] == of_process(folder / "stopped", 1)["steps"] == one["steps"]
+    assert "converged" in one["stopped_because"]
+    assert two["stopped_because"] == one["stopped_because"]
+    assert far_apart(tmp_path, folder / "stopped") < 1e-3
 
 
 def test_a_layer_without_gradients_changes_nothing(folder, tmp_path):

@@ -23,7 +23,7 @@ def test_examples_run(name, monkeypatch, tmp_path):
     # What an example registers or writes is gone after it.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("metalr_hf.tuning.rules.RULES", {**RULES})
-    monkeypatch.setattr("metalr_hf.compare.strategies.STRATEGIES", {**STRATEGIES})
+    monkeypatch.setattr("metalr_hf.compare.strategies.registry.STRATEGIES", {**STRATEGIES})
     failures, _ = doctest.testmod(import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failures == 0
 
@@ -41,7 +41,7 @@ SHOWN = (
     "metalr_hf.data.cells",
     "metalr_hf.data.columns",
     "metalr_hf.data.digits",
-    "metalr_hf.data.folds",
+    "metalr_hf.data.splits.folds",
     "metalr_hf.hub.markdown",
     "metalr_hf.layers.groups",
     "metalr_hf.layers.names",
@@ -55,13 +55,13 @@ SHOWN = (
     "metalr_hf.models.unet",
     "metalr_hf.plots.drawing",
     "metalr_hf.plots.learning_rates",
-    "metalr_hf.tasks.metrics",
+    "metalr_hf.tasks.metrics.classes",
     "metalr_hf.trainer.arguments",
     "metalr_hf.trainer.collapse",
     "metalr_hf.trainer.meta_stream",
     "metalr_hf.trainer.metalr",
     "metalr_hf.trainer.schedules",
-    "metalr_hf.tuning.calibration",
+    "metalr_hf.tuning.calibration.search",
     "metalr_hf.tuning.contexts",
     "metalr_hf.tuning.displacement",
     "metalr_hf.tuning.guard",

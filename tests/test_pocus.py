@@ -12,7 +12,7 @@ from PIL import Image
 
 from metalr_hf.cli import main
 from metalr_hf.cli.compare import make_cell, parse_compare_arguments
-from metalr_hf.data.folds import fold_rows
+from metalr_hf.data.splits import fold_rows
 
 pytestmark = [
     pytest.mark.usefixtures("offline"),

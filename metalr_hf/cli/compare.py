@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..compare.backends import check_backend
 from ..compare.report import write_report
 from ..compare.results import read_results
 from ..compare.runs import Cell, Comparison, compare
+from ..compare.workers import check_backend
 from ..data.loading import DataArguments, folder_of
 from ..models.loading import ModelArguments
 from ..tasks import get_task

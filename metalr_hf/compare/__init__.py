@@ -1,7 +1,5 @@
 """Fine-tuning strategies side by side."""
 
-# Modules that register further strategies.
-from . import baselines, range_test, rate_free  # noqa: F401
 from .report import write_report
 from .runs import Cell, Comparison, compare
 from .strategies import Strategy, register_strategy

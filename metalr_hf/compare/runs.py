@@ -15,11 +15,10 @@ from torch import nn
 from ..data.columns import LABEL
 from ..settings import check_count, check_number
 from ..tasks import Task, get_task
-from .backends import LOCAL, check_backend, find_workers
 from .results import FAILED, RESULTS, TIMINGS, append_line, keep_settings, mend_lines, only_process, sort_lines
 from .strategies import get_strategy
 from .training import Outcome, Work, failed
-from .workers import Lost, run_on_workers
+from .workers import LOCAL, Lost, check_backend, find_workers, run_on_workers
 
 RowTransform = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
 

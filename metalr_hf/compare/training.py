@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, set_seed
 
 from ..data.columns import IMAGE, LABEL
-from ..data.folds import flip_labels, fold_rows, stratified_subset
+from ..data.splits import flip_labels, fold_rows, stratified_subset
 from ..models.bare import wrap_bare_module
 from ..models.timm import is_timm_model, wrap_timm_model
 from .results import DIVERGED, DONE, FAILED

@@ -2,11 +2,11 @@
 
 from .cells import CLASS_NAMES, demo_cells
 from .digits import demo_dataset
-from .imbalance import ClassArguments
-from .label_sets import LabelSetArguments, load_label_sets
+from .labels.imbalance import ClassArguments
+from .labels.quantities import QuantityArguments, load_quantities
+from .labels.sets import LabelSetArguments, load_label_sets
 from .loading import DataArguments, load_images
 from .masks import MaskArguments, MaskSplits, load_masks
-from .quantities import QuantityArguments, load_quantities
 from .splits import ImageSplits
 from .transforms import ImageTransform, load_image_processor, prepare_images
 

@@ -16,9 +16,9 @@ from .digits import demo_dataset
 from .files import ImageFile
 from .files.folders import holds_other_images, load_folder
 from .intensity import VOI, parse_window
-from .labels import class_labels, layout_hint
-from .patients import with_groups
+from .labels.classes import class_labels, layout_hint
 from .splits import ImageSplits, SplitNames, arrange
+from .splits.patients import with_groups
 
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip")
 SHUFFLE_BUFFER_SIZE = 1000

@@ -97,8 +97,8 @@ class ClassLoss(TargetLoss):
     """Cross-entropy in which the images of a class count by its weight.
 
     It is divided by the number of images and not by the sum of their weights: with weights whose mean over the training
-    set is 1, as [`~metalr_hf.data.imbalance.class_weights`] gives them, the two are the same on average, and only the
-    first can be accumulated.
+    set is 1, as [`~metalr_hf.data.labels.imbalance.class_weights`] gives them, the two are the same on average, and
+    only the first can be accumulated.
 
     Args:
         weights (`Sequence[float]`): A weight for each class.

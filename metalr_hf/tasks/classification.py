@@ -17,8 +17,8 @@ from transformers import (
 from transformers.trainer_utils import PredictionOutput
 
 from ..data.columns import LABEL
-from ..data.imbalance import ClassArguments, class_weights, warn_of_rare_classes
 from ..data.intensity import set_window
+from ..data.labels.imbalance import ClassArguments, class_weights, warn_of_rare_classes
 from ..data.loading import DataArguments, load_images
 from ..data.splits import ImageSplits
 from ..data.transforms import ImageTransform, Transform

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, default_data_collator
 from transformers.trainer_utils import PredictionOutput
 
-from ..data.imbalance import label_weights, warn_of_rare_labels
-from ..data.label_sets import LabelSetArguments, load_label_sets
+from ..data.labels.imbalance import label_weights, warn_of_rare_labels
+from ..data.labels.sets import LabelSetArguments, load_label_sets
+from ..data.labels.targets import figures_of
 from ..data.splits import ImageSplits
-from ..data.targets import figures_of
 from ..models.target_losses import LabelSetLoss
 from .classification import Classification
-from .label_metrics import LABEL_METRICS, build_label_metrics, score_label_sets
+from .metrics import LABEL_METRICS, build_label_metrics, score_label_sets
 from .registry import register_task
 
 # Of a table of predictions: labels that an image more likely has than not are named.

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BaseImageProcessor, PreTrainedModel, default_data_collator
 from transformers.trainer_utils import PredictionOutput
 
-from ..data.quantities import QuantityArguments, load_quantities, unit_of
+from ..data.labels.quantities import QuantityArguments, load_quantities, unit_of
 from ..data.splits import ImageSplits
 from ..data.transforms import model_input
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.target_losses import QuantityLoss
 from ..models.units import answer_in_units
 from .classification import Classification
-from .number_metrics import build_number_metrics, score_numbers
+from .metrics import build_number_metrics, score_numbers
 from .registry import register_task
 
 

@@ -22,8 +22,7 @@ from transformers import (
 from transformers.trainer_utils import PredictionOutput
 
 from ..data.intensity import set_window
-from ..data.mask_transforms import MaskTransform, collate_masks
-from ..data.masks import MaskArguments, MaskSplits, load_masks
+from ..data.masks import MaskArguments, MaskSplits, MaskTransform, collate_masks, load_masks
 from ..data.transforms import Transform, load_image_processor, set_channels
 from ..data.volumes.folders import holds_volumes
 from ..models.channels import RGB, input_channels, load_with_channels

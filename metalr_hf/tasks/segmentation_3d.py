@@ -28,9 +28,9 @@ from ..models.losses import segmentation_loss
 from ..models.monai_networks import MonaiConfig, MonaiForSemanticSegmentation
 from ..models.volume_processor import VolumeImageProcessor
 from .base import DEMO_ARGUMENTS, Task
+from .metrics import build_volume_metrics, measure_volumes
 from .registry import register_task
 from .segmentation import load_segmentation_model
-from .volume_metrics import build_volume_metrics, measure_volumes
 
 MONAI = "monai/"
 DEFAULT_NETWORK = "DynUNet"

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, SchedulerTy
 from transformers.utils import logging
 
 from ..settings import check_number
-from ..tasks.refined_loss import refined_losses
+from ..tasks.metrics import refined_losses
 from ..tuning.averaging import POLYNOMIAL, has_statistics
 from .averaging import STATISTICS_BATCHES
 from .convergence import Evaluated, best_evaluation, earliest_stop, evaluation_steps, has_converged
@@ -135,7 +135,7 @@ class StoppingTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Trainer's; while a run that stops by itself is trained, with its `refined_loss` too.
 
-        That is the mean of [`~metalr_hf.tasks.refined_loss.refined_losses`], or the loss itself where the answers are
+        That is the mean of [`~metalr_hf.tasks.metrics.refined_losses`], or the loss itself where the answers are
         not logits of classes.
         """
         if not (self.args.stop_when_converged and self.is_in_train):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..settings import check_layer_names, check_settings
-from .calibrated import CalibratedScheduler
+from .calibration import CalibratedScheduler
 from .guard import SHRINK_BLINDLY, TuningGuard
 from .hypergradient import LookAhead
 from .linearity import check_linear

@@ -159,7 +159,7 @@ def dice_of(folder, images):
 
 def test_the_default_run_learns_and_leaves_its_files(tmp_path, monkeypatch, capsys):
     small = cells()
-    monkeypatch.setattr("metalr_hf.data.masks.demo_cells", lambda: small)
+    monkeypatch.setattr("metalr_hf.data.masks.loading.demo_cells", lambda: small)
     command = ["train", "--task", "segmentation", "--output_dir", str(tmp_path), "--image_size", str(SIZE)]
     assert main([*command, "--max_steps", "12", *QUICK]) == 0
     assert set(RUN_FILES) <= set(os.listdir(tmp_path))

@@ -18,7 +18,7 @@ from train_in_processes import META_ROWS, names, run
 from metalr_hf import LRHistory
 from metalr_hf.cli import main
 from metalr_hf.cli.train import RUN_FILES
-from metalr_hf.tuning.calibration import LOOKS
+from metalr_hf.tuning.calibration.search import LOOKS
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..columns import IMAGE, LABEL, find_column
 from ..loading import load_splits
-from ..masks import MASK_NAME, MaskSplits, named_classes, named_columns
+from ..masks.loading import MASK_NAME, MaskSplits, named_classes, named_columns
 from ..splits import divide
 from .arguments import VolumeArguments
 from .checks import check_volumes

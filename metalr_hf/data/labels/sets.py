@@ -1,0 +1,230 @@
+"""Several labels an image: lists of names, 0/1 lists or 0/1 columns to one figure a label, with unknown ones marked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import datasets
+import numpy as np
+
+from ..digits import demo_label_sets
+from ..splits import ImageSplits
+from .imbalance import ClassArguments
+from .targets import TargetArguments, TargetRows, Targets, figures_of, is_list
+
+# What Trainer takes for a label that does not count, so that it counts the known ones of an accumulated batch.
+UNKNOWN = -100.0
+HINT = (
+    "It takes a column of lists, or several columns of 0 and 1, named with target_column_names; text such as "
+    "'edema|effusion' is divided by label_separator."
+)
+
+
+@dataclass
+class LabelSetArguments(TargetArguments, ClassArguments):
+    """Where images with several labels each come from.
+
+    Args:
+        label_separator (`str`, *optional*):
+            What stands between the labels of a column of text, such as `|`. Nothing but the separator is taken away.
+        class_names (`list[str]`, *optional*):
+            The labels to learn, by default all. For 0/1 lists their names, in the order of the figures.
+
+    All others are those of [`~metalr_hf.data.labels.TargetArguments`] and
+    [`~metalr_hf.data.labels.ClassArguments`]. Labels are lists of names or numbers, lists of
+    0 and 1, or columns of 0 and 1. An empty entry, NaN and -1 are unknown: they take no part in loss and metrics.
+    """
+
+    label_separator: str | None = field(
+        default=None,
+        metadata={"help": "What stands between the labels of a column of text, such as `|`."},
+    )
+    class_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "The labels to learn, by default all. For 0/1 lists their names, in the figures' order."},
+    )
+    default_metrics: ClassVar[tuple[str, ...]] = ("macro_auroc", "macro_f1", "mean_average_precision")
+
+
+def load_label_sets(args: LabelSetArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
+    """Loads a data set of images with several labels each.
+
+    Args:
+        args ([`LabelSetArguments`]): Which data set, columns and splits.
+        seed (`int`, *optional*, defaults to 42): Of the held-out share and of the subset.
+        keep_columns (`Sequence[str]`, *optional*): Other columns to keep.
+
+    Returns:
+        [`~metalr_hf.data.splits.ImageSplits`]: with the columns `image` and `label`, a list of 1, 0 or -100
+            (unknown).
+
+    Raises:
+        FileNotFoundError: if there is no such data set, or no network to fetch it.
+        ValueError: if a column or a split is missing, an entry is no label, or a label never occurs in the training
+            split.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.labels import LabelSetArguments, load_label_sets
+    >>> splits = load_label_sets(LabelSetArguments())
+    >>> splits.class_names, splits.train[0]["label"]
+    (('even', 'above four', 'with a loop'), [0.0, 0.0, 0.0])
+
+    ```
+    """
+    rows = TargetRows(args, demo_label_sets, lambda features: _candidates(features, args), keep_columns, HINT)
+    read = {name: _read(targets, args) for name, targets in rows.targets.items()}
+    if args.target_column_names or all(_are_flags(one) for one in read.values()):
+        known, figures = _from_flags(read, rows, args)
+    else:
+        known, figures = _from_names(read, rows)
+    names = known if args.class_names is None or len(known) == 0 else tuple(args.class_names)
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(
+            f"class_names: {missing[0]!r} is no label of the split {rows.names.train!r}. Its labels: "
+            f"{', '.join(known[:20])}{', ...' if len(known) > 20 else ''}."
+        )
+    chosen = [known.index(name) for name in names]
+    splits = ImageSplits(
+        class_names=names, **rows.arranged({name: values[:, chosen] for name, values in figures.items()}, seed)
+    )
+    _refuse_absent(splits, rows.names.train)
+    return splits
+
+
+def _candidates(features: Any, args: LabelSetArguments) -> list[str]:
+    if args.label_separator is not None:
+        text = [name for name, feature in features.items() if getattr(feature, "dtype", None) == "string"]
+        return [name for name in text if name in ("label", "labels")] or text
+    return [name for name, feature in features.items() if is_list(feature)]
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """A list or `None` a row, and what its entries are."""
+
+    targets: Targets
+    column: str
+    lists: list[Any]
+    inner: Any
+
+
+def _read(targets: Targets, args: LabelSetArguments) -> _Lists:
+    columns = list(targets.values)
+    if args.target_column_names:
+        rows: list[Any] = [list(row) for row in zip(*targets.values.values(), strict=True)]
+        return _Lists(targets, columns[0], rows, datasets.Value("float32"))
+    column = columns[0]
+    feature, values = targets.features[column], targets.values[column]
+    if is_list(feature):
+        return _Lists(targets, column, values, feature.feature)
+    separator = args.label_separator
+    if separator and getattr(feature, "dtype", None) == "string":
+        lists = [None if v is None else [part for p in v.split(separator) if (part := p.strip())] for v in values]
+        return _Lists(targets, column, lists, datasets.Value("string"))
+    shown = next((value for value in values if value is not None), None)
+    raise ValueError(f"{targets.place(column, 0)}: the labels are no lists but such as {shown!r}. {HINT}")
+
+
+def _are_flags(read: _Lists) -> bool:
+    """Whether lists hold a 0 or a 1 for each label, rather than the labels that there are."""
+    if isinstance(read.inner, datasets.ClassLabel):
+        return False
+    kind = str(getattr(read.inner, "dtype", ""))
+    if kind == "bool" or kind.startswith("float"):
+        return True
+    if not kind.startswith(("int", "uint")):
+        return False
+    given = [row for row in read.lists if row is not None]
+    lengths = {len(row) for row in given}
+    return len(lengths) == 1 and max(lengths) > 1 and all(value in (0, 1, -1, None) for row in given for value in row)
+
+
+def _flag(value: Any) -> float | None:
+    """1, 0 or unknown; `None` for what is no such thing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)) or value == -1:
+        return UNKNOWN
+    return float(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
+
+
+def _from_flags(
+    read: dict[str, _Lists], rows: TargetRows, args: LabelSetArguments
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    first: Sequence[Any] = next((row for row in read[rows.names.train].lists if row is not None), [])
+    names = tuple(args.class_names or args.target_column_names or map(str, range(len(first))))
+    figures = {}
+    for split, one in read.items():
+        columns = args.target_column_names or [one.column] * len(names)
+        values = np.full((len(one.lists), len(names)), UNKNOWN)
+        for i, row in enumerate(one.lists):
+            if row is None:
+                continue
+            if len(row) != len(names):
+                raise ValueError(
+                    f"{one.targets.place(one.column, i)} has {len(row)} figures for {len(names)} labels "
+                    f"({', '.join(names[:5])}). Give each row a 0, a 1 or -1 (unknown) for every label."
+                )
+            for k, value in enumerate(row):
+                flag = _flag(value)
+                if flag is None:
+                    raise ValueError(
+                        f"{one.targets.place(columns[k], i)} holds {value!r}, which is neither 0 nor 1, nor empty or "
+                        "-1 for unknown. Mend the entry, or name the columns of 0 and 1 with target_column_names."
+                    )
+                values[i, k] = flag
+        figures[split] = values
+    return names, figures
+
+
+def _from_names(read: dict[str, _Lists], rows: TargetRows) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    train = read[rows.names.train]
+    named: dict[str, list[Any]] = {}
+    for split, one in read.items():
+        inner = one.inner
+        lists = named[split] = []
+        for i, row in enumerate(one.lists):
+            for value in row or ():
+                if value is None or value != value or (isinstance(inner, datasets.ClassLabel) and value < 0):
+                    raise ValueError(
+                        f"{one.targets.place(one.column, i)}: a label in the list is {value!r}. Leave it out of the "
+                        "list; a list that is empty altogether (null) is unknown."
+                    )
+            is_class = isinstance(inner, datasets.ClassLabel)
+            lists.append(None if row is None else [inner.int2str(v) if is_class else str(v) for v in row])
+    if isinstance(train.inner, datasets.ClassLabel):
+        names = tuple(train.inner.names)
+    else:
+        names = tuple(map(str, sorted({value for row in train.lists for value in row or ()})))
+    numbers = {name: k for k, name in enumerate(names)}
+    figures = {}
+    for split, lists in named.items():
+        values = np.zeros((len(lists), len(names)))
+        for i, row in enumerate(lists):
+            if row is None:
+                values[i] = UNKNOWN
+                continue
+            for name in row:
+                if name not in numbers:
+                    raise ValueError(
+                        f"{read[split].targets.place(read[split].column, i)} has the label {name!r}, which no image of "
+                        f"the split {rows.names.train!r} has. Its labels: {', '.join(names[:10])}."
+                    )
+                values[i, numbers[name]] = 1.0
+        figures[split] = values
+    return names, figures
+
+
+def _refuse_absent(splits: ImageSplits, train_name: str) -> None:
+    figures = figures_of(splits.train)
+    absent = [name for name, column in zip(splits.class_names, figures.T, strict=True) if not (column == 1).any()]
+    if absent or not splits.class_names:
+        what = f"the label {absent[0]!r} never occurs" if absent else "no label occurs"
+        more = f" (nor do {len(absent) - 1} others)" if len(absent) > 1 else ""
+        raise ValueError(
+            f"In the {len(figures)} training images of the split {train_name!r} {what}{more}, so that it cannot be "
+            "learned. Name the labels to learn with class_names or target_column_names, or add images that have it."
+        )

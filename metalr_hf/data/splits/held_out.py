@@ -1,0 +1,244 @@
+"""Which rows a run trains on, evaluates on while it trains, and is tested on: splits, held-out shares and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any, NamedTuple, TypeVar
+
+import datasets
+import numpy as np
+from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold
+
+from ...messages import first_line
+from ..columns import LABEL
+from ..intensity import IntensityWindow, find_window, parse_window
+from .folds import strata_of
+
+Splits = TypeVar("Splits", bound="ImageSplits")
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """Images in splits, with the columns `image` and `label`, or prepared as inputs of a model.
+
+    Args:
+        train (`datasets.Dataset` or `datasets.IterableDataset`): To train on.
+        test (`datasets.Dataset` or `datasets.IterableDataset`): To measure the result on, once.
+        meta (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): To tune the learning rates on.
+        class_names (`tuple[str, ...]`): Name of class 0, 1, ...
+        validation (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): To evaluate on while training.
+        window ([`~metalr_hf.data.intensity.IntensityWindow`], *optional*): Of images of more than 8 bits.
+    """
+
+    train: Any
+    test: Any
+    meta: Any
+    class_names: tuple[str, ...]
+    validation: Any = field(default=None, kw_only=True)
+    window: IntensityWindow | None = field(default=None, kw_only=True)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class number to class name, as model configurations have it."""
+        return dict(enumerate(self.class_names))
+
+
+class SplitNames(NamedTuple):
+    """The splits of a data set that a run uses; `None` where a share of the training split takes the place or none is.
+
+    Args:
+        train (`str`): To train on.
+        test (`str`, *optional*): To measure the result on.
+        validation (`str`, *optional*): To evaluate on while training.
+        meta (`str`, *optional*): To tune the learning rates on.
+    """
+
+    train: str
+    test: str | None
+    validation: str | None
+    meta: str | None
+
+    @property
+    def used(self) -> list[str]:
+        """Those that there are."""
+        return [name for name in dict.fromkeys(self) if name is not None]
+
+
+def arrange(chosen: Mapping[str, Any], names: SplitNames, args: Any, seed: int) -> dict[str, Any]:
+    """Takes the splits that a run uses, holds out a share to test on where there is none, and cuts the training split.
+
+    Args:
+        chosen (`Mapping[str, Any]`): Name to rows, in their columns.
+        names ([`SplitNames`]): Which are used for what.
+        args ([`~metalr_hf.data.loading.DataArguments`]): Shares, sizes and the column of the groups.
+        seed (`int`): Of the held-out share and of the subset.
+
+    Returns:
+        `dict[str, Any]`: `train`, `test`, `meta`, `validation` and `window` of an [`ImageSplits`].
+
+    Raises:
+        ValueError: if splits share a group, a share cannot be taken, or an image cannot be learned from.
+    """
+    divided = divide(chosen, names, args, seed)
+    window = parse_window(args.intensity_window)
+    # What a stream holds is seen as it comes.
+    if not (args.streaming or args.is_demo):
+        window = find_window({name: chosen[name] for name in names.used}, divided["train"], window, args.num_channels)
+    return {"window": window, **divided}
+
+
+def divide(chosen: Mapping[str, Any], names: SplitNames, args: Any, seed: int) -> dict[str, Any]:
+    """As [`arrange`], of rows whose images are not looked at.
+
+    Args:
+        chosen (`Mapping[str, Any]`): Name to rows, in their columns.
+        names ([`SplitNames`]): Which are used for what.
+        args ([`~metalr_hf.data.loading.DataArguments`]): Shares, sizes and the column of the groups.
+        seed (`int`): Of the held-out share and of the subset.
+
+    Returns:
+        `dict[str, Any]`: `train`, `test`, `meta` and `validation` of an [`ImageSplits`].
+
+    Raises:
+        ValueError: if splits share a group, or a share cannot be taken.
+    """
+    if args.group_column is not None and not args.allow_shared_groups:
+        refuse_shared_groups({name: chosen[name] for name in names.used}, args.group_column)
+    train, test = chosen[names.train], None if names.test is None else chosen[names.test]
+    if test is None and args.test_share > 0:
+        train, test = hold_out_rows(
+            train, "test_share", round(args.test_share * len(train)), seed, group_column=args.group_column
+        )
+    if args.max_train_samples is not None:
+        if args.streaming:
+            train = train.take(args.max_train_samples)
+        elif args.max_train_samples < len(train):
+            _, train = hold_out_rows(train, "max_train_samples", args.max_train_samples, seed)
+    others = {"meta": names.meta, "validation": names.validation}
+    return {"train": train, "test": test, **{what: name and chosen[name] for what, name in others.items()}}
+
+
+def hold_out(splits: Splits, what: str, argument: str, share: float, seed: int, group_column: str | None) -> Splits:
+    """Takes a share of the training rows for another use.
+
+    Args:
+        splits ([`ImageSplits`]): Not yet prepared.
+        what (`str`): `"validation"` or `"meta"`.
+        argument (`str`): The argument that says how much, for the message.
+        share (`float`): The share of the training rows, in (0, 1).
+        seed (`int`): Of the choice.
+        group_column (`str`, *optional*): Rows that share a value of it stay together.
+
+    Returns:
+        [`ImageSplits`], of the class that was given
+
+    Raises:
+        ValueError: if the training split is a stream, or such a share cannot be taken.
+    """
+    if isinstance(splits.train, datasets.IterableDataset):
+        raise ValueError(
+            f"A stream has no share to hold out for {argument}={share}. Name a split with {what}_split"
+            f"{'_name' if what == 'meta' else ''}, or leave out streaming."
+        )
+    size = max(1, round(share * len(splits.train)))
+    train, held = hold_out_rows(splits.train, argument, size, seed, group_column=group_column)
+    return replace(splits, train=train, **{what: held})
+
+
+def hold_out_rows(
+    rows: datasets.Dataset, argument: str, size: int, seed: int, *, group_column: str | None = None
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Divides rows in two, stratified by class where the labels are classes.
+
+    Args:
+        rows (`datasets.Dataset`): Rows with `label`.
+        argument (`str`): The argument that says how many, for the message.
+        size (`int`): How many rows to hold out; about as many where whole groups are held out.
+        seed (`int`): Of the choice.
+        group_column (`str`, *optional*): Rows that share a value of it stay together.
+
+    Returns:
+        `tuple[datasets.Dataset, datasets.Dataset]`: the rest and the rows held out.
+
+    Raises:
+        ValueError: if that is not possible with every class, or every group, on one side or both.
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from metalr_hf.data.splits.held_out import hold_out_rows
+    >>> data = datasets.Dataset.from_dict({"label": [0] * 8, "patient": ["a", "a", "b", "b", "c", "c", "d", "d"]})
+    >>> rest, held = hold_out_rows(data, "test_share", 2, seed=0, group_column="patient")
+    >>> len(held), {*rest["patient"]} & {*held["patient"]}
+    (2, set())
+
+    ```
+    """
+    strata = strata_of(rows)
+    try:
+        if group_column is None:
+            column = None if strata is None else LABEL
+            parts = rows.train_test_split(test_size=size, stratify_by_column=column, seed=seed)
+            return parts["train"], parts["test"]
+        groups = groups_of(rows, group_column, "training")
+        if strata is None:
+            how: Any = GroupShuffleSplit(1, test_size=size / len(rows), random_state=seed)
+        else:
+            how = StratifiedGroupKFold(max(2, round(len(rows) / size)), shuffle=True, random_state=seed)
+        rest, held = next(how.split(np.arange(len(rows)), strata, groups))
+    except ValueError as error:
+        kept = "every class" if group_column is None else f"each value of {group_column!r} on one side and every class"
+        raise ValueError(
+            f"{argument}: {size} of {len(rows)} training images cannot be taken with {kept} in both parts "
+            f"({first_line(error)})."
+        ) from error
+    return rows.select(rest), rows.select(held)
+
+
+def groups_of(rows: datasets.Dataset, column: str, name: str) -> np.ndarray:
+    """The group of every row, such as its patient.
+
+    Args:
+        rows (`datasets.Dataset`): The rows.
+        column (`str`): The column of the groups.
+        name (`str`): What the rows are called, for the message.
+
+    Returns:
+        `numpy.ndarray` of shape `(rows,)`
+
+    Raises:
+        ValueError: if there is no such column, or a row has no group.
+    """
+    if column not in rows.column_names:
+        raise ValueError(f"group_column={column!r} is not a column of the data set: {rows.column_names}.")
+    values = list(rows.with_format(None)[column])
+    missing = [row for row, value in enumerate(values) if value is None or value != value or value == ""]
+    if missing:
+        raise ValueError(
+            f"group_column={column!r}: {len(missing)} of the {name} images have no group, the first in row "
+            f"{missing[0]}. Give each image one, a name of its own where nothing is known, or leave it out."
+        )
+    return np.array([str(value) for value in values])
+
+
+def refuse_shared_groups(splits: Mapping[str, Any], column: str) -> None:
+    """Raises `ValueError` if two splits share a group, such as a patient.
+
+    Args:
+        splits (`Mapping[str, datasets.Dataset]`): Name to rows.
+        column (`str`): The column of the groups.
+    """
+    streams = [name for name, rows in splits.items() if isinstance(rows, datasets.IterableDataset)]
+    if streams:
+        raise ValueError(f"group_column={column!r}: the groups of a stream cannot be looked at. Leave out streaming.")
+    groups = {name: set(groups_of(rows, column, name)) for name, rows in splits.items()}
+    for one, other in combinations(groups, 2):
+        if shared := sorted(groups[one] & groups[other]):
+            raise ValueError(
+                f"group_column={column!r}: the splits {one!r} and {other!r} share {len(shared)} of its values "
+                f"({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}), so that results on one would tell "
+                "too much of the other. Divide the rows by it, or train all the same with --allow_shared_groups."
+            )

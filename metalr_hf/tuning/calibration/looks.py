@@ -1,0 +1,110 @@
+"""How far a backbone may be moved, and what several looks at its ladder say together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from .ladder import LADDER, TOLERANCE
+
+# Where a look has seen the loss so much above its start, further rungs are not tried. They all count as that bad and
+# no worse, or one odd batch would outvote two.
+HOPELESS = 0.15
+# Of the greatest gain along the ladder.
+KEPT_GAIN = 0.5
+# A longer step, as a share of the norm of what it moves, makes a backbone forget what it was trained for, even where
+# the loss falls along it: towards a constant answer, if the fresh head does worse than that.
+LARGEST_STEP = 0.01
+
+
+def largest_backbone_lr(sizes: Sequence[float], step_lrs: Sequence[float]) -> float:
+    """The learning rate with which the step would move the median layer by 1 % of its norm.
+
+    Args:
+        sizes (`Sequence[float]`): By which share of its norm the step moved every layer.
+        step_lrs (`Sequence[float]`): The learning rate that the step was taken with, in every layer.
+
+    Returns:
+        `float`: 1 if no layer has a norm and was moved.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tuning.calibration.looks import largest_backbone_lr
+    >>> round(largest_backbone_lr([0.01, 0.02, 0.5], [1e-3, 1e-3, 1e-3]), 6)
+    0.0005
+
+    ```
+    """
+    rates = [rate / size for size, rate in zip(sizes, step_lrs, strict=True) if 0 < size < math.inf]
+    return LARGEST_STEP * median(rates) if rates else LADDER[-1]
+
+
+def losses_until_hopeless(
+    ladder: Sequence[float], loss_at: Callable[[float], float], start_loss: float
+) -> dict[float, float]:
+    """Walks up a ladder beyond valleys and hills, to where the loss is far above its start.
+
+    Where a single look has a valley, the mean of several may have none.
+
+    Args:
+        ladder (`Sequence[float]`): Learning rates, in rising order.
+        loss_at (`Callable[[float], float]`): The loss after a step with that learning rate.
+        start_loss (`float`): The loss before the step.
+
+    Returns:
+        `dict[float, float]`: every rung walked, with its loss.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tuning.calibration.looks import losses_until_hopeless
+    >>> losses = {1e-4: 2.4, 1e-3: 1.8, 1e-2: 3.0, 1e-1: 0.9}
+    >>> losses_until_hopeless(list(losses), losses.get, start_loss=2.3)
+    {0.0001: 2.4, 0.001: 1.8, 0.01: 3.0}
+
+    ```
+    """
+    losses: dict[float, float] = {}
+    for rate in ladder:
+        losses[rate] = loss = loss_at(rate)
+        if not loss <= start_loss + HOPELESS * abs(start_loss):
+            break
+    return losses
+
+
+def highest_useful(changes: Sequence[dict[float, float]], ladder: Sequence[float]) -> float | None:
+    """The highest learning rate with at least half of the greatest gain, in the mean of several looks.
+
+    The gain of a single step is greatest at a rate below the one that is best for many steps.
+
+    Args:
+        changes (`Sequence[dict[float, float]]`): Learning rate to relative change of the loss, a mapping a look.
+        ladder (`Sequence[float]`): Learning rates, in rising order.
+
+    Returns:
+        `float | None`: the rate, or `None` if no rate lowers the loss.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tuning.calibration.looks import highest_useful
+    >>> looks = [{1e-4: 0.0, 1e-3: -0.1, 1e-2: 0.4}, {1e-4: 0.01, 1e-3: 0.02, 1e-2: -0.1}]
+    >>> highest_useful(looks, [1e-4, 1e-3, 1e-2])
+    0.001
+
+    ```
+    """
+
+    def change(look: dict[float, float], rate: float) -> float:
+        found = look.get(rate, HOPELESS)
+        return min(found, HOPELESS) if math.isfinite(found) else HOPELESS
+
+    if not changes or not ladder:
+        return None
+    means = {rate: sum(change(look, rate) for look in changes) / len(changes) for rate in ladder}
+    lowest = min(means.values())
+    if lowest > -TOLERANCE:
+        return None
+    return max(rate for rate, mean in means.items() if mean <= KEPT_GAIN * lowest)

@@ -1,0 +1,320 @@
+"""Start learning rates from the validation loss along the first optimizer steps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..hypergradient import LookAhead
+from .ladder import LADDER, TOLERANCE, first_valley, raised
+from .looks import highest_useful, largest_backbone_lr, losses_until_hopeless
+
+# One batch of 32 images often says nothing of a backbone, or what is wrong; three batches rarely do.
+LOOKS = (0, 1, 2)
+# A fresh head may say nothing of the backbone, whatever the batch; one that has learned for some steps does.
+LATER_LOOKS = (5, 10)
+# At the same rate Adam's first steps are about three times as long as later ones, whose gradients partly cancel. A rate
+# that suits a later step would be too high by that.
+LONGER_FIRST_STEP = 10**0.5
+# A head learns by rates from 1e-4; only one that was trained before needs less, for which two rungs are enough.
+HEAD_LADDER = (1e-6, 1e-5, *(rate for rate in LADDER if rate > 0.99e-4))
+# The step that is calibrated may have any learning rate, but the same one in every run, so that the learning rate that
+# the user gave makes no difference, not even in the last digit.
+PROBE_LR = 1e-3
+FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 1e-3
+BACKBONE_DOUBT = "no step of the backbone lowers the loss"
+# Tuning lowers a rate that is too high within a few steps; from one a thousand times too low it needs the better part
+# of a short run.
+LARGEST_HEAD_TO_BACKBONE, FALLBACK_HEAD_TO_BACKBONE = 100.0, 30.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the looks so far have found.
+
+    Args:
+        backbone_lr (`float`): Start rate of every layer but the head.
+        head_lr (`float`): Start rate of the head.
+        start_loss (`float`): The validation loss before the step of the last look.
+        head_losses (`dict[float, float]`):
+            Learning rate to validation loss with the head alone moved; empty where the head's rate was known.
+        backbone_losses (`dict[float, float]`): The same for the backbone.
+        largest_lr (`float`): The highest rate that was tried for the backbone.
+        changes (`list[dict[float, float]]`):
+            By how much of the loss before the step a rate of the backbone changed the loss, a mapping a look.
+        doubts (`list[str]`): Why the rates are not to be trusted. Empty if all went well.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tuning.calibration import Calibration
+    >>> found = Calibration(1e-4, 1e-3, 2.3, {1e-4: 2.2, 1e-3: 2.0}, {1e-4: 2.1}, 1e-3, changes=[], doubts=[])
+    >>> found.learning_rates(layers=4)
+    [0.0001, 0.0001, 0.0001, 0.001]
+    >>> found.forwards
+    4
+
+    ```
+    """
+
+    backbone_lr: float
+    head_lr: float
+    start_loss: float
+    head_losses: dict[float, float]
+    backbone_losses: dict[float, float]
+    largest_lr: float
+    changes: list[dict[float, float]]
+    doubts: list[str]
+
+    @property
+    def backbone_in_doubt(self) -> bool:
+        """Whether the backbone's rate is a guess."""
+        return BACKBONE_DOUBT in self.doubts
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the last look."""
+        return 1 + len(self.head_losses) + len(self.backbone_losses)
+
+    def learning_rates(self, layers: int, head_layers: int = 1) -> list[float]:
+        """The start rate of every layer, the head last.
+
+        Args:
+            layers (`int`): How many there are.
+            head_layers (`int`, *optional*, defaults to 1): How many of them, at the end, are the head.
+        """
+        return [self.backbone_lr] * (layers - head_layers) + [self.head_lr] * head_layers
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fields, in plain containers."""
+        return asdict(self)
+
+
+def calibrate(
+    look_ahead: LookAhead,
+    step_lrs: Sequence[float],
+    meta_loss: Callable[[], Tensor] | None,
+    *,
+    earlier: Calibration | None = None,
+    head_layers: int = 1,
+    lr_min: float = 0.0,
+    lr_max: float = math.inf,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Calibration:
+    """Finds start rates for head and backbone along the optimizer step just taken, with forward passes only.
+
+    The step gives every layer a direction. The validation loss is walked along it, once with the head alone and once
+    with the backbone alone: its gradient was taken through the head as it was, and says nothing for another one. A
+    single batch says little of the backbone, so that its rate is read off the mean of this look and all `earlier` ones.
+    It is at least a hundredth of the head's, and at most where the step moves the median layer by 1 % of its norm. The
+    parameters are put back bit for bit; buffers and random numbers are
+    the caller's, see [`~metalr_hf.tuning.contexts.untouched`].
+
+    Args:
+        look_ahead ([`~metalr_hf.tuning.hypergradient.LookAhead`]): The step taken. Its last layers are the head.
+        step_lrs (`Sequence[float]`): The learning rate that the step was taken with, in every layer.
+        meta_loss (`Callable`): Takes nothing and returns the scalar validation loss at the present parameters.
+        earlier ([`Calibration`], *optional*): What the looks along the steps before have found. With it only the
+            backbone is walked, from the head as this step left it.
+        head_layers (`int`, *optional*, defaults to 1): How many of the layers, at the end, are the head.
+        lr_min (`float`, *optional*, defaults to 0.0), lr_max (`float`, *optional*, defaults to `math.inf`): Rungs
+            outside these bounds are left out.
+        reduce (`Callable`, *optional*): Averages a tensor over all processes.
+
+    Returns:
+        [`Calibration`]: the start rates and how they were found.
+
+    Raises:
+        ValueError: without a `meta_loss`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.tuning.calibration import calibrate
+    >>> from metalr_hf.tuning.hypergradient import LookAhead
+    >>> weights = [torch.nn.Parameter(torch.tensor([value])) for value in (1.0, 3.0)]
+    >>> def loss():
+    ...     return sum((weight**2).sum() for weight in weights)
+    >>> optimizer = torch.optim.SGD(weights, lr=1e-3)
+    >>> look_ahead = LookAhead()
+    >>> loss().backward()
+    >>> look_ahead.before_step([[weight] for weight in weights])
+    >>> optimizer.step()
+    >>> look_ahead.after_step()
+    >>> found = calibrate(look_ahead, [1e-3, 1e-3], loss)
+    >>> round(found.backbone_lr, 3), round(found.head_lr, 3)
+    (0.005, 0.316)
+
+    ```
+    """
+    if meta_loss is None:
+        raise ValueError(
+            f"calibrate=True needs a validation batch at the first {len(LOOKS)} steps: call scheduler.step(meta_loss), "
+            "or set scheduler.meta_loss, or leave calibrate at False."
+        )
+    layers = len(look_ahead.sizes)
+
+    def loss_at(backbone_lr: float, head_lr: float) -> float:
+        rates = [backbone_lr] * (layers - head_layers) + [head_lr] * head_layers
+        ratios = [rate / step_lr for rate, step_lr in zip(rates, step_lrs, strict=True)]
+        return look_ahead.loss_at(ratios, meta_loss, reduce)
+
+    def bounded(rate: float) -> float:
+        return min(max(rate, lr_min), lr_max)
+
+    doubts = [] if earlier is None else [doubt for doubt in earlier.doubts if doubt != BACKBONE_DOUBT]
+    head_losses: dict[float, float] = {}
+    head_lr = None if earlier is None else earlier.head_lr
+    head_step = 0.0 if earlier is None else step_lrs[-1]
+    start_loss = loss_at(0.0, head_step)
+    if earlier is None:
+        ladder = [rate for rate in HEAD_LADDER if lr_min <= rate <= lr_max]
+        head_lr, head_losses = first_valley(ladder, lambda rate: loss_at(0.0, rate), start_loss)
+    if head_lr is None:
+        doubts.append("the loss does not tell the learning rates of the head apart")
+        head_lr = bounded(FALLBACK_HEAD_LR)
+    if earlier is None:
+        sizes = look_ahead.relative_sizes(reduce)[: layers - head_layers]
+        largest_lr = bounded(largest_backbone_lr(sizes, step_lrs[: layers - head_layers]))
+    else:
+        largest_lr = earlier.largest_lr
+    lowest = min(max(head_lr / LARGEST_HEAD_TO_BACKBONE, lr_min), largest_lr)
+    ladder = [largest_lr * rung for rung in LADDER if largest_lr * rung >= 0.99 * lowest and layers > head_layers]
+    backbone_losses = losses_until_hopeless(ladder, lambda rate: loss_at(rate, head_step), start_loss)
+    changes = [] if earlier is None else list(earlier.changes)
+    if math.isfinite(start_loss):
+        size = abs(start_loss) or 1.0
+        changes.append({rate: (loss - start_loss) / size for rate, loss in backbone_losses.items()})
+    backbone_lr = highest_useful(changes, ladder)
+    if backbone_lr is None:
+        if layers > head_layers:
+            doubts.append(BACKBONE_DOUBT)
+        harms_at_once = bool(backbone_losses) and backbone_losses[ladder[0]] > raised(start_loss, TOLERANCE)
+        guess = max(FALLBACK_BACKBONE_LR, head_lr / FALLBACK_HEAD_TO_BACKBONE)
+        backbone_lr = lowest if harms_at_once else min(bounded(guess), largest_lr)
+    backbone_lr = max(backbone_lr, lowest)
+    return Calibration(backbone_lr, head_lr, start_loss, head_losses, backbone_losses, largest_lr, changes, doubts)
+
+
+class Calibrator:
+    """Looks along the first three steps, and along two later ones if the backbone is still in doubt then.
+
+    Args:
+        active (`bool`): Whether to calibrate at all.
+
+    Attributes:
+        found ([`Calibration`], *optional*): The calibration that gave the rates.
+        forwards (`int`): Forward passes taken so far.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tuning.calibration import Calibrator
+    >>> calibrator = Calibrator(active=True)
+    >>> calibrator.due(0), calibrator.found
+    (True, None)
+
+    ```
+    """
+
+    def __init__(self, active: bool):
+        self.found: Calibration | None = None
+        self.forwards = 0
+        self._steps: list[int] = [*LOOKS, *LATER_LOOKS] if active else []
+
+    def due(self, step: int) -> bool:
+        """Whether this step is to be calibrated; a step that could not be is made up for by the next.
+
+        Args:
+            step (`int`): The optimizer step, from 0.
+        """
+        return bool(self._steps) and step >= self._steps[0]
+
+    def learning_rates(
+        self,
+        look_ahead: LookAhead,
+        before: Sequence[float],
+        shape: float,
+        meta_loss: Callable[[], Tensor] | None,
+        **kwargs: Any,
+    ) -> list[float]:
+        """Calibrates the step just taken.
+
+        Args:
+            look_ahead ([`~metalr_hf.tuning.hypergradient.LookAhead`]): The step taken.
+            before (`Sequence[float]`): The learning rate α of every layer, the head's last.
+            shape (`float`): The schedule's factor s: the step was taken with s α.
+            meta_loss (`Callable`): Takes nothing and returns the scalar validation loss at the present parameters.
+            kwargs: Passed on to [`calibrate`].
+
+        Returns:
+            `list[float]`: the rate of every layer from this step on.
+        """
+        earlier, later = self.found, self._steps[0] in LATER_LOOKS
+        if earlier is not None and later:
+            # What was seen through the fresh head is what left the doubt.
+            earlier = replace(earlier, changes=[])
+        with look_ahead.excursions():
+            step_lrs = [rate * shape for rate in before]
+            found = calibrate(look_ahead, step_lrs, meta_loss, earlier=earlier, **kwargs)
+        self.forwards += found.forwards
+        self._steps = self._steps[1:]
+        settled = len(self._steps) <= len(LATER_LOOKS) and not found.backbone_in_doubt
+        if settled or not found.backbone_losses:
+            self._steps = []
+        if not self._steps:
+            warn_of_doubts(found)
+        if later and found.backbone_in_doubt:
+            return list(before)
+        if later:
+            lower = max(found.backbone_lr / LONGER_FIRST_STEP, kwargs.get("lr_min", 0.0))
+            found = replace(found, backbone_lr=lower)
+        self.found = found
+        head_layers = kwargs.get("head_layers", 1)
+        rates = found.learning_rates(len(before), head_layers)
+        # The head has been tuned since its own look.
+        return rates if earlier is None else [*rates[:-head_layers], *before[-head_layers:]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain containers."""
+        return {
+            "found": None if self.found is None else self.found.state_dict(),
+            "forwards": self.forwards,
+            "steps": list(self._steps),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what [`~Calibrator.state_dict`] gave."""
+        found = state_dict["found"]
+        self.found = None if found is None else Calibration(**found)
+        self.forwards, self._steps = state_dict["forwards"], list(state_dict["steps"])
+
+
+def warn_of_doubts(calibration: Calibration) -> None:
+    """Warns if the ladder was flat or the batch odd, and says which rates are used instead.
+
+    Args:
+        calibration ([`Calibration`]): What was found.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tuning.calibration.search import Calibration, warn_of_doubts
+    >>> certain = Calibration(1e-4, 1e-3, 2.3, {}, {}, largest_lr=1e-3, changes=[], doubts=[])
+    >>> warn_of_doubts(certain)
+
+    ```
+    """
+    if calibration.doubts:
+        warnings.warn(
+            f"The calibration of the start learning rates is in doubt: {'; '.join(calibration.doubts)}. It starts at "
+            f"{calibration.backbone_lr:.1e} (backbone) and {calibration.head_lr:.1e} (head) instead, and tuning goes "
+            "on from there. Look at the labels and the size of the meta batch if this comes again with another seed.",
+            stacklevel=2,
+        )

@@ -1,0 +1,104 @@
+"""Splits mean what they say: training, validation and test rows stay apart, and so do patients."""
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from metalr_hf.data.loading import DataArguments, load_images
+from metalr_hf.data.splits.held_out import hold_out, hold_out_rows
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+
+def rows(count=40, start=0, patients=4):
+    """Images of one colour a row, so that a row is known again; each patient has so many of them."""
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]), patient=datasets.Value("string")
+    )
+    numbers = range(start, start + count)
+    columns = {
+        "image": [Image.new("RGB", (4, 4), (i, 0, 0)) for i in numbers],
+        "label": [i % 2 for i in numbers],
+        "patient": [f"p{i // patients}" for i in numbers],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def saved(folder, **splits):
+    datasets.DatasetDict(splits).save_to_disk(str(folder))
+    return str(folder)
+
+
+def numbers(split):
+    return {image.getpixel((0, 0))[0] for image in split["image"]}
+
+
+def test_a_validation_split_beside_the_test_split_is_what_evaluations_look_at(tmp_path):
+    name = saved(tmp_path, train=rows(), validation=rows(12, 40), test=rows(8, 60))
+    splits = load_images(DataArguments(dataset_name=name))
+    assert [len(numbers(split)) for split in (splits.train, splits.validation, splits.test)] == [40, 12, 8]
+    other = load_images(DataArguments(dataset_name=name, validation_split="test", test_split="validation"))
+    assert (numbers(other.validation), numbers(other.test)) == (numbers(splits.test), numbers(splits.validation))
+    # Without a test split the result is measured on `validation`, which is then not looked at before.
+    name = saved(tmp_path / "two", train=rows(), validation=rows(12, 40))
+    splits = load_images(DataArguments(dataset_name=name))
+    assert (splits.test.num_rows, splits.validation) == (12, None)
+
+
+def test_a_validation_share_is_taken_from_the_training_split_and_never_from_the_test(tmp_path):
+    splits = load_images(DataArguments(dataset_name=saved(tmp_path, train=rows(), test=rows(8, 60))))
+    held = hold_out(splits, "validation", "validation_share", 0.25, seed=0, group_column=None)
+    assert numbers(held.train) | numbers(held.validation) == numbers(splits.train)
+    assert not numbers(held.train) & numbers(held.validation)
+    assert sum(held.validation["label"]) == 5
+    assert held.test is splits.test
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_patient_stays_on_one_side(labels):
+    data = rows() if labels else rows().remove_columns("label").add_column("label", [float(i) for i in range(40)])
+    for seed in range(5):
+        rest, held = hold_out_rows(data, "test_share", 8, seed, group_column="patient")
+        assert not set(rest["patient"]) & set(held["patient"])
+        assert len(rest) + len(held) == 40
+        assert 4 <= len(held) <= 12
+
+
+def test_every_split_that_is_made_keeps_patients_together(tmp_path):
+    arguments = DataArguments(dataset_name=saved(tmp_path, train=rows()), group_column="patient", test_share=0.25)
+    splits = load_images(arguments, seed=1)
+    held = hold_out(splits, "validation", "validation_share", 0.3, 1, "patient")
+    held = hold_out(held, "meta", "meta_split", 0.3, 1, "patient")
+    patients = [set(split["patient"]) for split in (held.train, held.validation, held.meta, held.test)]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == 10
+
+
+def test_splits_that_share_a_patient_are_refused_unless_that_is_wanted(tmp_path):
+    name = saved(tmp_path, train=rows(), test=rows(12, 32))
+    with pytest.raises(ValueError, match=r"'train' and 'test' share 2 of its values \(p8, p9\).*--allow_shared_groups"):
+        load_images(DataArguments(dataset_name=name, group_column="patient"))
+    splits = load_images(DataArguments(dataset_name=name, group_column="patient", allow_shared_groups=True))
+    assert splits.test.num_rows == 12
+
+
+def test_bad_groups_are_told_before_training(tmp_path):
+    name = saved(tmp_path / "a", train=rows())
+    with pytest.raises(ValueError, match=r"group_column='subject' is not a column of the data set: \['image'"):
+        load_images(DataArguments(dataset_name=name, group_column="subject"))
+    missing = rows().remove_columns("patient").add_column("patient", [None if i == 7 else "p" for i in range(40)])
+    name = saved(tmp_path / "b", train=missing)
+    with pytest.raises(ValueError, match="1 of the train images have no group, the first in row 7"):
+        load_images(DataArguments(dataset_name=name, group_column="patient"))
+    name = saved(tmp_path / "c", train=rows(), test=rows(8, 60))
+    with pytest.raises(ValueError, match="the groups of a stream cannot be looked at"):
+        load_images(DataArguments(dataset_name=name, group_column="patient", streaming=True))
+    splits = load_images(DataArguments(dataset_name=name, streaming=True))
+    with pytest.raises(ValueError, match="no share to hold out for validation_share=0.2. Name a split with validation"):
+        hold_out(splits, "validation", "validation_share", 0.2, 0, None)
+    with pytest.raises(ValueError, match="validation_share=1.0 must be between 0 and 1"):
+        DataArguments(validation_share=1.0)
+    few = np.array(["p"] * 40)
+    name = saved(tmp_path / "d", train=rows().remove_columns("patient").add_column("patient", few.tolist()))
+    with pytest.raises(ValueError, match="test_share: 8 of 40 training images cannot be taken with each value"):
+        load_images(DataArguments(dataset_name=name, group_column="patient"))

@@ -1,0 +1,32 @@
+import math
+
+import pytest
+
+from metalr_hf.tuning.calibration.ladder import LADDER
+from metalr_hf.tuning.calibration.looks import highest_useful, largest_backbone_lr, losses_until_hopeless
+
+
+def test_the_median_layer_sets_the_limit_and_those_without_a_norm_or_a_step_do_not_count():
+    sizes, rates = [0.001, 0.002, 0.5, math.inf, 0.0], [1e-3, 1e-3, 1e-3, 1e-3, 1e-3]
+    assert largest_backbone_lr(sizes, rates) == pytest.approx(0.01 * 1e-3 / 0.002)
+    assert largest_backbone_lr([math.inf, 0.0], [1e-3, 1e-3]) == LADDER[-1]
+
+
+def test_a_walk_goes_on_over_hills_until_it_is_hopeless():
+    losses = {1e-4: 2.4, 1e-3: 2.2, 1e-2: 2.31, 1e-1: 2.8, 1.0: 0.1}
+    assert losses_until_hopeless(list(losses), losses.get, 2.3) == {k: v for k, v in losses.items() if k < 1}
+    assert list(losses_until_hopeless([1e-4, 1e-3], lambda rate: math.nan, 2.3)) == [1e-4]
+
+
+def test_one_odd_batch_does_not_outvote_two():
+    odd = {1e-4: 0.5, 1e-3: 20.0, 1e-2: math.nan}
+    right = {1e-4: -0.1, 1e-3: -0.3, 1e-2: 0.1}
+    assert highest_useful([odd], list(right)) is None
+    assert highest_useful([odd, right, right], list(right)) == 1e-3
+
+
+def test_a_hill_before_the_lowest_loss_is_passed_and_the_highest_rate_with_half_of_the_gain_is_taken():
+    hill = {1e-4: 0.02, 1e-3: 0.05, 1e-2: -0.2, 1e-1: -0.101, 1.0: -0.099}
+    assert highest_useful([hill], list(hill)) == 1e-1
+    assert highest_useful([{1e-4: 0.02, 1e-3: -0.002}], [1e-4, 1e-3]) is None
+    assert highest_useful([], [1e-4]) is None

@@ -45,7 +45,8 @@ def fits_8_bits(values: np.ndarray) -> bool:
     """Whether 8 bits hold the values of an image as they are.
 
     Args:
-        values (`numpy.ndarray`): Of any real type.
+        values (`numpy.ndarray`): Of any real type. Floats of which none is above 1 are shares of white, and not the two
+            darkest of 256 levels.
 
     Returns:
         `bool`
@@ -57,9 +58,13 @@ def fits_8_bits(values: np.ndarray) -> bool:
     >>> from metalr_hf.data.eight_bits import fits_8_bits
     >>> fits_8_bits(np.array([0.0, 255.0])), fits_8_bits(np.array([0.5])), fits_8_bits(np.array([256]))
     (True, False, False)
+    >>> fits_8_bits(np.array([0.0, 1.0])), fits_8_bits(np.array([0, 1]))
+    (False, True)
 
     ```
     """
+    if np.issubdtype(values.dtype, np.floating) and 0 < values.max(initial=0) <= 1:
+        return False
     with np.errstate(invalid="ignore"):
         return bool((values.astype(np.uint8) == values).all())
 

@@ -321,7 +321,7 @@ def _as_8_bits(values: np.ndarray) -> np.ndarray:
         return values.astype(np.uint8)
     numbers = values[np.isfinite(values)]
     low, high = (f"{value:.6g}" for value in (numbers.min(initial=0), numbers.max(initial=0)))
-    kind = "" if np.issubdtype(values.dtype, np.integer) else " with fractions"
+    kind = "" if (numbers == numbers.round()).all() else " with fractions"
     raise ValueError(
         f"the image has values from {low} to {high}{kind} ({values.dtype}), which 8 bits do not hold, and there is no "
         f"window of intensities. {ADVICE}"

@@ -34,6 +34,7 @@ DEEP = {
     "uint16.tif": (shown(GREYS.astype("uint16") * 257), r"from 0 to 65535 \(uint16\)"),
     "int32.tif": (shown(GREYS.astype("int32") - 1024), r"from -1024 to 0 \(int32\)"),
     "unit.tif": (shown((GREYS / 255).astype("float32")), r"from 0 to 1 with fractions \(float32\)"),
+    "bits.tif": (shown((SHAPE / 255).astype("float32")), r"from 0 to 1 \(float32\)"),
     "float.tif": (shown(GREYS.astype("float32") * 3), r"from 0 to 765 .*\(float32\)"),
     "nan.tif": (shown(np.where(GREYS, GREYS * np.float32(0.3), np.float32("nan"))), r"with fractions \(float32\)"),
 }
@@ -118,5 +119,5 @@ def test_colours_of_16_bits_are_refused_in_png_and_read_in_tiff(tmp_path):
 
 
 def test_only_whole_numbers_of_a_byte_fit():
-    for values in ([-1], [256], [0.5], [float("nan")], [float("inf")], [2**40]):
+    for values in ([-1], [256], [0.5], [0.0, 1.0], [float("nan")], [float("inf")], [2**40]):
         assert not fits_8_bits(np.array(values))

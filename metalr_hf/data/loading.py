@@ -16,7 +16,7 @@ from .digits import demo_dataset
 from .files import ImageFile
 from .files.folders import holds_other_images, load_folder
 from .intensity import VOI, parse_window
-from .labels.classes import class_labels, layout_hint
+from .labels.classes import class_labels, empty_entry, layout_hint
 from .splits import ImageSplits, SplitNames, arrange
 from .splits.patients import with_groups
 
@@ -354,7 +354,7 @@ def read_splits(args: DataArguments, demo: Demo = demo_dataset) -> Mapping[str, 
             f"`hf auth login`. ({first_line(error)})"
         ) from error
     except ValueError as error:
-        raise ValueError(f"dataset_name={name!r} could not be loaded: {error}") from error
+        raise ValueError(f"dataset_name={name!r} could not be loaded: {error}{empty_entry(args.folder)}") from error
 
 
 def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -113,6 +115,33 @@ def layout_hint(folder: str | None) -> str:
         "two or more, where every image lies in one: train/<class>/ and test/<class>/, or <class>/ alone. Take a test "
         "folder without classes away, or give each split a metadata.csv with the columns file_name and label."
     )
+
+
+def empty_entry(folder: str | None) -> str:
+    """Which row of a folder's tables has an empty entry, which makes floats of the whole numbers of one split alone.
+
+    Args:
+        folder (`str`, *optional*): The folder that was given, if it was one.
+
+    Returns:
+        `str`: a sentence, after a space; nothing if no `metadata.csv` has an empty entry.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.labels import empty_entry
+    >>> empty_entry(None)
+    ''
+
+    ```
+    """
+    for table in [] if folder is None else sorted(Path(folder).rglob("metadata.csv")):
+        with table.open(newline="", encoding="utf-8", errors="replace") as lines:
+            for row, entries in enumerate(csv.DictReader(lines)):
+                empty = [column for column, entry in entries.items() if not entry]
+                if empty:
+                    return f" Row {row} of {table} has no {empty[0]}."
+    return ""
 
 
 def _image_endings() -> Sequence[str]:

@@ -59,6 +59,15 @@ def test_a_missing_label_is_named_with_its_row_and_file_however_late(tmp_path, l
         load(table(tmp_path / "images", given))
 
 
+def test_a_missing_number_in_one_split_of_several_is_named(tmp_path):
+    given = [i % 2 for i in range(40)]
+    table(tmp_path / "test", given[:12])
+    given[33] = ""
+    table(tmp_path / "train", given)
+    with pytest.raises(ValueError, match=r"different features.* Row 33 of .*train/metadata.csv has no label\."):
+        load(tmp_path)
+
+
 def test_a_missing_label_of_a_class_label_is_named(tmp_path):
     images, names = digit_images(30)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(NAMES)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -290,6 +291,33 @@ def split_optimizer(optimizer: Optimizer, layers: Mapping[str, Sequence[Tensor]]
     optimizer.param_groups.clear()
     for group in groups:
         optimizer.add_param_group(group)
+
+
+def drop_frozen(optimizer: Optimizer) -> None:
+    """Takes frozen parameters, which belong to no layer, out of the param groups of an optimizer, in place.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.layers.groups import drop_frozen
+    >>> model = torch.nn.Linear(4, 2)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> _ = model.bias.requires_grad_(False)
+    >>> drop_frozen(optimizer)
+    >>> [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
+    [(2, 4)]
+
+    ```
+    """
+    for group in optimizer.param_groups:
+        kept = [p.requires_grad for p in group["params"]]
+        # Optimizers that were given names keep them beside the parameters.
+        for key in group.keys() & {"params", "param_names"}:
+            group[key] = list(compress(group[key], kept))
 
 
 def _once(layers: Layers, model: nn.Module) -> Layers:

@@ -157,14 +157,14 @@ def wrap_bare_module(
 
     ```
     """
-    if hasattr(model, "pretrained_cfg"):
+    argument, known = next(iter(inspect.signature(_forward(model)).parameters), None), _columns(dataset)
+    if hasattr(model, "pretrained_cfg") and not (own_loss and argument in known):
         from .timm import PREFIX, is_timm_model, wrap_timm_model
 
         if is_timm_model(model):
             return wrap_timm_model(model), _prefixed(model, groups, PREFIX)
     if not needs_loss(model, label_names):
         return model, groups
-    argument, known = next(iter(inspect.signature(_forward(model)).parameters)), _columns(dataset)
     fed = argument in known or (argument == "pixel_values" and not known)
     if fed if own_loss else argument in known and argument != "pixel_values":
         return model, groups

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils import logging
 
 from ..hub.mixin import HubTrainer
-from ..layers.groups import check_layer_groups, layer_groups, split_optimizer
+from ..layers.groups import check_layer_groups, drop_frozen, layer_groups, split_optimizer
 from ..layers.names import head_layers
 from ..models.bare import LossAlone, logits_of, wrap_bare_module
 from ..tuning.contexts import untouched
@@ -57,7 +57,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             The model, or in its place `model_init`. A bare timm model is put into transformers'
             `TimmWrapperForImageClassification`, a module from images to logits into a
             [`~metalr_hf.models.bare.Classifier`]. One that takes labels is taken as it is, whether it returns a loss,
-            or a tuple or a dictionary with one.
+            or a tuple or a dictionary with one, and so is any for a subclass with a `compute_loss` of its own.
         args ([`MetaLRTrainingArguments`] or `TrainingArguments`, *optional*):
             The arguments.
         *trainer_args:
@@ -180,7 +180,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         return self._wrap(super().call_model_init(trial), self.args)
 
     def _wrap(self, model: nn.Module, args: Any) -> nn.Module:
-        if self._feeds_itself and not hasattr(model, "pretrained_cfg"):
+        if self._feeds_itself:
             return model
         options: Any = {"own_loss": self._own_loss, "label_names": args.label_names or ()}
         groups, dataset = self._given_layer_groups, self.train_dataset
@@ -212,6 +212,8 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             return
         parameters = dict(model.named_parameters())
         layers = {layer: [parameters[name] for name in names] for layer, names in self._layer_groups(model).items()}
+        # `AdamW(model.parameters())` holds those too. One that is thawed later is noticed.
+        drop_frozen(optimizer)
         split_optimizer(optimizer, layers)
         heads = head_layers(list(layers))
         for group in optimizer.param_groups:
@@ -257,8 +259,9 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
                 self._collapse_guard = guard_for(self.model, self.compute_loss_func)
                 scheduler.stateful |= {} if self._collapse_guard is None else {"collapse_guard": self._collapse_guard}
             held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
-            parameters = self.model.named_parameters()
-            self._left_out = {name: p for name, p in parameters if id(p) not in held and not p.requires_grad}
+            others = {name: p for name, p in self.model.named_parameters() if id(p) not in held}
+            # Those that an earlier run left out too: they may have been thawed since.
+            self._left_out = {name: p for name, p in others.items() if name in self._left_out or not p.requires_grad}
             self._step_loss = 0.0
             self.lr_scheduler = self._scheduler = scheduler
             # Trainer's own mark of a scheduler that a second train() has to make anew.
@@ -344,7 +347,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             raise ValueError(
                 f"{thawed[0]} and {len(thawed) - 1} more parameters were frozen when training began and are not any "
                 "more, but the optimizer does not hold them: they would not be trained. Freeze them in a callback's "
-                "on_train_begin instead, when the optimizer holds all parameters, or call train() again."
+                "on_train_begin instead, when the optimizer holds all parameters, or train anew with one that does."
             )
 
     def _undo_collapse(self, inputs: dict[str, Any]) -> None:

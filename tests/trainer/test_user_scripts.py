@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass
 
 import pytest
+import timm
 import torch
 from small_runs import LABELS, images, same_weights, vit
 from torch import nn
@@ -115,6 +116,15 @@ class OwnOptimizer:
         return self.optimizer
 
 
+class FrozenInOptimizer:
+    """A frozen part of the model, and an optimizer made by hand that holds it all the same."""
+
+    def __init__(self, model, *args, **kwargs):
+        model.vit.embeddings.requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        super().__init__(model, *args, **kwargs, optimizers=(optimizer, None))
+
+
 class OwnCollator:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, data_collator=self.collate)
@@ -135,6 +145,7 @@ SCRIPTS = [
     OwnBatches,
     HeldInEval,
     OwnOptimizer,
+    FrozenInOptimizer,
     OwnCollator,
 ]
 WITHOUT_DATASET = (OwnLoader, TupleBatches)
@@ -307,6 +318,14 @@ def test_an_own_optimizer_resumes_from_its_own_checkpoint(tmp_path):
     assert groups[1]["lr"] == pytest.approx(2 * groups[0]["lr"])
 
 
+def test_a_layer_thawed_between_two_runs_with_an_optimizer_that_does_not_hold_it_is_noticed(tmp_path):
+    trained = run(FrozenInOptimizer, MetaLRTrainer, tmp_path)
+    assert not any("embeddings" in name for names in trained._layer_groups(trained.model).values() for name in names)
+    trained.model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"vit.embeddings.cls_token and \d more parameters were frozen"):
+        trained.train()
+
+
 @pytest.mark.parametrize("script", [OwnCollator, OwnStep, StepWithoutLoss])
 def test_a_checkpoint_before_the_calibration_resumes_bitwise(tmp_path, script):
     # The step waits for the next batch when checkpoint 1 is written.
@@ -347,6 +366,47 @@ def test_targets_are_those_that_label_names_names(tmp_path):
 def network(outputs=3):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, outputs))
+
+
+class OnLogits:
+    """A loss written by hand of what a network that is no model of transformers returns."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        logits = model(inputs["pixel_values"])
+        loss = functional.cross_entropy(logits, inputs["labels"])
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def on_logits(outputs, labels, num_items_in_batch=None):
+    return functional.cross_entropy(outputs, labels)
+
+
+@pytest.mark.parametrize(
+    ("script", "column", "more"),
+    [(OnLogits, "pixel_values", {}), (object, "x", {"compute_loss_func": on_logits})],
+    ids=["compute_loss", "compute_loss_func"],
+)
+def test_a_timm_model_returns_logits_to_a_loss_that_takes_them(tmp_path, script, column, more):
+    runs = []
+    for trainer_class in (Trainer, MetaLRTrainer):
+        kind = type(script.__name__, (trainer_class,) if script is object else (script, trainer_class), {})
+        args = stock_arguments(
+            tmp_path,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            eval_strategy="epoch" if script is OnLogits else "no",
+        )
+        args.hyper_lr = 0.0
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=3)
+        rows = images() if column == "pixel_values" else images().rename_column("pixel_values", column)
+        runs.append(kind(model, args, train_dataset=rows, eval_dataset=rows if script is OnLogits else None, **more))
+        runs[-1].train()
+    assert type(runs[1].model) is type(runs[0].model)
+    assert same_weights(runs[0].model, runs[1].model)
+    runs[1].args.hyper_lr = 0.1
+    runs[1].train()
+    assert runs[1].lr_scheduler.calibration is not None
 
 
 def weighted(outputs, labels, num_items_in_batch=None):

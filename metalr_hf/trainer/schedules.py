@@ -68,7 +68,8 @@ def schedule_shape(
 
 def _refuse_absolute_floors(args: TrainingArguments, options: dict[str, Any]) -> None:
     for name, instead in ABSOLUTE_FLOORS.items():
-        if options.get(name) is not None:
+        # Zero is the same in any units.
+        if options.get(name):
             raise ValueError(
                 f"lr_scheduler_kwargs={{{name!r}: {options[name]!r}}}: a schedule multiplies the rates of the layers, "
                 f"which are found in the run, so that a floor in absolute units would be none. {instead}"

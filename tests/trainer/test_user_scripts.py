@@ -472,6 +472,7 @@ SCHEDULES = [
     ("cosine_with_restarts", {}, {"num_cycles": 2}),
     ("cosine_with_min_lr", {}, {"min_lr": 1e-4}),
     ("cosine_with_min_lr", {}, {"min_lr_rate": 0.1}),
+    ("cosine_warmup_with_min_lr", {"warmup_steps": 2}, {"min_lr": 1e-4, "warmup_lr_rate": 0.2}),
     ("polynomial", {}, {}),
     ("polynomial", {}, {"lr_end": 1e-4, "power": 2.0}),
     ("inverse_sqrt", {"warmup_steps": 2}, {}),
@@ -532,6 +533,15 @@ def test_a_floor_in_absolute_units_is_refused_while_rates_are_found(tmp_path, na
     args = stock_arguments(tmp_path, lr_scheduler_type=name, lr_scheduler_kwargs=details)
     with pytest.raises(ValueError, match=f"a floor in absolute units would be none.*{instead}"):
         MetaLRTrainer(vit(), args, train_dataset=images()).train()
+
+
+@pytest.mark.parametrize(("name", "floor"), [("cosine_with_min_lr", "min_lr"), ("polynomial", "lr_end")])
+def test_a_floor_of_zero_is_one_in_any_units(tmp_path, name, floor):
+    args = stock_arguments(tmp_path, lr_scheduler_type=name, lr_scheduler_kwargs={floor: 0.0}, learning_rate=1e-2)
+    shape = schedule_shape(args, 10)
+    known = schedule_shape(args, 10, fixed_lr=1e-2)
+    assert [shape(i) for i in range(11)] == pytest.approx([known(i) for i in range(11)])
+    assert shape(10) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_default_end_of_a_polynomial_does_not_depend_on_the_learning_rate(tmp_path):

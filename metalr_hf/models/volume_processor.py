@@ -5,18 +5,24 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature
 
+from .losses import resize_logits
 from .monai_networks import PATCH_SIZE, MonaiConfig
 
 # Left to right, back to front, bottom to top.
 ORIENTATION = "RAS"
+# Of a NIfTI header: where its voxels lie.
+GEOMETRY_FIELDS = (
+    *("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z"),
+)
 GZIP = b"\x1f\x8b"
 
 
@@ -157,20 +163,92 @@ class VolumeImageProcessor(BaseImageProcessor):
         Returns:
             `list[nibabel.Nifti1Image]`: class ids.
         """
-        import nibabel
+        return masks_of(outputs.logits, [open_nifti(_listed(image)[0]) for image in _listed(images)])
 
-        masks = []
-        for logits, image in zip(outputs.logits, _listed(images), strict=True):
-            source = open_nifti(_listed(image)[0])
-            turned = nibabel.orientations.io_orientation(source.affine)
-            # The axes of the source in the order in which the network sees them.
-            order = np.argsort(turned[:, 0])
-            size = [source.shape[axis] for axis in order]
-            ids = functional.interpolate(logits[None].float(), size=size, mode="trilinear")[0].argmax(0)
-            ids = ids.flip([axis for axis in range(3) if turned[order[axis], 1] < 0])
-            back = ids.permute(*(int(axis) for axis in turned[:, 0]))
-            masks.append(nibabel.Nifti1Image(back.cpu().numpy().astype(np.uint8), source.affine))
-        return masks
+
+@dataclass(frozen=True)
+class NiftiFrame:
+    """Where the voxels of a NIfTI file lie, without the voxels.
+
+    Args:
+        shape (`tuple[int, ...]`): Voxels along each axis of the file.
+        affine (`numpy.ndarray` of shape `(4, 4)`): Where they lie.
+        header (`nibabel.Nifti1Header`): The header of the file.
+    """
+
+    shape: tuple[int, ...]
+    affine: np.ndarray
+    header: Any
+
+    @classmethod
+    def of(cls, image: Any) -> NiftiFrame:
+        """That of an image that is open.
+
+        Args:
+            image (`nibabel.Nifti1Image`): The image.
+
+        Returns:
+            [`NiftiFrame`]
+        """
+        return cls(tuple(image.shape), image.affine, image.header)
+
+
+def masks_of(logits: Tensor, sources: Sequence[Any]) -> list[Any]:
+    """Masks of a network's outputs, in the geometry of the volumes that they are of.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, classes, x, y, z)`): What the network gave.
+        sources (`Sequence` of `nibabel.Nifti1Image` or [`NiftiFrame`]): The volumes that were prepared.
+
+    Returns:
+        `list[nibabel.Nifti1Image]`: class ids.
+
+    Example:
+
+    ```python
+    >>> import nibabel
+    >>> import numpy as np
+    >>> import torch
+    >>> from metalr_hf.models.volume_processor import masks_of
+    >>> scan = nibabel.Nifti1Image(np.zeros((10, 20, 5)), affine=np.diag([-1.0, 1.0, 4.0, 1.0]))
+    >>> masks_of(torch.zeros(1, 3, 5, 10, 5), [scan])[0].shape
+    (10, 20, 5)
+
+    ```
+    """
+    import nibabel
+
+    masks = []
+    for one, source in zip(logits, sources, strict=True):
+        turned = nibabel.orientations.io_orientation(source.affine)
+        # The axes of the source in the order in which the network sees them.
+        order = np.argsort(turned[:, 0])
+        size = torch.Size([source.shape[axis] for axis in order])
+        ids = resize_logits(one[None].float(), size)[0].argmax(0)
+        ids = ids.flip([axis for axis in range(3) if turned[order[axis], 1] < 0])
+        back = ids.permute(*(int(axis) for axis in turned[:, 0]))
+        masks.append(mask_like(back.cpu().numpy(), source))
+    return masks
+
+
+def mask_like(ids: np.ndarray, source: Any) -> Any:
+    """A NIfTI mask that lies where its source does; of its header nothing else is taken, such as a description.
+
+    Args:
+        ids (`numpy.ndarray`): Class ids, with the axes of the source.
+        source (`nibabel.Nifti1Image` or [`NiftiFrame`]): The image that it is a mask of.
+
+    Returns:
+        `nibabel.Nifti1Image`
+    """
+    import nibabel
+
+    mask = nibabel.Nifti1Image(ids.astype(np.uint8), source.affine)
+    if isinstance(source.header, nibabel.Nifti1Header):
+        # Programs differ in which of the two affines they go by, and in what they make of their codes.
+        for field in GEOMETRY_FIELDS:
+            mask.header[field] = source.header[field]
+    return mask
 
 
 def open_nifti(entry: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoImageProcessor
 from volumes import volume
 
-from metalr_hf.models.volume_processor import VolumeImageProcessor
+from metalr_hf.models.volume_processor import NiftiFrame, VolumeImageProcessor, mask_like
 
 
 @pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SRA", "PIL"])
@@ -23,6 +23,29 @@ def test_a_mask_goes_back_to_the_geometry_of_its_source(axcodes, spacing):
     assert np.allclose(back.affine, image.affine)
     same = np.asanyarray(back.dataobj) == np.asanyarray(mask.dataobj)
     assert same.mean() == 1 if spacing == (1.0, 1.0, 2.0) else same.mean() > 0.93
+
+
+def test_the_header_of_a_mask_says_where_it_lies_and_nothing_of_the_patient(tmp_path):
+    image, _ = volume()
+    image.set_sform(image.affine, code="scanner")
+    image.set_qform(np.diag([2.0, 1.5, 1.0, 1.0]), code="aligned", update_affine=False)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["descrip"] = b"Mustermann"
+    image.header.set_slope_inter(2, 10)
+    nibabel.save(image, tmp_path / "scan.nii")
+    source = nibabel.load(tmp_path / "scan.nii")
+    ids = np.arange(np.prod(image.shape), dtype=np.int64).reshape(image.shape) % 3
+    mask_like(ids, NiftiFrame.of(source)).to_filename(tmp_path / "mask.nii.gz")
+    mask = nibabel.load(tmp_path / "mask.nii.gz")
+    assert (np.asarray(mask.dataobj) == ids).all()
+    assert mask.get_data_dtype() == np.uint8
+    assert mask.header.get_zooms() == source.header.get_zooms()
+    assert mask.header.get_xyzt_units() == ("mm", "sec")
+    for way in ("get_sform", "get_qform"):
+        there, here = (getattr(one, way)(coded=True) for one in (source, mask))
+        assert there[1] == here[1]
+        assert np.array_equal(there[0], here[0])
+    assert bytes(mask.header["descrip"]).strip(b"\0") == b""
 
 
 def test_a_path_bytes_and_an_open_image_are_the_same(tmp_path):

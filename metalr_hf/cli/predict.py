@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoConfig
 
-from ..data.listing import list_images
 from ..models.loading import ModelArguments, naming_the_model
 from ..tasks import TASKS, get_task
-from ..tasks.prediction import PredictionTable, fingerprint, names_of, predict
+from ..tasks.prediction import PredictionTable, fingerprint, masks_folder, names_of, predict
 from ..tasks.registry import task_of
 from . import INTERRUPTED, say
+
+BATCH_SIZE = 32
 
 
 def main(argv: list[str]) -> int:
@@ -30,15 +31,17 @@ def main(argv: list[str]) -> int:
     """
     given = _parser().parse_args(argv)
     for name in ("batch_size", "num_workers"):
-        if getattr(given, name) < (name == "batch_size"):
-            raise ValueError(f"{name}={getattr(given, name)} must be {int(name == 'batch_size')} or more.")
+        value, least = getattr(given, name), int(name == "batch_size")
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be {least} or more.")
     output = Path(given.output)
     if output.suffix != ".csv":
         raise ValueError(f"output={given.output!r} is the table to write: give it a name that ends in .csv.")
     with naming_the_model(given.run, "model"):
         config = AutoConfig.from_pretrained(given.run, trust_remote_code=given.trust_remote_code)
     task = get_task(given.task) if given.task else task_of(config)
-    images = list_images(given.images, given.split, given.image_column_name)
+    masks = str(masks_folder(output))
+    images = task.list_images(given.images, config, given.split, given.image_column_name, leave_out=masks)
     model, processor = task.load_trained(ModelArguments(given.run, given.trust_remote_code))
     if torch.accelerator.is_available() and not given.use_cpu:
         network: Any = model
@@ -46,7 +49,9 @@ def main(argv: list[str]) -> int:
     # The folder's name alone: the path to it is nobody else's business.
     shown = f"{Path(given.run).absolute().name}@{fingerprint(model)}"
     table = PredictionTable(output, task.answer_columns(names_of(model)), shown, given.overwrite)
-    options = {"batch_size": given.batch_size, "num_workers": given.num_workers}
+    # Where a task is evaluated with batches of a size of its own, that is what its inputs can be stacked to.
+    batch_size = given.batch_size or task.training_arguments.get("per_device_eval_batch_size", BATCH_SIZE)
+    options = {"batch_size": batch_size, "num_workers": given.num_workers}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console()
     try:
@@ -68,18 +73,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="metalr-hf predict",
         description="Writes a table of what a trained model says of images: probabilities, numbers in their units, or "
-        "masks. Started again with the same table, it goes on where it stopped.",
+        "masks. Masks are files in the folder <name of the table>_masks: those of NIfTI files .nii.gz in the geometry "
+        "of their source, all others PNG. Their values are the class numbers, and the table has the share of every "
+        "class, or of volumes its voxels and its volume in ml. Files that end in _0000, _0001 ... are channels of one "
+        "volume where the model takes as many. Started again with the same table, it goes on where it stopped.",
         allow_abbrev=False,
     )
     parser.add_argument("run", help="output folder of a run, or Hub id of a model")
     parser.add_argument(
         "images",
         nargs="+",
-        help="image files and folders (DICOM and NIfTI too), or one data set: a Hub id or parquet files",
+        help="image files and folders (DICOM, NIfTI and volumes too), or one data set: a Hub id or parquet files",
     )
     parser.add_argument("--output", required=True, help="the table, a CSV file")
     parser.add_argument("--overwrite", action="store_true", help="start again, whatever the table holds")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default: 32)")
+    parser.add_argument("--batch_size", type=int, help=f"images at a time (default: {BATCH_SIZE}, volumes: 1)")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that read the files (default: none)")
     parser.add_argument("--split", help="split of the data set (default: all)")
     parser.add_argument("--image_column_name", help="column of the images (default: the only one)")

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from ..data.files import read_image
 from ..data.intensity import VOI, channels_of, window_of
+from ..data.listing import ImageList, list_images
 from ..data.loading import DataArguments
 from ..data.splits import ImageSplits, Splits
 from ..data.transforms import (
@@ -312,15 +313,42 @@ class Task(ABC):
         with naming_the_model(name, "image processor"):
             return model, load_saved_processor(model, name, trust_remote_code=arguments.trust_remote_code)
 
-    def read(self, entry: Mapping[str, Any], processor: BaseImageProcessor) -> tuple[Tensor, tuple[int, ...]]:
+    def list_images(
+        self,
+        sources: Sequence[str],
+        config: Any,
+        split: str | None = None,
+        image_column_name: str | None = None,
+        leave_out: str | None = None,
+    ) -> ImageList:
+        """Lists the images that a model is to predict.
+
+        Args:
+            sources (`Sequence[str]`): Files and folders, or one data set.
+            config (`transformers.PreTrainedConfig`): The configuration of the model.
+            split (`str`, *optional*): Of a data set; by default all.
+            image_column_name (`str`, *optional*): Of a data set; by default the only one.
+            leave_out (`str`, *optional*): A folder whose files are not listed.
+
+        Returns:
+            [`~metalr_hf.data.listing.ImageList`]
+
+        Raises:
+            FileNotFoundError: if there are no images.
+            ValueError: if there is no such split or column.
+        """
+        return list_images(sources, split, image_column_name, leave_out)
+
+    def read(self, entry: Any, processor: BaseImageProcessor) -> tuple[Tensor, Any]:
         """Reads an image as the model saw those that it was tested on.
 
         Args:
-            entry (`Mapping`): `bytes` and `path` of its file.
+            entry (`Mapping`, or a list of these): `bytes` and `path` of its file, or of its channels.
             processor (`transformers.BaseImageProcessor`): The image processor that the model was saved with.
 
         Returns:
-            `tuple[torch.Tensor, tuple[int, ...]]`: the model's input, and the size of the image in the file.
+            `tuple[torch.Tensor, Any]`: the model's input, and what [`~Task.answers`] has to know of the image: by
+                default its size in the file.
 
         Raises:
             Exception: whatever there is to say of a file that cannot be read.
@@ -341,18 +369,16 @@ class Task(ABC):
         """
         raise ValueError(f"{type(self).__name__} predicts nothing: it has no answer_columns and answers.")
 
-    def answers(
-        self, logits: Tensor, class_names: Sequence[str], sizes: Sequence[tuple[int, ...]]
-    ) -> list[dict[str, Any]]:
+    def answers(self, logits: Tensor, class_names: Sequence[str], sources: Sequence[Any]) -> list[dict[str, Any]]:
         """What a model says of a batch of images.
 
         Args:
             logits (`torch.Tensor`): What it returned.
             class_names (`Sequence[str]`): Name of class 0, 1, ...
-            sizes (`Sequence[tuple[int, ...]]`): The sizes of the images in their files.
+            sources (`Sequence[Any]`): What [`~Task.read`] told of the images.
 
         Returns:
-            `list[dict[str, Any]]`: of each image a value for each of [`~Task.answer_columns`]; an array (a mask) is
-                saved as a file, whose name takes its place.
+            `list[dict[str, Any]]`: of each image a value for each of [`~Task.answer_columns`]; a mask is saved as a
+                file, whose name takes its place: an array as PNG, a `nibabel.Nifti1Image` as NIfTI.
         """
         raise ValueError(f"{type(self).__name__} predicts nothing: it has no answer_columns and answers.")

@@ -116,9 +116,7 @@ class Classification(Task):
     def answer_columns(self, class_names: Sequence[str]) -> list[str]:
         return ["prediction", *(f"probability_{name}" for name in class_names)]
 
-    def answers(
-        self, logits: Tensor, class_names: Sequence[str], sizes: Sequence[tuple[int, ...]]
-    ) -> list[dict[str, Any]]:
+    def answers(self, logits: Tensor, class_names: Sequence[str], sources: Sequence[Any]) -> list[dict[str, Any]]:
         columns = self.answer_columns(class_names)
         return [
             dict(zip(columns, [class_names[row.argmax()], *row.tolist()], strict=True))

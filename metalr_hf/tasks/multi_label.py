@@ -59,9 +59,7 @@ class MultiLabel(Classification):
     def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:
         return score_label_sets(output.predictions, output.label_ids, class_names)
 
-    def answers(
-        self, logits: Tensor, class_names: Sequence[str], sizes: Sequence[tuple[int, ...]]
-    ) -> list[dict[str, Any]]:
+    def answers(self, logits: Tensor, class_names: Sequence[str], sources: Sequence[Any]) -> list[dict[str, Any]]:
         columns = self.answer_columns(class_names)
         rows = logits.float().sigmoid().cpu().tolist()
         named = [

@@ -25,6 +25,7 @@ from .base import Task
 # What every table has: which image, by which model, and what is wrong with the file.
 FILE, MODEL, ERROR = "file", "model", "error"
 # Colours of classes 0, 1, ... in saved masks, whose values are the class numbers.
+NIFTI_ENDINGS = (".nii.gz", ".nii")
 COLOURS = ["#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"]
 PALETTE = bytes.fromhex("".join(COLOURS).replace("#", ""))
 
@@ -108,7 +109,11 @@ class _Inputs(Dataset[Any]):
 
 def _without_path(error: Exception, entry: Any, name: str) -> str:
     told = first_line(error)
-    return told.replace(str(entry.get("path")), name) if entry.get("path") else told
+    if not isinstance(entry, (list, tuple)):
+        return told.replace(str(entry.get("path")), name) if entry.get("path") else told
+    for path in [str(one["path"]) for one in entry if one and one.get("path")]:
+        told = told.replace(path, os.path.basename(path))
+    return told
 
 
 def predict(
@@ -150,7 +155,7 @@ def predict(
         with torch.inference_mode():
             for name, answer in _answers(task, model, batch, names, device):
                 rows[name] |= {
-                    column: _saved(value, table.file, name) if isinstance(value, np.ndarray) else value
+                    column: _saved(value, table.file, name) if _is_mask(value) else value
                     for column, value in answer.items()
                 }
         table.add(list(rows.values()))
@@ -162,19 +167,42 @@ def predict(
 def _answers(
     task: Task, model: PreTrainedModel, batch: Sequence[Any], names: Sequence[str], device: torch.device
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    read = [(name, pixels, size) for name, pixels, size, error in batch if not error]
+    read = [(name, pixels, source) for name, pixels, source, error in batch if not error]
     # Some processors give images of other sizes for images of other shapes.
     for _, same in groupby(read, key=lambda one: one[1].shape):
-        files, pixels, sizes = zip(*same, strict=True)
+        files, pixels, sources = zip(*same, strict=True)
         inputs = torch.stack([torch.as_tensor(one) for one in pixels]).to(device)
-        yield from zip(files, task.answers(first_logits(model(pixel_values=inputs)), names, sizes), strict=True)
+        yield from zip(files, task.answers(first_logits(model(pixel_values=inputs)), names, sources), strict=True)
 
 
-def _saved(mask: np.ndarray, table: Path, name: str) -> str:
+def masks_folder(table: Path) -> Path:
+    """The folder of the masks of a table.
+
+    Args:
+        table (`Path`): The file of the table.
+
+    Returns:
+        `Path`: `<name of the table>_masks` beside it.
+    """
+    return table.parent / f"{table.stem}_masks"
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or hasattr(value, "to_filename")
+
+
+def _saved(mask: Any, table: Path, name: str) -> str:
     """Saves a mask of class numbers in a folder beside the table, and returns where, as seen from there."""
-    file = Path(f"{table.stem}_masks") / f"{name}.png"
-    target = table.parent / file
+    is_nifti = not isinstance(mask, np.ndarray)
+    if is_nifti:
+        ending = next((ending for ending in NIFTI_ENDINGS if name.lower().endswith(ending)), "")
+        name = name[: len(name) - len(ending)]
+    target = masks_folder(table) / f"{name}{'.nii.gz' if is_nifti else '.png'}"
     target.parent.mkdir(parents=True, exist_ok=True)
+    file = target.relative_to(table.parent)
+    if is_nifti:
+        mask.to_filename(target)
+        return file.as_posix()
     picture = Image.fromarray(mask)
     # Makes a grey image one of colours by number, and leaves the numbers.
     picture.putpalette(PALETTE)

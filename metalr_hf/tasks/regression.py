@@ -77,9 +77,7 @@ class Regression(Classification):
     def answer_columns(self, class_names: Sequence[str]) -> list[str]:
         return [f"prediction_{name}" for name in class_names]
 
-    def answers(
-        self, logits: Tensor, class_names: Sequence[str], sizes: Sequence[tuple[int, ...]]
-    ) -> list[dict[str, Any]]:
+    def answers(self, logits: Tensor, class_names: Sequence[str], sources: Sequence[Any]) -> list[dict[str, Any]]:
         # The saved model answers in the units of the data.
         rows = logits.float().cpu().reshape(-1, len(class_names)).tolist()
         return [dict(zip(self.answer_columns(class_names), row, strict=True)) for row in rows]

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
@@ -19,14 +20,18 @@ from transformers import (
 )
 from transformers.trainer_utils import PredictionOutput
 
+from ..data.intensity import channels_of
+from ..data.listing import ImageList
 from ..data.transforms import Transform
 from ..data.volumes import VolumeArguments, VolumeSplits, VolumeTransform, collate_volumes, load_volumes
+from ..data.volumes.checks import check_channels, count_channels
+from ..data.volumes.listing import list_volumes
 from ..data.volumes.plan import VolumePlan
 from ..messages import did_you_mean, first_line
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import segmentation_loss
 from ..models.monai_networks import MonaiConfig, MonaiForSemanticSegmentation
-from ..models.volume_processor import VolumeImageProcessor
+from ..models.volume_processor import NiftiFrame, VolumeImageProcessor, masks_of
 from .base import DEMO_ARGUMENTS, Task
 from .metrics import build_volume_metrics, measure_volumes
 from .registry import register_task
@@ -36,6 +41,7 @@ MONAI = "monai/"
 DEFAULT_NETWORK = "DynUNet"
 # Those that need no arguments.
 NETWORKS = ("DynUNet", "UNet", "SwinUNETR", "SegResNet")
+MM3_PER_ML = 1000.0
 DEMO_NETWORK_ARGS = {"filters": [8, 16, 32]}
 
 
@@ -164,10 +170,47 @@ class VolumeSegmentation(Task):
     def made(self, config: Any) -> bool:
         return config.model_type == MonaiConfig.model_type
 
+    def load_trained(self, arguments: ModelArguments) -> tuple[PreTrainedModel, BaseImageProcessor]:
+        model, processor = super().load_trained(arguments)
+        given: Any = processor
+        given.num_channels = _channels(model.config)
+        return model, processor
+
+    def list_images(
+        self,
+        sources: Sequence[str],
+        config: Any,
+        split: str | None = None,
+        image_column_name: str | None = None,
+        leave_out: str | None = None,
+    ) -> ImageList:
+        return list_volumes(sources, _channels(config), split, image_column_name, leave_out)
+
+    def read(self, entry: Any, processor: Any) -> tuple[Tensor, NiftiFrame]:
+        images = check_channels("This volume", list(entry) if isinstance(entry, (list, tuple)) else [entry])
+        if (found := count_channels(images)) != (taken := channels_of(processor)):
+            raise ValueError(
+                f"the volume has {found} channel{'s' * (found > 1)}, but the model takes {taken}. Give all of them, in "
+                "files that end in _0000, _0001 ... or in one file with four axes."
+            )
+        return processor.prepare(processor.read(images)), NiftiFrame.of(images[0])
+
     def answer_columns(self, class_names: Sequence[str]) -> list[str]:
-        raise ValueError(
-            "Volumes are not predicted by this command: the model card shows how model and processor make a NIfTI mask."
-        )
+        # As in the metrics, the background has no figures.
+        return ["mask", *(f"{what}_{name}" for what in ("voxels", "volume_ml") for name in class_names[1:])]
+
+    def answers(self, logits: Tensor, class_names: Sequence[str], sources: Sequence[Any]) -> list[dict[str, Any]]:
+        columns, rows = self.answer_columns(class_names), []
+        for mask in masks_of(logits, sources):
+            voxels = np.bincount(np.asarray(mask.dataobj).ravel(), minlength=len(class_names))[1:]
+            ml = voxels * abs(np.linalg.det(mask.affine[:3, :3])) / MM3_PER_ML
+            rows.append(dict(zip(columns, [mask, *voxels.tolist(), *ml.round(6).tolist()], strict=True)))
+        return rows
+
+
+def _channels(config: Any) -> int:
+    """How many channels a network for volumes takes."""
+    return int(getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 1)
 
 
 def _is_fresh(name: str) -> bool:

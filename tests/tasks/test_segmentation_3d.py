@@ -5,16 +5,19 @@ import json
 import datasets
 import nibabel
 import numpy as np
+import pandas
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, Trainer, TrainingArguments
 from volumes import QUICK, SMALL, save_folder, volume
 
 from metalr_hf import LRHistory
 from metalr_hf.cli import main
 from metalr_hf.cli.arguments import named_task, parse_train_arguments
 from metalr_hf.cli.compare import parse_compare_arguments
+from metalr_hf.data.volumes import collate_volumes
 from metalr_hf.models.loading import ModelArguments
+from metalr_hf.models.losses import segmentation_loss
 from metalr_hf.tasks import get_task
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -166,3 +169,129 @@ def test_rates_of_untrained_networks_are_bounded_unless_the_user_says_otherwise(
     compared = ["--task", "segmentation", "--dataset", str(folder), "--output_dir", "runs"]
     assert parse_compare_arguments(compared)[1] == {"lr_max": 1e-2}
     assert parse_compare_arguments([*compared, "--lr_max", "0.5"])[1] == {"lr_max": 0.5}
+
+
+def predict(run, volumes, table, *more):
+    given = [run, *volumes] if isinstance(volumes, list) else [run, volumes]
+    assert main(["predict", *map(str, given), "--output", str(table), "--use_cpu", *more]) == 0
+    return pandas.read_csv(table, index_col="file")
+
+
+def new_volumes(folder):
+    """Files that differ from those of the training in voxel size and orientation, and their masks."""
+    ways = [
+        ((18, 16, 10), (1.0, 1.0, 2.0), "RAS"),
+        ((20, 14, 16), (1.0, 1.5, 1.0), "LPS"),
+        ((17, 18, 9), (2, 1, 2), "SRA"),
+    ]
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True)
+    for i, (shape, spacing, axcodes) in enumerate(ways):
+        image, mask = volume(20 + i, shape, spacing, axcodes)
+        nibabel.save(image, folder / "images" / f"{i}.nii.gz")
+        nibabel.save(mask, folder / "labels" / f"{i}.nii.gz")
+    return folder
+
+
+def test_predicted_masks_are_bit_for_bit_those_of_the_test(run, folder, tmp_path):
+    output, _ = run
+    files = new_volumes(tmp_path / "new")
+    table = predict(output, files / "images", tmp_path / "out" / "p.csv")
+    task = get_task("segmentation_3d")
+    model, processor = task.load_trained(ModelArguments(str(output)))
+    splits = task.load_splits(task.data_arguments(dataset_name=str(folder)))
+    _, at_test = task.transforms(splits, processor, "none")
+    seen = []
+
+    def keep(logits, labels):
+        size = labels[0].shape[1:]
+        if logits.shape[2:] != size:
+            logits = torch.nn.functional.interpolate(logits, size=size, mode="trilinear")
+        seen.append(logits.argmax(1)[0].numpy())
+        return torch.zeros(1)
+
+    rows = at_test(
+        {k: [str(files / kind / n) for n in table.index] for k, kind in (("image", "images"), ("label", "labels"))}
+    )
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **task.training_arguments),
+        eval_dataset=[{name: column[i] for name, column in rows.items()} for i in range(len(table))],
+        data_collator=collate_volumes,
+        compute_loss_func=segmentation_loss,
+        preprocess_logits_for_metrics=keep,
+        compute_metrics=lambda prediction, compute_result: {},
+    )
+    trainer.evaluate()
+    assert len(seen) == len(table) == 3
+    for (name, row), expected in zip(table.iterrows(), seen, strict=True):
+        assert row["mask"] == f"p_masks/{name}"
+        mask = nibabel.load(tmp_path / "out" / row["mask"])
+        assert np.array_equal(np.asarray(nibabel.as_closest_canonical(mask).dataobj), expected)
+        source = nibabel.load(files / "images" / name)
+        assert (mask.shape, mask.get_data_dtype()) == (source.shape, np.uint8)
+        assert np.array_equal(mask.affine, source.affine)
+        assert mask.header.get_zooms() == source.header.get_zooms()
+        ml_of_a_voxel = np.prod(source.header.get_zooms()) / 1000
+        for number, label in enumerate(("organ", "lesion"), start=1):
+            assert row[f"voxels_{label}"] == (expected == number).sum()
+            assert row[f"volume_ml_{label}"] == pytest.approx((expected == number).sum() * ml_of_a_voxel, abs=1e-6)
+    assert (table["voxels_organ"] > 0).all()
+
+
+def test_broken_volumes_are_named_and_the_others_predicted(run, tmp_path, capsys):
+    output, _ = run
+    files = new_volumes(tmp_path / "new") / "images"
+    (files / "half.nii.gz").write_bytes((files / "0.nii.gz").read_bytes()[:900])
+    (files / "text.nii").write_text("no volume")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((8, 9, 1), np.int16), np.eye(4)), files / "slice.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((8, 9, 7, 2), np.int16), np.eye(4)), files / "two.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.full((8, 9, 7), np.nan, np.float32), np.eye(4)), files / "nan.nii.gz")
+    table = predict(output, files, tmp_path / "p.csv", "--num_workers", "1")
+    assert len(table) == 8
+    told = table["error"].dropna()
+    assert "text.nii" in told["text.nii"]
+    assert "no NIfTI file that can be read" in told["text.nii"]
+    assert "half.nii.gz" in told["half.nii.gz"]
+    assert "8 × 9 × 1 voxels, which is no volume" in told["slice.nii.gz"]
+    assert "the volume has 2 channels, but the model takes 1" in told["two.nii.gz"]
+    assert "not finite" in told["nan.nii.gz"]
+    assert len(told) == 5
+    assert str(tmp_path) not in (tmp_path / "p.csv").read_text()
+    assert "5 of the images could not be read" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "p_masks").iterdir()) == ["0.nii.gz", "1.nii.gz", "2.nii.gz"]
+    # The second run tries those again, and no others.
+    nibabel.save(volume(3)[0], files / "half.nii.gz")
+    before = (tmp_path / "p_masks" / "0.nii.gz").stat().st_mtime_ns
+    again = predict(output, files, tmp_path / "p.csv")
+    assert again["error"].notna().sum() == 4
+    assert again.loc["half.nii.gz", "voxels_organ"] > 0
+    assert (tmp_path / "p_masks" / "0.nii.gz").stat().st_mtime_ns == before
+    pandas.testing.assert_frame_equal(again.loc[["0.nii.gz"]], table.loc[["0.nii.gz"]], check_dtype=False)
+
+
+def test_channels_of_nnu_net_and_columns_of_nifti_are_predicted_alike(tmp_path):
+    folder = save_folder(tmp_path / "scans", train=4, test=3, channels=2)
+    train(folder, tmp_path / "run", *SMALL, "--max_steps", "1")
+    table = predict(tmp_path / "run", folder / "imagesTs", tmp_path / "p.csv")
+    assert list(table.index) == [f"case_{i:03}.nii.gz" for i in range(3)]
+    assert table["error"].isna().all()
+    files = [[folder / "imagesTs" / f"case_{i:03}_{c:04}.nii.gz" for c in range(2)] for i in range(3)]
+    rows = datasets.Dataset.from_dict(
+        {"scan": [[one.read_bytes() for one in channels] for channels in files]},
+        features=datasets.Features(scan=datasets.List(datasets.Nifti())),
+    )
+    rows.to_parquet(str(tmp_path / "test.parquet"))
+    again = predict(tmp_path / "run", tmp_path / "test.parquet", tmp_path / "q.csv")
+    for i in range(3):
+        masks = [nibabel.load(tmp_path / one["mask"].iloc[i]) for one in (table, again)]
+        assert np.array_equal(*(np.asarray(mask.dataobj) for mask in masks))
+        assert np.array_equal(masks[0].affine, nibabel.load(files[i][0]).affine)
+    # A channel that is missing, and one that lies elsewhere.
+    files[0][1].unlink()
+    other = nibabel.load(files[1][1])
+    nibabel.save(nibabel.Nifti1Image(np.asarray(other.dataobj), np.eye(4)), files[1][1])
+    table = predict(tmp_path / "run", folder / "imagesTs", tmp_path / "r.csv")
+    assert "the volume has 1 channel, but the model takes 2" in table.loc["case_000.nii.gz", "error"]
+    assert "(case_001_0001.nii.gz): the channel lies elsewhere" in table.loc["case_001.nii.gz", "error"]
+    assert np.isnan(table["error"].iloc[2])

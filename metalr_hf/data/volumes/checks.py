@@ -63,8 +63,43 @@ def geometry_of(row: Mapping[str, Any]) -> Geometry:
     return Geometry(
         tuple(int(files[0].shape[axis]) for axis in axes),
         tuple(float(sizes[axis]) for axis in axes),
-        sum(file.shape[3] if len(file.shape) == 4 else 1 for file in files),
+        count_channels(files),
     )
+
+
+def count_channels(images: Sequence[Any]) -> int:
+    """How many values a voxel has.
+
+    Args:
+        images (`Sequence[nibabel.Nifti1Image]`): The files of a volume.
+
+    Returns:
+        `int`
+    """
+    return sum(image.shape[3] if len(image.shape) == 4 else 1 for image in images)
+
+
+def check_channels(where: str, entries: Sequence[Any]) -> list[Any]:
+    """Opens the files of a volume and reads them once.
+
+    Args:
+        where (`str`): Which volume, for the message.
+        entries (`Sequence`): One file, or one a channel.
+
+    Returns:
+        `list[nibabel.Nifti1Image]`
+
+    Raises:
+        ValueError: if one cannot be read, they do not fit, or a value is not finite; it names the file.
+    """
+    images = [_opened(place(where, entry), entry) for entry in entries]
+    for entry, image in zip(entries, images, strict=True):
+        _check_fit(place(where, entry), image, "channel", images[0])
+        if not np.isfinite(_voxels(place(where, entry), image)).all():
+            raise ValueError(
+                f"{place(where, entry)}: the volume holds values that are not finite. Mend it or leave it out."
+            )
+    return images
 
 
 def check_volumes(name: str, rows: Any) -> dict[int, str]:
@@ -87,15 +122,10 @@ def check_volumes(name: str, rows: Any) -> dict[int, str]:
         where = f"Split {name!r}, row {number}"
         if row[LABEL] is None or any(entry is None for entry in channels_of(row)):
             raise ValueError(f"{where}: there is no {'mask' if row[LABEL] is None else 'image'}. Leave the row out.")
-        images = [(place(where, entry), _opened(place(where, entry), entry)) for entry in channels_of(row)]
+        images = check_channels(where, channels_of(row))
         mask = _opened(place(where, row[LABEL]), row[LABEL])
-        for other, image in images[1:]:
-            _check_fit(other, image, "channel", images[0][1])
-        _check_fit(place(where, row[LABEL]), mask, "mask", images[0][1])
-        for here, image in images:
-            if not np.isfinite(_voxels(here, image)).all():
-                raise ValueError(f"{here}: the volume holds values that are not finite. Mend it or leave it out.")
-        channels.setdefault(geometry_of(row).channels, images[0][0])
+        _check_fit(place(where, row[LABEL]), mask, "mask", images[0])
+        channels.setdefault(count_channels(images), place(where, channels_of(row)[0]))
         for value in _values(place(where, row[LABEL]), mask):
             first.setdefault(value, place(where, row[LABEL]))
     if len(channels) > 1:

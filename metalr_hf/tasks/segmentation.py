@@ -21,6 +21,8 @@ from transformers import (
 )
 from transformers.trainer_utils import PredictionOutput
 
+from ..data.files.nifti import NiftiSlice
+from ..data.files.reading import file_bytes, format_of
 from ..data.intensity import set_window
 from ..data.masks import MaskArguments, MaskSplits, MaskTransform, collate_masks, load_masks
 from ..data.transforms import Transform, load_image_processor, set_channels
@@ -110,17 +112,24 @@ class Segmentation(Task):
         kinds = [name for name in config.architectures or () if "ForSemanticSegmentation" in name]
         return bool(kinds) and config.model_type != MonaiConfig.model_type
 
+    def read(self, entry: Any, processor: BaseImageProcessor) -> tuple[Tensor, Any]:
+        pixels, size = super().read(entry, processor)
+        content = file_bytes(entry)
+        is_nifti = format_of(content, str(entry.get("path") or "")) == "nifti"
+        # A mask lies where its image does, which a PNG cannot say.
+        return pixels, NiftiSlice.of(content) if is_nifti else size
+
     def answer_columns(self, class_names: Sequence[str]) -> list[str]:
         return ["mask", *(f"share_{name}" for name in class_names)]
 
-    def answers(
-        self, logits: Tensor, class_names: Sequence[str], sizes: Sequence[tuple[int, ...]]
-    ) -> list[dict[str, Any]]:
+    def answers(self, logits: Tensor, class_names: Sequence[str], sources: Sequence[Any]) -> list[dict[str, Any]]:
         columns, rows = self.answer_columns(class_names), []
-        for one, size in zip(logits.float(), sizes, strict=True):
+        for one, source in zip(logits.float(), sources, strict=True):
+            is_nifti = isinstance(source, NiftiSlice)
+            size = source.size if is_nifti else source
             mask = resize_logits(one[None], torch.Size(size))[0].argmax(0).to(torch.uint8).cpu().numpy()
             shares = np.bincount(mask.ravel(), minlength=len(class_names)) / mask.size
-            rows.append(dict(zip(columns, [mask, *shares.tolist()], strict=True)))
+            rows.append(dict(zip(columns, [source.mask(mask) if is_nifti else mask, *shares.tolist()], strict=True)))
         return rows
 
 

@@ -2,6 +2,7 @@ import csv
 import os
 
 import datasets
+import nibabel
 import numpy as np
 import pandas
 import pytest
@@ -9,10 +10,11 @@ import torch
 from cells import save_cells
 from digits import digit_images, findings, save_image_folder, save_timm, save_vit, save_with_metadata
 from PIL import Image
-from scans import save_dicom, save_dicom_folder
+from scans import save_dicom, save_dicom_folder, save_nifti
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from metalr_hf.cli import main
+from metalr_hf.data.files import read_image
 from metalr_hf.data.loading import DataArguments
 from metalr_hf.data.masks import read_mask
 from metalr_hf.models.loading import ModelArguments
@@ -215,6 +217,36 @@ def test_masks_have_the_size_of_their_images(tmp_path):
     files = splits.test.cast_column("image", datasets.Image(decode=False))
     for row, expected in zip(files, tested, strict=True):
         assert torch.equal(task.read(row["image"], saved)[0], expected["pixel_values"])
+
+
+def test_masks_of_nifti_slices_lie_where_their_images_do(tmp_path):
+    data, model = save_cells(tmp_path / "cells"), save_timm(tmp_path / "model")
+    output = train(tmp_path / "run", data, model, "--task", "segmentation", "--image_size", "32")
+    values = np.random.default_rng(0).integers(0, 255, (30, 20, 1)).astype("uint8")
+    affine = np.diag([-0.5, 0.5, 4.0, 1.0])
+    (tmp_path / "new").mkdir()
+    save_nifti(tmp_path / "new" / "a.nii", values, affine)
+    Image.fromarray(np.asarray(read_image({"bytes": None, "path": str(tmp_path / "new" / "a.nii")}))).save(
+        tmp_path / "new" / "b.png"
+    )
+    table = predict(output, tmp_path / "new", tmp_path / "new" / "p.csv")
+    assert table["mask"].to_dict() == {"a.nii": "p_masks/a.nii.gz", "b.png": "p_masks/b.png.png"}
+    # As they are seen, the mask of the slice and that of its picture are one; in its file it lies as the slice does.
+    nifti, picture = (read_mask({"bytes": None, "path": str(tmp_path / "new" / name)}) for name in table["mask"])
+    assert np.array_equal(nifti, picture)
+    saved = nibabel.load(tmp_path / "new" / table.loc["a.nii", "mask"])
+    assert saved.shape == values.shape
+    assert np.array_equal(saved.affine, affine)
+    # The masks lie below the images, and are none themselves.
+    assert list(predict(output, tmp_path / "new", tmp_path / "new" / "p.csv").index) == ["a.nii", "b.png"]
+
+
+def test_a_mask_never_leads_out_of_its_folder(tmp_path, run, photos, monkeypatch):
+    (tmp_path / "here").mkdir()
+    file = next((photos / "test").rglob("*.png"))
+    (tmp_path / "scan.png").write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path / "here")
+    assert list(predict(run, "../scan.png", tmp_path / "p.csv").index) == ["scan.png"]
 
 
 def test_the_task_is_told_by_the_model(run, tmp_path):

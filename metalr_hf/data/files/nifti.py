@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ...models.volume_processor import NiftiFrame, mask_like
 from .contents import Contents, UnusableFileError, require
 
 
@@ -57,18 +59,80 @@ def read_nifti(content: bytes) -> np.ndarray:
     values = read_nifti(Path("slice.nii.gz").read_bytes())
     ```
     """
-    nibabel = require("nibabel", "NIfTI")
     image = _open(content)
     _slice_axes(image)
     values = np.asanyarray(image.dataobj)
     if values.dtype.fields is not None:
         # Colours are stored as a value of three named parts.
         values = np.stack([values[name] for name in ("R", "G", "B")], -1)
-        colours = True
-    else:
-        colours = False
+    return _upright(values, image)
+
+
+@dataclass(frozen=True)
+class NiftiSlice:
+    """Where the pixels of a slice, as [`read_nifti`] gives them, lie in its file.
+
+    Args:
+        frame ([`~metalr_hf.models.volume_processor.NiftiFrame`]): Shape, affine and header of the file.
+
+    Example:
+
+    ```python
+    >>> import nibabel
+    >>> import numpy as np
+    >>> from metalr_hf.data.files.nifti import NiftiSlice, read_nifti
+    >>> values = np.arange(6, dtype=np.uint8).reshape(3, 2, 1)
+    >>> content = nibabel.Nifti1Image(values, np.eye(4)).to_bytes()
+    >>> mask = NiftiSlice.of(content).mask(read_nifti(content))
+    >>> bool((np.asarray(mask.dataobj) == values).all())
+    True
+
+    ```
+    """
+
+    frame: NiftiFrame
+
+    @classmethod
+    def of(cls, content: bytes) -> NiftiSlice:
+        """That of a file.
+
+        Args:
+            content (`bytes`): The file, compressed by gzip or not.
+
+        Returns:
+            [`NiftiSlice`]
+        """
+        return cls(NiftiFrame.of(_open(content)))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the slice."""
+        height, width = self._places().shape
+        return height, width
+
+    def mask(self, ids: np.ndarray) -> Any:
+        """A NIfTI mask in the geometry of the file.
+
+        Args:
+            ids (`numpy.ndarray` of shape `(height, width)`): Class ids.
+
+        Returns:
+            `nibabel.Nifti1Image`
+        """
+        voxels = np.zeros(int(np.prod(self.frame.shape)), np.uint8)
+        voxels[self._places()] = ids
+        return mask_like(voxels.reshape(self.frame.shape), self.frame)
+
+    def _places(self) -> np.ndarray:
+        """The number of each pixel in the file."""
+        return _upright(np.arange(int(np.prod(self.frame.shape))), self.frame)
+
+
+def _upright(values: np.ndarray, image: Any) -> np.ndarray:
+    """The values of a slice in the order of the file, or of its three colours, as a radiologist sees them."""
+    nibabel = require("nibabel", "NIfTI")
     shape = (*image.shape, 1, 1)[:3]
-    values = values.reshape(*shape, *((3,) if colours else ()))
+    values = values.reshape(*shape, *((3,) if values.size > np.prod(shape) else ()))
     orientation = nibabel.io_orientation(image.affine)
     if np.isfinite(orientation).all():
         values = nibabel.apply_orientation(values, orientation)

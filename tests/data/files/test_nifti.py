@@ -4,6 +4,7 @@ import pytest
 from scans import save_nifti
 
 from metalr_hf.data.files import UnusableFileError, look_at, read_image
+from metalr_hf.data.files.nifti import NiftiSlice, read_nifti
 
 # Nothing is alike in it: as an axial slice x goes to the right, y to the front.
 VALUES = (np.arange(20 * 30).reshape(20, 30) * 7 - 1000).astype("int16")
@@ -33,6 +34,19 @@ def test_the_affine_and_not_the_order_in_the_file_says_how_a_slice_lies(tmp_path
     turned = save_nifti(tmp_path / "c.nii", VALUES.T[..., None], np.eye(4)[[1, 0, 2, 3]])
     assert (read_image(entry(flipped)) == straight).all()
     assert (read_image(entry(turned)) == straight).all()
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (20, 1, 30), (1, 20, 30), (20, 30, 1, 1)])
+@pytest.mark.parametrize("axes", [[0, 1, 2], [1, 0, 2], [2, 0, 1]])
+def test_a_mask_of_a_slice_goes_back_to_its_file(tmp_path, shape, axes):
+    affine = np.eye(4)[[*axes, 3]] * [-1, 1, 2, 1]
+    content = save_nifti(tmp_path / "slice.nii", (VALUES % 200).astype("uint8").reshape(shape), affine).read_bytes()
+    ids, place = read_nifti(content), NiftiSlice.of(content)
+    assert place.size == ids.shape
+    mask = place.mask(ids)
+    assert mask.shape == shape
+    assert (np.asarray(mask.dataobj).ravel() == (VALUES % 200).ravel()).all()
+    assert np.array_equal(mask.affine, affine)
 
 
 def test_coronal_and_sagittal_slices_have_the_head_on_top(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,9 @@ import numpy as np
 
 from ...models.volume_processor import NiftiFrame, mask_like
 from .contents import Contents, UnusableFileError, require
+
+# How far a corner of a mask may lie from that of its image: files are written with rounded numbers.
+TOLERANCE_IN_VOXELS = 0.1
 
 
 def look_at_nifti(content: bytes) -> Contents:
@@ -140,6 +145,69 @@ def _upright(values: np.ndarray, image: Any) -> np.ndarray:
     thin = [axis for axis in range(3) if values.shape[axis] == 1][-1]
     upright = values.take(0, axis=thin)[::-1, ::-1].swapaxes(0, 1)
     return np.ascontiguousarray(upright)
+
+
+def check_place(where: str, mask: bytes, image: bytes) -> None:
+    """Refuses the mask of a slice that lies elsewhere than its image; how the two are stored may differ.
+
+    Args:
+        where (`str`): Which mask, for the message.
+        mask (`bytes`): The NIfTI file of the mask.
+        image (`bytes`): The NIfTI file of the image, of the same height and width.
+
+    Raises:
+        ValueError: if their affines say so.
+    """
+    one, other = (_corners(_open(content)) for content in (mask, image))
+    refuse_elsewhere(where, "mask", one, other, _open(image))
+
+
+def refuse_elsewhere(where: str, what: str, corners: np.ndarray, others: np.ndarray, image: Any) -> None:
+    """Refuses a file that lies elsewhere than the image that it belongs to.
+
+    Args:
+        where (`str`): Which file, for the message.
+        what (`str`): What it is.
+        corners (`numpy.ndarray` of shape `(8, 3)`): Where its corners are, in mm.
+        others (`numpy.ndarray` of shape `(8, 3)`): Where those of the image are.
+        image (`nibabel.Nifti1Image`): The image.
+
+    Raises:
+        ValueError: if a corner is further away than files with rounded numbers have it.
+    """
+    sizes = np.linalg.norm(image.affine[:3, :3], axis=0)
+    # How thick a slice is makes no difference to where it lies.
+    along = [size for size, voxels in zip(sizes, (*image.shape, 1, 1), strict=False) if voxels > 1]
+    moved = np.linalg.norm(corners - others, axis=1).max()
+    if moved > TOLERANCE_IN_VOXELS * min(along, default=1.0):
+        raise ValueError(
+            f"{where}: the {what} lies elsewhere than its image: up to {moved:.3g} mm apart, by their affines. "
+            "Resample one to the other, or copy the affine of the image if you know that the voxels belong together."
+        )
+
+
+def corners_of(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Where the corners of an image are.
+
+    Args:
+        affine (`numpy.ndarray` of shape `(4, 4)`): Voxels to mm.
+        shape (`Sequence[int]`): Voxels along each axis.
+
+    Returns:
+        `numpy.ndarray` of shape `(8, 3)`: in mm.
+    """
+    corners = itertools.product(*((0, size - 1) for size in shape[:3]))
+    return np.array([[*corner, 1] for corner in corners]) @ np.asarray(affine, dtype=float).T[:, :3]
+
+
+def _corners(image: Any) -> np.ndarray:
+    """Those of a slice, in the order in which [`read_nifti`] has them."""
+    nibabel = require("nibabel", "NIfTI")
+    shape, orientation = (*image.shape, 1, 1)[:3], nibabel.io_orientation(image.affine)
+    if not np.isfinite(orientation).all():
+        return corners_of(image.affine, shape)
+    affine = image.affine @ nibabel.orientations.inv_ornt_aff(orientation, shape)
+    return corners_of(affine, [shape[axis] for axis in orientation[:, 0].argsort()])
 
 
 def _open(content: bytes) -> Any:

@@ -15,6 +15,7 @@ from ...models.losses import IGNORE_INDEX
 from ..cells import CLASS_NAMES, demo_cells
 from ..columns import IMAGE, LABEL, find_column, open_image, place
 from ..files import read_image
+from ..files.nifti import check_place
 from ..files.reading import file_bytes, format_of
 from ..loading import SHUFFLE_BUFFER_SIZE, DataArguments, as_image_files, image_columns, load_splits
 from ..splits import ImageSplits, arrange
@@ -173,8 +174,7 @@ def load_masks(args: MaskArguments, *, seed: int = 42, keep_columns: Sequence[st
     if args.is_demo and args.class_names is None:
         args = replace(args, class_names=list(CLASS_NAMES))
     splits, names = load_splits(args, demo_cells)
-    kept = args.kept_columns(keep_columns)
-    chosen = {name: _choose_columns(splits[name], args, kept) for name in names.used}
+    chosen = {name: _choose_columns(splits[name], args, args.kept_columns(keep_columns)) for name in names.used}
     if args.streaming:
         if args.class_names is None:
             raise ValueError(
@@ -209,7 +209,7 @@ def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
 
     ```
     """
-    if not _is_picture(entry):
+    if _kind(entry) != "picture":
         return _of_one_channel(np.asarray(read_image(entry)))
     with open_image(entry) as picture:
         mode = picture.mode
@@ -227,9 +227,8 @@ def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
     return values.astype(np.uint8) if values.dtype == bool else values
 
 
-def _is_picture(entry: Mapping[str, Any]) -> bool:
-    """Whether Pillow opens a file, rather than a reader of DICOM, NIfTI or arrays."""
-    return format_of(file_bytes(entry), str(entry.get("path") or "")) == "picture"
+def _kind(entry: Mapping[str, Any]) -> str:
+    return format_of(file_bytes(entry), str(entry.get("path") or ""))
 
 
 def _of_one_channel(values: np.ndarray) -> np.ndarray:
@@ -253,7 +252,7 @@ def _whole_numbers(values: np.ndarray) -> np.ndarray:
 
 def _size(entry: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width of an image as it will be decoded, from its header where that tells."""
-    if not _is_picture(entry):
+    if _kind(entry) != "picture":
         height, width = np.asarray(read_image(entry)).shape[:2]
         return height, width
     with open_image(entry) as picture:
@@ -305,8 +304,9 @@ def _check_masks(splits: Mapping[str, Any], train_name: str, args: MaskArguments
                 raise ValueError(f"{where}: there is no {'mask' if entry[LABEL] is None else 'image'}.")
             mask = _named(where, read_mask, entry[LABEL])
             check_size(where, mask.shape, _named(where, _size, entry[IMAGE]))
-            for value in _values(mask):
-                first[name].setdefault(value, where)
+            if "nifti" == _kind(entry[LABEL]) == _kind(entry[IMAGE]):
+                check_place(where, file_bytes(entry[LABEL]), file_bytes(entry[IMAGE]))
+            first[name] = dict.fromkeys(_values(mask), where) | first[name]
     classes = named_classes(args, set(first[train_name]), first[train_name])
     for seen in first.values():
         for value, where in seen.items():

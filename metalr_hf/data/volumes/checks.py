@@ -13,9 +13,7 @@ import numpy as np
 from ...messages import first_line
 from ...models.volume_processor import open_nifti
 from ..columns import IMAGE, LABEL, place
-
-# How far a corner of a mask may lie from that of its image: files are written with rounded numbers.
-TOLERANCE_IN_VOXELS = 0.1
+from ..files.nifti import corners_of, refuse_elsewhere
 
 
 @dataclass(frozen=True)
@@ -159,13 +157,8 @@ def _check_fit(where: str, file: Any, what: str, image: Any) -> None:
     if file.shape[:3] != image.shape[:3] or (what == "mask" and len(file.shape) == 4):
         sizes = (" × ".join(map(str, one.shape)) for one in (file, image))
         raise ValueError(f"{where}: the {what} has {' voxels, its image '.join(sizes)}. Resample one to the other.")
-    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, size - 1) for size in image.shape[:3]))])
-    moved = np.linalg.norm((corners @ (np.asarray(file.affine) - np.asarray(image.affine)).T)[:, :3], axis=1).max()
-    if moved > TOLERANCE_IN_VOXELS * np.linalg.norm(image.affine[:3, :3], axis=0).min():
-        raise ValueError(
-            f"{where}: the {what} lies elsewhere than its image: up to {moved:.3g} mm apart, by their affines. "
-            "Resample one to the other, or copy the affine of the image if you know that the voxels belong together."
-        )
+    corners, others = (corners_of(one.affine, image.shape) for one in (file, image))
+    refuse_elsewhere(where, what, corners, others, image)
 
 
 def _voxels(where: str, image: Any) -> np.ndarray:

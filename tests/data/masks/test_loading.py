@@ -1,3 +1,5 @@
+import json
+
 import datasets
 import numpy as np
 import pytest
@@ -293,3 +295,37 @@ def test_scans_stand_beside_masks_of_any_format(tmp_path):
         for pixels, mask in zip(prepared["pixel_values"], prepared["labels"], strict=True):
             assert pixels.shape == (3, 32, 32)
             assert pixels[0][mask == 1].median() > pixels[0][mask == 0].median() + 1
+
+
+def test_a_nifti_mask_that_lies_elsewhere_than_its_image_is_refused(tmp_path):
+    affine, mask = np.diag([-0.5, 0.5, 3.0, 1.0]), np.zeros((30, 20, 1), "uint8")
+    affine[:3, 3], mask[4:9, 5:8] = (40.0, -20.0, 7.0), 1
+
+    def save(name, way=affine, stored=mask):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            save_nifti(tmp_path / name / f"{i}.nii.gz", mask.astype("int16") * 1000, affine)
+            save_nifti(tmp_path / name / f"{i}_mask.nii.gz", stored if i == 1 else mask, way if i == 1 else affine)
+        rows = [json.dumps({"file_name": f"{i}.nii.gz", "mask_file_name": f"{i}_mask.nii.gz"}) for i in range(3)]
+        (tmp_path / name / "metadata.jsonl").write_text("\n".join(rows))
+        return arguments(tmp_path / name, test_share=0.34)
+
+    moved = affine.copy()
+    moved[0, 3] += 2
+    with pytest.raises(
+        ValueError, match=r"1_mask.nii.gz\): the mask lies elsewhere than its image: up to 2 mm "
+    ) as error:
+        load_masks(save("moved", moved))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"1_mask.nii.gz\): the mask lies elsewhere than its image: up to"):
+        load_masks(save("lost", np.eye(4)))
+    # Rounded numbers, and the same place stored in another way.
+    load_masks(save("rounded", affine + 0.0005))
+    turned = affine.copy()
+    turned[:, 0], turned[:3, 3] = -affine[:, 0], affine[:3, 3] + 29 * affine[:3, 0]
+    thick = turned.copy()
+    thick[2, 2] = 1.0
+    for i, way in enumerate((turned, thick)):
+        splits = load_masks(save(f"turned-{i}", way, mask[::-1]))
+        for row in splits.train:
+            assert (read_mask(row["label"]) == (row["image"] > 500)).all()

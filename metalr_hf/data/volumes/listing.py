@@ -12,7 +12,7 @@ import datasets
 
 from ..files.folders import image_files
 from ..listing import Files, ImageList, is_table, list_files, list_rows, refuse_twice
-from ..masks import MASK_NAME
+from ..masks.loading import MASK_NAME
 from .folders import ENDINGS, is_volume_folder
 
 # nnU-Net ends the name of an image in the number of its channel.

@@ -221,3 +221,31 @@ def parameters_by_layer(optimizer: Optimizer, group_layers: list[str], layers: l
     for layer, group in zip(group_layers, optimizer.param_groups, strict=True):
         by_layer[layer] += group["params"]
     return list(by_layer.values())
+
+
+def momentum_growth(optimizer: Optimizer) -> float:
+    """How many times as long as its first step an optimizer's step becomes while the gradient stays the same.
+
+    That is (1 - dampening) / (1 - momentum) for the velocity of SGD, which starts as the first gradient. Adam corrects
+    its averages for their start, and others, such as Lion, take a sign, so that all their steps have one length.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+
+    Returns:
+        `float`: at least 1; the largest of all param groups.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.tuning.optimizers import momentum_growth
+    >>> weights = [torch.zeros(1)]
+    >>> momentum_growth(torch.optim.SGD(weights, momentum=0.75)), momentum_growth(torch.optim.AdamW(weights))
+    (4.0, 1.0)
+
+    ```
+    """
+    # Only a velocity is damped: the momentum of others, as Muon's, says nothing of the length of their steps.
+    velocities = [group for group in optimizer.param_groups if "dampening" in group and group.get("momentum", 0) < 1]
+    return max([1.0, *((1 - group["dampening"]) / (1 - group["momentum"]) for group in velocities)])

@@ -129,7 +129,7 @@ def empty_entry(folder: str | None) -> str:
     Example:
 
     ```python
-    >>> from metalr_hf.data.labels import empty_entry
+    >>> from metalr_hf.data.labels.classes import empty_entry
     >>> empty_entry(None)
     ''
 

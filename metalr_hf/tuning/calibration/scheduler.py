@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ...layers.names import head_layers
 from ..hypergradient import LookAhead
-from ..optimizers import check_own_rates, unwrap
+from ..optimizers import check_own_rates, momentum_growth, unwrap
 from ..rates import LayerRateScheduler
 from ..validation import clear_gradients
 from .search import PROBE_LR, Calibration, Calibrator
@@ -124,6 +124,7 @@ class CalibratedScheduler(LayerRateScheduler):
                 lr_min=self.lr_min,
                 lr_max=self.lr_max,
                 reduce=self.reduce,
+                momentum_growth=momentum_growth(unwrap(self.optimizer)),
             )
         self.learning_rates = self.start_learning_rates = before.new_tensor(found)
         self._look_ahead.rescale(self.ratios(before), keep=self.meta_source == "next_batch")

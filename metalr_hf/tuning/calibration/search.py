@@ -105,6 +105,7 @@ def calibrate(
     lr_min: float = 0.0,
     lr_max: float = math.inf,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    momentum_growth: float = 1.0,
 ) -> Calibration:
     """Finds start rates for head and backbone along the optimizer step just taken, with forward passes only.
 
@@ -125,6 +126,8 @@ def calibrate(
         lr_min (`float`, *optional*, defaults to 0.0), lr_max (`float`, *optional*, defaults to `math.inf`): Rungs
             outside these bounds are left out.
         reduce (`Callable`, *optional*): Averages a tensor over all processes.
+        momentum_growth (`float`, *optional*, defaults to 1.0): How many times as long as the first step later ones
+            become by [`~metalr_hf.tuning.optimizers.momentum_growth`]. The rate of the backbone is divided by it.
 
     Returns:
         [`Calibration`]: the start rates and how they were found.
@@ -198,7 +201,8 @@ def calibrate(
         harms_at_once = bool(backbone_losses) and backbone_losses[ladder[0]] > raised(start_loss, TOLERANCE)
         guess = max(FALLBACK_BACKBONE_LR, head_lr / FALLBACK_HEAD_TO_BACKBONE)
         backbone_lr = lowest if harms_at_once else min(bounded(guess), largest_lr)
-    backbone_lr = max(backbone_lr, lowest)
+    # Of the backbone alone: the head has little to forget, and learns too slowly at such a rate.
+    backbone_lr = max(max(backbone_lr, lowest) / momentum_growth, lr_min)
     return Calibration(backbone_lr, head_lr, start_loss, head_losses, backbone_losses, largest_lr, changes, doubts)
 
 

@@ -9,11 +9,12 @@ from small_runs import arguments, images, resnet, vit
 from torch import nn
 
 from metalr_hf import MetaLRScheduler, MetaLRTrainer
-from metalr_hf.tuning import calibration
+from metalr_hf.tuning.calibration import search
 from metalr_hf.tuning.calibration.ladder import LADDER
 from metalr_hf.tuning.calibration.search import LOOKS, PROBE_LR, Calibration, calibrate, warn_of_doubts
 from metalr_hf.tuning.contexts import untouched
 from metalr_hf.tuning.hypergradient import LookAhead
+from metalr_hf.tuning.optimizers import momentum_growth
 
 DIGITS = load_digits()
 PIXELS = torch.tensor(DIGITS.images, dtype=torch.float32)[:, None] / 16
@@ -30,7 +31,7 @@ def network(dtype=torch.float32):
 @pytest.fixture
 def unlimited(monkeypatch):
     """The small network is untrained: it has nothing to forget, and learns little by short steps."""
-    monkeypatch.setattr(calibration, "largest_backbone_lr", lambda sizes, step_lrs: 1.0)
+    monkeypatch.setattr(search, "largest_backbone_lr", lambda sizes, step_lrs: 1.0)
 
 
 def loss_of(model, rows):
@@ -156,6 +157,22 @@ def test_no_step_of_the_backbone_is_longer_than_a_hundredth_of_it(optimizer_clas
     assert found.largest_lr == pytest.approx(float(0.01 * norm / moved), rel=1e-3)
     assert max(found.backbone_losses) == found.largest_lr
     assert found.backbone_lr <= found.largest_lr
+
+
+def test_a_step_that_momentum_makes_ten_times_longer_starts_at_a_tenth():
+    def rates(momentum):
+        torch.manual_seed(0)
+        model = network()
+        look_ahead = a_step_taken(model, torch.optim.SGD(groups(model, 1e-2), momentum=momentum))
+        growth = momentum_growth(torch.optim.SGD(model.parameters(), momentum=momentum))
+        with untouched(model):
+            return calibrate(look_ahead, [1e-2, 1e-2], lambda: loss_of(model, slice(64, 128)), momentum_growth=growth)
+
+    # The first step is the same, so that the looks are too.
+    plain, heavy = rates(0.0), rates(0.9)
+    assert heavy.backbone_losses == plain.backbone_losses
+    assert heavy.backbone_lr == pytest.approx(plain.backbone_lr / 10)
+    assert heavy.head_lr == plain.head_lr
 
 
 @pytest.mark.usefixtures("unlimited")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, SchedulerType, has_length
 from transformers.utils import logging
 
@@ -17,6 +17,7 @@ from ..tasks.metrics import refined_losses
 from ..tuning.averaging import POLYNOMIAL, has_statistics
 from .averaging import STATISTICS_BATCHES
 from .convergence import Evaluated, best_evaluation, earliest_stop, evaluation_steps, has_converged
+from .measuring import MeasuringTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +89,7 @@ def prepare_stopping(args: Any) -> None:
     args.load_best_model_at_end = False
 
 
-class StoppingTrainer(Trainer):
+class StoppingTrainer(MeasuringTrainer):
     """[`~transformers.Trainer`] that stops by itself when it has converged, if `args.stop_when_converged` is set.
 
     It evaluates at steps whose distance grows, at no more than a twentieth of the cost of the training, stops when the

@@ -14,10 +14,14 @@ from digits import save_image_folder, save_timm
 from safetensors.torch import load_file
 from small_runs import images, vit
 from train_in_processes import META_ROWS, names, run
+from volumes import QUICK, SMALL, save_folder
 
-from metalr_hf import LRHistory
+from metalr_hf import LRHistory, MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.cli import main
 from metalr_hf.cli.train import RUN_FILES
+from metalr_hf.data.splits import hold_out
+from metalr_hf.models.loading import ModelArguments
+from metalr_hf.tasks import get_task
 from metalr_hf.tuning.calibration.search import LOOKS
 
 pytestmark = pytest.mark.slow
@@ -204,6 +208,47 @@ def is_ddp(folder):
     return (folder / "way").read_text() == "ddp"
 
 
+def in_two_processes(*arguments):
+    """Runs a command as `accelerate launch -m metalr_hf.cli` does."""
+    # accelerate's own --cpu starts one process, whatever the number.
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "metalr_hf.cli"]
+    command = list(map(str, [sys.executable, *launcher, *arguments]))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_volumes_of_several_sizes_are_measured_in_two_processes_as_in_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    # Three of two sizes do not divide evenly either.
+    data, output = save_folder(tmp_path / "scans", train=7, test=3), tmp_path / "run"
+    arguments = ["--task", "segmentation", "--dataset_name", data, "--output_dir", output, *QUICK, *SMALL]
+    arguments += ["--max_steps", "30", "--eval_strategy", "steps", "--eval_steps", "30", "--validation_share", "0.4"]
+    in_two_processes("train", *arguments, "--report_to", "none")
+    task = get_task("segmentation_3d")
+    splits = task.load_splits(task.data_arguments(dataset_name=str(data)))
+    splits = hold_out(splits, "validation", "validation_share", 0.4, 42, None)
+    model, processor = task.load_trained(ModelArguments(str(output)))
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False}
+    options |= task.training_arguments
+    needs = task.trainer_arguments(splits.class_names, [])
+    trainer = MetaLRTrainer(model, MetaLRTrainingArguments(str(tmp_path / "one"), **options), **needs)
+    prepared = task.prepare(splits, processor, "none")
+    found = json.loads((output / "all_results.json").read_text())
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    found |= next(row for row in history if "eval_dice" in row)
+    for prefix, rows in (("test", prepared.test), ("eval", prepared.validation)):
+        assert len({row["labels"].shape for row in rows}) == 2
+        measured = trainer.evaluate(rows, metric_key_prefix=prefix)
+        names = [name for name in measured if "dice" in name or "hausdorff95" in name or name.endswith("_loss")]
+        assert len(names) == 7
+        assert measured[f"{prefix}_dice"] > 0.1
+        for name in names:
+            assert found[name] == pytest.approx(measured[name], abs=1e-5), name
+
+
 def test_the_command_line_in_two_processes_is_the_one_in_one_and_its_checkpoint_too(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -212,13 +257,8 @@ def test_the_command_line_in_two_processes_is_the_one_in_one_and_its_checkpoint_
     arguments += ["--meta_split", "0.2", "--meta_every", "1"]
     arguments += ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--max_steps", "30"]
     arguments += ["--adam_epsilon", "1e-3", "--save_strategy", "steps", "--save_steps", "15", "--output_dir"]
-    # accelerate's own --cpu starts one process, whatever the number.
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "metalr_hf.cli"]
     two, one, resumed = (tmp_path / name for name in ("two", "one", "resumed"))
-    command = [sys.executable, *launcher, *arguments, two, "--per_device_train_batch_size", "4"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = in_two_processes(*arguments, two, "--per_device_train_batch_size", "4")
     assert {file.name for file in two.iterdir()} >= set(RUN_FILES)
     assert done.stdout.count("On the test split") == 1
     assert (two / "checkpoint-15" / "rng_state_1.pth").exists()

@@ -42,6 +42,7 @@ SHOWN = (
     "metalr_hf.data.columns",
     "metalr_hf.data.digits",
     "metalr_hf.data.splits.folds",
+    "metalr_hf.data.splits.several_labels",
     "metalr_hf.hub.markdown",
     "metalr_hf.layers.groups",
     "metalr_hf.layers.names",

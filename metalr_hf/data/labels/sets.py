@@ -34,8 +34,9 @@ class LabelSetArguments(TargetArguments, ClassArguments):
             The labels to learn, by default all. For 0/1 lists their names, in the order of the figures.
 
     All others are those of [`~metalr_hf.data.labels.TargetArguments`] and
-    [`~metalr_hf.data.labels.ClassArguments`]. Labels are lists of names or numbers, lists of
-    0 and 1, or columns of 0 and 1. An empty entry, NaN and -1 are unknown: they take no part in loss and metrics.
+    [`~metalr_hf.data.labels.ClassArguments`]. Labels are lists of names or numbers, lists of 0 and 1, or columns of 0
+    and 1. An empty entry, NaN and -1 are unknown: they take no part in loss and metrics. Shares that are held out have
+    every label in its share where that is possible; one that is too rare for both is trained on.
     """
 
     label_separator: str | None = field(

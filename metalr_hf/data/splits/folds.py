@@ -7,12 +7,13 @@ import numpy as np
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold, train_test_split
 
 from ..columns import LABEL
+from .several_labels import divide_by_labels, label_flags
 
 
 def fold_rows(
     data: datasets.Dataset, folds: int, seed: int, group_column: str | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows of every fold, stratified by class where the labels are classes.
+    """Rows of every fold, stratified by class where the labels are classes, and by each where rows have several.
 
     Args:
         data (`datasets.Dataset`): Rows with `label`.
@@ -37,6 +38,12 @@ def fold_rows(
     ```
     """
     rows, strata, how = np.arange(len(data)), strata_of(data), {"shuffle": True, "random_state": seed}
+    flags = label_flags(data)
+    if flags is not None:
+        named = None if group_column is None else np.array(data.with_format(None)[group_column])
+        parts = divide_by_labels(flags, [len(data) / folds] * folds, seed, named)
+        if parts is not None:
+            return [(np.flatnonzero(parts != fold), np.flatnonzero(parts == fold)) for fold in range(folds)]
     if group_column is None:
         kind = KFold if strata is None else StratifiedKFold
         return list(kind(folds, **how).split(rows, strata))
@@ -45,7 +52,7 @@ def fold_rows(
 
 
 def stratified_subset(data: datasets.Dataset, size: int, seed: int) -> datasets.Dataset:
-    """Some rows, each class in its share where the labels are classes.
+    """Some rows, each class in its share where the labels are classes, and each label where rows have several.
 
     Args:
         data (`datasets.Dataset`): Rows with `label`.
@@ -68,6 +75,9 @@ def stratified_subset(data: datasets.Dataset, size: int, seed: int) -> datasets.
     """
     if size >= len(data):
         return data
+    flags = label_flags(data)
+    if flags is not None and (parts := divide_by_labels(flags, (size, len(data) - size), seed)) is not None:
+        return data.select(np.flatnonzero(parts == 0))
     rows, _ = train_test_split(np.arange(len(data)), train_size=size, stratify=strata_of(data), random_state=seed)
     return data.select(rows)
 

@@ -15,6 +15,7 @@ from ...messages import first_line
 from ..columns import LABEL
 from ..intensity import IntensityWindow, find_window, parse_window
 from .folds import strata_of
+from .several_labels import divide_by_labels, label_flags
 
 Splits = TypeVar("Splits", bound="ImageSplits")
 
@@ -150,7 +151,7 @@ def hold_out(splits: Splits, what: str, argument: str, share: float, seed: int, 
 def hold_out_rows(
     rows: datasets.Dataset, argument: str, size: int, seed: int, *, group_column: str | None = None
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Divides rows in two, stratified by class where the labels are classes.
+    """Divides rows in two, stratified by class where the labels are classes, and by each where rows have several.
 
     Args:
         rows (`datasets.Dataset`): Rows with `label`.
@@ -177,8 +178,14 @@ def hold_out_rows(
 
     ```
     """
-    strata = strata_of(rows)
+    strata, flags = strata_of(rows), label_flags(rows)
     try:
+        if flags is not None and 0 < size < len(rows):
+            groups = None if group_column is None else groups_of(rows, group_column, "training")
+            parts_of = divide_by_labels(flags, (len(rows) - size, size), seed, groups)
+            # Of a few large groups, any that will do.
+            if parts_of is not None:
+                return rows.select(np.flatnonzero(parts_of == 0)), rows.select(np.flatnonzero(parts_of == 1))
         if group_column is None:
             column = None if strata is None else LABEL
             parts = rows.train_test_split(test_size=size, stratify_by_column=column, seed=seed)

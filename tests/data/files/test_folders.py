@@ -1,3 +1,5 @@
+import gc
+
 import numpy as np
 import pandas
 import pytest
@@ -47,6 +49,9 @@ def test_formats_may_be_mixed_and_named_in_a_metadata_csv(tmp_path):
     kinds = {type(row["image"]) for part in (splits.train, splits.test) for row in part}
     assert len(kinds) == 2
     assert splits.window is not None
+    # Here, where it may be warned of, and not in a later test.
+    del splits
+    gc.collect()
 
 
 def test_classes_of_nifti_are_folders_too(tmp_path):

@@ -113,8 +113,8 @@ class Segmentation(Task):
         return bool(kinds) and config.model_type != MonaiConfig.model_type
 
     def read(self, entry: Any, processor: BaseImageProcessor) -> tuple[Tensor, Any]:
-        pixels, size = super().read(entry, processor)
         content = file_bytes(entry)
+        pixels, size = super().read({**entry, "bytes": content}, processor)
         is_nifti = format_of(content, str(entry.get("path") or "")) == "nifti"
         # A mask lies where its image does, which a PNG cannot say.
         return pixels, NiftiSlice.of(content) if is_nifti else size

@@ -37,7 +37,7 @@ class ClassArguments(DataArguments):
     Example:
 
     ```python
-    >>> from metalr_hf.data.labels import ClassArguments
+    >>> from metalr_hf.data import ClassArguments
     >>> ClassArguments(class_weights=["1", "3.5"]).class_weights
     [1.0, 3.5]
 

@@ -51,7 +51,7 @@ def load_quantities(args: QuantityArguments, *, seed: int = 42, keep_columns: Se
     Example:
 
     ```python
-    >>> from metalr_hf.data.labels import QuantityArguments, load_quantities
+    >>> from metalr_hf.data import QuantityArguments, load_quantities
     >>> splits = load_quantities(QuantityArguments())
     >>> splits.class_names, [round(number, 1) for number in splits.train[0]["label"]]
     (('ink',), [35.7])

@@ -33,10 +33,10 @@ class LabelSetArguments(TargetArguments, ClassArguments):
         class_names (`list[str]`, *optional*):
             The labels to learn, by default all. For 0/1 lists their names, in the order of the figures.
 
-    All others are those of [`~metalr_hf.data.labels.TargetArguments`] and
-    [`~metalr_hf.data.labels.ClassArguments`]. Labels are lists of names or numbers, lists of 0 and 1, or columns of 0
-    and 1. An empty entry, NaN and -1 are unknown: they take no part in loss and metrics. Shares that are held out have
-    every label in its share where that is possible; one that is too rare for both is trained on.
+    All others are those of [`~metalr_hf.data.labels.targets.TargetArguments`] and
+    [`~metalr_hf.data.labels.imbalance.ClassArguments`]. Labels are lists of names or numbers, lists of 0 and 1, or
+    columns of 0 and 1. An empty entry, NaN and -1 are unknown: they take no part in loss and metrics. Shares that are
+    held out have every label in its share where that is possible; one that is too rare for both is trained on.
     """
 
     label_separator: str | None = field(
@@ -70,7 +70,7 @@ def load_label_sets(args: LabelSetArguments, *, seed: int = 42, keep_columns: Se
     Example:
 
     ```python
-    >>> from metalr_hf.data.labels import LabelSetArguments, load_label_sets
+    >>> from metalr_hf.data import LabelSetArguments, load_label_sets
     >>> splits = load_label_sets(LabelSetArguments())
     >>> splits.class_names, splits.train[0]["label"]
     (('even', 'above four', 'with a loop'), [0.0, 0.0, 0.0])

@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold, train_test_split
 
 from ..columns import LABEL
-from .several_labels import divide_by_labels, label_flags
+from .several_labels import divide_rows
 
 
 def fold_rows(
@@ -38,16 +38,13 @@ def fold_rows(
     ```
     """
     rows, strata, how = np.arange(len(data)), strata_of(data), {"shuffle": True, "random_state": seed}
-    flags = label_flags(data)
-    if flags is not None:
-        named = None if group_column is None else np.array(data.with_format(None)[group_column])
-        parts = divide_by_labels(flags, [len(data) / folds] * folds, seed, named)
-        if parts is not None:
-            return [(np.flatnonzero(parts != fold), np.flatnonzero(parts == fold)) for fold in range(folds)]
-    if group_column is None:
+    groups = None if group_column is None else np.array(data.with_format(None)[group_column])
+    parts = divide_rows(data, [len(data) / folds] * folds, seed, groups)
+    if parts is not None:
+        return [(np.flatnonzero(parts != fold), np.flatnonzero(parts == fold)) for fold in range(folds)]
+    if groups is None:
         kind = KFold if strata is None else StratifiedKFold
         return list(kind(folds, **how).split(rows, strata))
-    groups = np.array(data.with_format(None)[group_column])
     return list((GroupKFold if strata is None else StratifiedGroupKFold)(folds, **how).split(rows, strata, groups))
 
 
@@ -75,8 +72,7 @@ def stratified_subset(data: datasets.Dataset, size: int, seed: int) -> datasets.
     """
     if size >= len(data):
         return data
-    flags = label_flags(data)
-    if flags is not None and (parts := divide_by_labels(flags, (size, len(data) - size), seed)) is not None:
+    if (parts := divide_rows(data, (size, len(data) - size), seed)) is not None:
         return data.select(np.flatnonzero(parts == 0))
     rows, _ = train_test_split(np.arange(len(data)), train_size=size, stratify=strata_of(data), random_state=seed)
     return data.select(rows)

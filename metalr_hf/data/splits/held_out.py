@@ -15,7 +15,7 @@ from ...messages import first_line
 from ..columns import LABEL
 from ..intensity import IntensityWindow, find_window, parse_window
 from .folds import strata_of
-from .several_labels import divide_by_labels, label_flags
+from .several_labels import divide_rows
 
 Splits = TypeVar("Splits", bound="ImageSplits")
 
@@ -178,19 +178,17 @@ def hold_out_rows(
 
     ```
     """
-    strata, flags = strata_of(rows), label_flags(rows)
+    strata = strata_of(rows)
     try:
-        if flags is not None and 0 < size < len(rows):
-            groups = None if group_column is None else groups_of(rows, group_column, "training")
-            parts_of = divide_by_labels(flags, (len(rows) - size, size), seed, groups)
-            # Of a few large groups, any that will do.
-            if parts_of is not None:
-                return rows.select(np.flatnonzero(parts_of == 0)), rows.select(np.flatnonzero(parts_of == 1))
-        if group_column is None:
+        groups = None if group_column is None else groups_of(rows, group_column, "training")
+        part_of = divide_rows(rows, (len(rows) - size, size), seed, groups) if 0 < size < len(rows) else None
+        # Of a few large groups, any that will do.
+        if part_of is not None:
+            return rows.select(np.flatnonzero(part_of == 0)), rows.select(np.flatnonzero(part_of == 1))
+        if groups is None:
             column = None if strata is None else LABEL
             parts = rows.train_test_split(test_size=size, stratify_by_column=column, seed=seed)
             return parts["train"], parts["test"]
-        groups = groups_of(rows, group_column, "training")
         if strata is None:
             how: Any = GroupShuffleSplit(1, test_size=size / len(rows), random_state=seed)
         else:

@@ -45,6 +45,38 @@ def label_flags(rows: datasets.Dataset) -> np.ndarray | None:
     return values == 1 if values.ndim == 2 and np.isin(values, FLAGS).all() else None
 
 
+def divide_rows(
+    rows: datasets.Dataset, sizes: Sequence[float], seed: int, groups: np.ndarray | None = None
+) -> np.ndarray | None:
+    """As [`divide_by_labels`], of rows whatever their labels are.
+
+    Args:
+        rows (`datasets.Dataset`): Rows with `label`.
+        sizes (`Sequence[float]`): How many rows each part is to have; without groups it has as many.
+        seed (`int`): Of the choice among equals.
+        groups (`numpy.ndarray` of shape `(rows,)`, *optional*): Rows of one group go to one part.
+
+    Returns:
+        `numpy.ndarray` of shape `(rows,)`, *optional*: the number of the part; `None` if one would be empty, or where
+            rows do not have several labels.
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from metalr_hf.data.splits.several_labels import divide_rows
+    >>> rows = datasets.Dataset.from_dict({"label": [[1.0, 0.0], [1.0, 1.0]] * 2})
+    >>> sorted(divide_rows(rows, sizes=(2, 2), seed=0).tolist())
+    [0, 0, 1, 1]
+    >>> divide_rows(datasets.Dataset.from_dict({"label": [0, 1]}), sizes=(1, 1), seed=0) is None
+    True
+
+    ```
+    """
+    flags = label_flags(rows)
+    return None if flags is None else divide_by_labels(flags, sizes, seed, groups)
+
+
 def divide_by_labels(
     flags: np.ndarray, sizes: Sequence[float], seed: int, groups: np.ndarray | None = None
 ) -> np.ndarray | None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from digits import digit_images, save_with_metadata
 
-from metalr_hf.data.labels import QuantityArguments, load_quantities
+from metalr_hf.data import QuantityArguments, load_quantities
 
 pytestmark = pytest.mark.usefixtures("offline")
 

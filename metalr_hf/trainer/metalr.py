@@ -19,10 +19,10 @@ from ..layers.names import head_layers
 from ..models.bare import LossAlone, logits_of, wrap_bare_module
 from ..tuning.contexts import untouched
 from ..tuning.history import LRHistory
-from ..tuning.linearity import check_optimizer_name
+from ..tuning.hypergradient.linearity import check_optimizer_name
+from ..tuning.hypergradient.sharding import refuse_fsdp1, reshard
 from ..tuning.optimizers import unwrap
 from ..tuning.scheduler import MetaLRScheduler
-from ..tuning.sharding import refuse_fsdp1, reshard
 from .arguments import MetaLRTrainingArguments, refuse_deepspeed, with_tuning_arguments
 from .averaging import AveragingTrainer
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume

@@ -15,10 +15,10 @@ from ..settings import check_layer_names, check_settings
 from .calibration import CalibratedScheduler
 from .guard import SHRINK_BLINDLY, TuningGuard
 from .hypergradient import LookAhead
-from .linearity import check_linear
+from .hypergradient.linearity import check_linear
+from .hypergradient.validation import clear_gradients, gather
 from .optimizers import check_own_rates, listen_to_steps, only_creates_state, overflow_flags, unwrap
 from .rules import Rule, get_rule, limit_change
-from .validation import clear_gradients, gather
 
 
 class MetaLRScheduler(CalibratedScheduler):

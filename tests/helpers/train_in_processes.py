@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
-from metalr_hf.tuning.sharding import local, whole
+from metalr_hf.tuning.hypergradient.sharding import local, whole
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from metalr_hf import MetaLRScheduler, MetaLRTrainer, layer_groups
-from metalr_hf.tuning.linearity import REFUSED_OPTIMIZERS
+from metalr_hf.tuning.hypergradient.linearity import REFUSED_OPTIMIZERS
 
 
 class StockWithLayers(Trainer):

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from ...layers.names import head_layers
 from ..hypergradient import LookAhead
+from ..hypergradient.validation import clear_gradients
 from ..optimizers import check_own_rates, momentum_growth, unwrap
 from ..rates import LayerRateScheduler
-from ..validation import clear_gradients
 from .search import PROBE_LR, Calibration, Calibrator
 
 

@@ -48,7 +48,7 @@ def check_optimizer_name(optim: str) -> None:
     Example:
 
     ```python
-    >>> from metalr_hf.tuning.linearity import check_optimizer_name
+    >>> from metalr_hf.tuning.hypergradient.linearity import check_optimizer_name
     >>> check_optimizer_name("adamw_torch")
     >>> check_optimizer_name("lomo")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -79,7 +79,7 @@ def check_linear(optimizer: Optimizer) -> None:
 
     ```python
     >>> import torch
-    >>> from metalr_hf.tuning.linearity import check_linear
+    >>> from metalr_hf.tuning.hypergradient.linearity import check_linear
     >>> weight = torch.nn.Parameter(torch.zeros(3))
     >>> check_linear(torch.optim.AdamW([weight]))
     >>> check_linear(torch.optim.LBFGS([weight]))  # doctest: +ELLIPSIS

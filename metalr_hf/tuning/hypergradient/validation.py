@@ -31,7 +31,7 @@ def validation_gradient(
 
     ```python
     >>> import torch
-    >>> from metalr_hf.tuning.validation import validation_gradient
+    >>> from metalr_hf.tuning.hypergradient.validation import validation_gradient
     >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
     >>> weight.grad = torch.tensor([100.0])
     >>> validation_gradient(lambda: (weight**2).sum(), [weight]), weight.grad

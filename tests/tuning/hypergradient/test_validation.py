@@ -1,6 +1,6 @@
 import torch
 
-from metalr_hf.tuning.validation import gather, validation_gradient
+from metalr_hf.tuning.hypergradient.validation import gather, validation_gradient
 
 
 class OnAppleGPU(torch.Tensor):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers.training_args import OptimizerNames
 
-from metalr_hf.tuning.linearity import REFUSED_OPTIMIZERS, check_linear, check_optimizer_name
+from metalr_hf.tuning.hypergradient.linearity import REFUSED_OPTIMIZERS, check_linear, check_optimizer_name
 
 
 def parameters():

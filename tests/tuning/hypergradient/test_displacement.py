@@ -7,8 +7,8 @@ from small_runs import arguments, images, vit
 from torch import nn
 
 from metalr_hf import MetaLRScheduler, MetaLRTrainer
-from metalr_hf.tuning.displacement import StepFromState, bias_corrections, step_options
 from metalr_hf.tuning.hypergradient import LookAhead
+from metalr_hf.tuning.hypergradient.displacement import StepFromState, bias_corrections, step_options
 
 TOLD = {
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),

@@ -30,7 +30,7 @@ class Backwards:
 
     ```python
     >>> import torch
-    >>> from metalr_hf.tuning.displacement import Backwards
+    >>> from metalr_hf.tuning.hypergradient.displacement import Backwards
     >>> back = Backwards([torch.tensor([1.0, -2.0])], lengths=[0.1], decays=[0.5])
     >>> stepped = [torch.tensor([4.0, 4.0])]
     >>> back.add_to(stepped, 1.0)
@@ -90,7 +90,7 @@ def dot(gradient: Tensor | None, direction: Tensor) -> Tensor:
 
     ```python
     >>> import torch
-    >>> from metalr_hf.tuning.displacement import dot
+    >>> from metalr_hf.tuning.hypergradient.displacement import dot
     >>> dot(torch.ones(2, 2), torch.full((2, 2), 3.0)), dot(None, torch.ones(2, 2))
     (tensor(12.), tensor(0.))
 
@@ -119,7 +119,7 @@ class StepFromState:
 
     ```python
     >>> import torch
-    >>> from metalr_hf.tuning.displacement import StepFromState, step_options
+    >>> from metalr_hf.tuning.hypergradient.displacement import StepFromState, step_options
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> weight.grad = torch.tensor([3.0])
     >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
@@ -204,7 +204,7 @@ def bias_corrections(count: Tensor, betas: Sequence[tuple[float, float]]) -> tup
 
     ```python
     >>> import torch
-    >>> from metalr_hf.tuning.displacement import bias_corrections
+    >>> from metalr_hf.tuning.hypergradient.displacement import bias_corrections
     >>> first, second = bias_corrections(torch.tensor([1.0], dtype=torch.float64), [(0.5, 0.75)])
     >>> first[0].item(), second[0].item()
     (2.0, 2.0)
@@ -230,7 +230,7 @@ def step_options(optimizer: Optimizer | None, parameters: Sequence[Tensor]) -> l
 
     ```python
     >>> import torch
-    >>> from metalr_hf.tuning.displacement import step_options
+    >>> from metalr_hf.tuning.hypergradient.displacement import step_options
     >>> weight = torch.nn.Parameter(torch.ones(3))
     >>> step_options(torch.optim.SGD([weight], lr=0.1, momentum=0.9), [weight])
     [{'lr': 0.1}]

@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_N
 from ..data.splits import hold_out
 from ..hub.publish import BESIDE_THE_MODEL
 from ..trainer.checkpoints import checkpoints, is_complete, usable_checkpoint
-from ..trainer.meta_batches import UnusableRowError
+from ..trainer.meta import UnusableRowError
 from ..trainer.metalr import MetaLRTrainer
 from . import INTERRUPTED, say
 from .arguments import TrainArguments, parse_train_arguments

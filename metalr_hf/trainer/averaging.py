@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..tuning.averaging import POLYNOMIAL, WeightAverage
 from ..tuning.contexts import preserve_random_state
-from .meta_sets import stream_of
+from .meta import stream_of
 
 AVERAGE_FILE = "weight_average.pt"
 # Training batches that the statistics of batch norm are estimated from.

@@ -20,7 +20,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..settings import check_saved_layers
-from .meta_stream import MetaStream
+from .meta import MetaStream
 
 logger = logging.get_logger(__name__)
 

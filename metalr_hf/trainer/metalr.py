@@ -29,8 +29,7 @@ from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_r
 from .collapse import CollapseGuard, guard_for
 from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
 from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients
-from .meta_sets import create_meta_stream, prepare_meta_dataset
-from .meta_stream import MetaStream
+from .meta import MetaStream, create_meta_stream, prepare_meta_dataset
 from .schedules import schedule_shape
 from .step_hooks import StepHooks, calibrate_on, fetch_validation_batch, step_hooks
 from .stopping import StoppingTrainer

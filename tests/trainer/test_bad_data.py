@@ -10,8 +10,7 @@ from huggingface_hub.errors import HTTPError
 from small_runs import LABELS, images, trainer, vit
 from torch.utils.data import Dataset, IterableDataset
 
-from metalr_hf.trainer import meta_stream
-from metalr_hf.trainer.meta_stream import MetaStream
+from metalr_hf.trainer.meta import MetaStream
 
 # The HTTP library that the installed huggingface_hub uses, which has changed over time.
 HTTP = importlib.import_module(HTTPError.__module__.split(".")[0])
@@ -83,7 +82,7 @@ class Flaky(IterableDataset):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(meta_stream, "RETRY_AFTER", (0, 0, 0))
+    monkeypatch.setattr("metalr_hf.trainer.meta.stream.RETRY_AFTER", (0, 0, 0))
 
 
 def labels(dataset, num_workers=0):

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 from transformers import Trainer
 
-from .meta_stream import MetaStream, check_meta_dataset, split_meta_dataset
+from .stream import MetaStream, check_meta_dataset, split_meta_dataset
 
 # What a subclass overrides to draw training images in its own way.
 OWN_DATA = ("get_train_dataloader", "_get_train_sampler")
@@ -51,7 +51,7 @@ def create_meta_stream(trainer: Any) -> MetaStream:
         trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer.
 
     Returns:
-        [`~metalr_hf.trainer.meta_stream.MetaStream`]
+        [`~metalr_hf.trainer.meta.MetaStream`]
 
     Raises:
         ValueError: if the training batches come from a loader or sampler of the user's own, which it would pass by.

@@ -62,6 +62,13 @@ def test_contributing_names_every_folder_from_the_ground_up():
     assert set(named) == {path.parent.name for path in (ROOT / "metalr_hf").glob("*/__init__.py")}
 
 
+def test_contributing_names_the_folders_in_the_row_of_their_folder():
+    rows = dict(re.findall(r"^\| `(\w+)/` \|(.*)$", markdown(ROOT / "CONTRIBUTING.md"), re.MULTILINE))
+    inner = [path.parent for path in (ROOT / "metalr_hf").glob("*/*/__init__.py")]
+    assert inner
+    assert not [path for path in inner if f"`{path.name}/`" not in rows[path.parent.name]]
+
+
 def test_readme_is_read_in_one_sitting():
     assert len(markdown(README).splitlines()) <= ONE_SITTING
 

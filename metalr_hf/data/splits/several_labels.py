@@ -13,11 +13,12 @@ from ..columns import LABEL
 FLAGS = (0.0, 1.0, -100.0)
 
 
-def label_flags(rows: datasets.Dataset) -> np.ndarray | None:
+def label_flags(rows: datasets.Dataset, column: str = LABEL) -> np.ndarray | None:
     """Which labels the rows have.
 
     Args:
-        rows (`datasets.Dataset`): Rows with `label`.
+        rows (`datasets.Dataset`): The rows.
+        column (`str`, *optional*, defaults to `"label"`): Which of their columns has the labels.
 
     Returns:
         `numpy.ndarray` of shape `(rows, labels)`, *optional*: whether a row has a label; what is unknown counts as no.
@@ -33,9 +34,9 @@ def label_flags(rows: datasets.Dataset) -> np.ndarray | None:
 
     ```
     """
-    if not isinstance(rows.features[LABEL], (datasets.List, datasets.LargeList)):
+    if not isinstance(rows.features[column], (datasets.List, datasets.LargeList)):
         return None
-    lists = list(rows.with_format(None)[LABEL])
+    lists = list(rows.with_format(None)[column])
     if len({None if row is None else len(row) for row in lists}) != 1 or not lists[0]:
         return None
     try:

@@ -16,6 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.utils import logging
 
+from ...data.splits.several_labels import divide_by_labels, label_flags
 from ...tuning.contexts import preserve_random_state
 from .batches import (
     EMPTY,
@@ -200,8 +201,9 @@ def split_meta_dataset(
         meta_split (`float`):
             The share to hold out, in (0, 1). Each class gives its part of it, rounded, and keeps at least one row.
         label_column (`str`, *optional*, defaults to `"label"`):
-            The column of the classes (integers or strings). Other labels, as masks or numbers to predict, are not
-            stratified. Torch datasets have it, or `"labels"`, as a key of their rows.
+            The column of the classes (integers or strings), or of lists of 0, 1 and -100 (unknown), which are
+            stratified too if `dataset` is a `datasets.Dataset`. Other labels, as masks or numbers to predict, are not.
+            Torch datasets have it, or `"labels"`, as a key of their rows.
         seed (`int`, *optional*, defaults to 0):
             Of the choice of rows.
 
@@ -226,6 +228,11 @@ def split_meta_dataset(
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(f"meta_split={meta_split}: a stream cannot be split. Pass rows to tune on as meta_dataset.")
     labels = _labels(dataset, label_column)
+    if isinstance(dataset, datasets.Dataset) and (flags := label_flags(dataset, label_column)) is not None:
+        size = round(meta_split * len(dataset))
+        parts = divide_by_labels(flags, (len(dataset) - size, size), seed) if 0 < size < len(dataset) else None
+        if parts is not None:
+            return dataset.select(np.flatnonzero(parts == 0)), dataset.select(np.flatnonzero(parts == 1))
     generator = np.random.default_rng(seed)
     classes, members = np.unique(labels, return_inverse=True)
     order = generator.permutation(len(classes))

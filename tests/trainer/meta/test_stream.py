@@ -382,6 +382,16 @@ def test_rare_classes_give_their_share_together_and_keep_a_row():
         assert sorted(train["label"]) == [0, 1, 2, 3]
 
 
+def test_several_labels_each_give_their_share():
+    flags = [[1.0, float(i < 4)] if i < 20 else [0.0, -100.0] for i in range(40)]
+    for seed in range(10):
+        train, meta = split_meta_dataset(labelled(flags, class_label=False), 0.25, seed=seed)
+        assert [len(train), len(meta)] == [30, 10]
+        held_out = list(meta["label"])
+        assert [held_out.count([1.0, 1.0]), held_out.count([1.0, 0.0])] == [1, 4]
+        assert sorted([*train["row"], *meta["row"]]) == list(range(40))
+
+
 def refuse_to_decode(columns):
     raise AssertionError("a row was decoded")
 

@@ -196,6 +196,8 @@ def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
     schedule = SchedulerType(trainer.args.lr_scheduler_type).value
     if schedule != "constant":
         console.print(f"The {schedule} schedule multiplies these rates.")
+    if trainer.args.average_weights is not None:
+        console.print("The model holds an average of its weights over the last part of the run.")
     if scheduler.guard.non_finite:
         console.print(
             f"Steps not tuned, because a validation loss or hypergradient was not finite: {scheduler.guard.non_finite}"

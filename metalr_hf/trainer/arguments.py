@@ -13,7 +13,7 @@ from transformers.trainer_utils import SchedulerType
 from ..settings import LAYER_GRANULARITIES, META_MODES, check_choice, check_count, check_number, check_settings
 from ..tuning.averaging import averaging_share
 from ..tuning.rules import get_rule
-from .defaults import calibrates
+from .defaults import calibrates, fill_in_schedule
 from .stopping import prepare_stopping
 
 # Chen et al. 2023, section 3.1, and the reference code, with the sign of the paper's equation.
@@ -40,8 +40,9 @@ class MetaLRTrainingArguments(TrainingArguments):
     """Arguments of [`MetaLRTrainer`]: all of [`~transformers.TrainingArguments`], and the following.
 
     `learning_rate` is where every layer starts if `calibrate` is off. `lr_scheduler_type` and warm-up are the shape
-    that multiplies the tuned rates: by default `warmup_stable_decay`, constant and then linear decay over the last 70 %
-    of the steps (`lr_scheduler_kwargs={"num_decay_steps": ..., "decay_type": "cosine"}` changes its length and form).
+    that multiplies the tuned rates. If it is left out, they stay constant after the warm-up, and weights are averaged
+    (with FSDP they decay instead). `warmup_stable_decay` is linear decay over the last 70 % of the steps
+    (`lr_scheduler_kwargs={"num_decay_steps": ..., "decay_type": "cosine"}` changes its length and form).
     `layer_granularity` and `head_module` (names as in `model.named_modules()`) are handed to [`layer_groups`]; a map of
     layers given to the trainer goes before them.
 
@@ -90,7 +91,8 @@ class MetaLRTrainingArguments(TrainingArguments):
             The module or modules that are the head, where they are not recognised.
         average_weights (`str`, *optional*):
             Evaluate, save and end with an average of the weights along the run: `polynomial`, over a fixed share of the
-            steps so far (Shamir and Zhang 2013), or the decay of an exponential moving average, such as `0.99`.
+            steps so far (Shamir and Zhang 2013), or the decay of an exponential moving average, such as `0.99`. By
+            default `polynomial` if `lr_scheduler_type` is left out, and otherwise none.
         stop_when_converged (`bool`, *optional*, defaults to `False`):
             Stop when the best evaluation has not been beaten in the last third of the steps, and go back to its
             weights. No number of epochs or steps is needed; one that is given is a limit. Rates are constant and
@@ -112,14 +114,15 @@ class MetaLRTrainingArguments(TrainingArguments):
     ```
     """
 
-    lr_scheduler_type: SchedulerType | str = field(
-        default="warmup_stable_decay",
+    # None tells transformers' default from one that was given.
+    lr_scheduler_type: SchedulerType | str | None = field(  # type: ignore[assignment]
+        default=None,
         metadata={
-            "help": "The shape that multiplies the tuned rates; `warmup_stable_decay` goes down linearly over the "
-            "last seven tenths of the steps unless `lr_scheduler_kwargs` says otherwise."
+            "help": "The shape that multiplies the tuned rates. By default they stay constant, and weights are "
+            "averaged. `warmup_stable_decay` goes down linearly over the last seven tenths of the steps unless "
+            "`lr_scheduler_kwargs` says otherwise."
         },
     )
-    # None tells transformers' default from one that was given.
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Number of epochs: 3 by default, and without a limit with `stop_when_converged`."},
@@ -219,7 +222,7 @@ class MetaLRTrainingArguments(TrainingArguments):
         metadata={
             "help": "Evaluate, save and end with an average of the weights along the run: `polynomial`, over a fixed "
             "share of the steps so far (Shamir and Zhang 2013), or the decay of an exponential moving average, such as "
-            "`0.99`."
+            "`0.99`. By default `polynomial` if `lr_scheduler_type` is left out, and otherwise none."
         },
     )
     stop_when_converged: bool = field(
@@ -246,6 +249,7 @@ class MetaLRTrainingArguments(TrainingArguments):
         # transformers would want DeepSpeed installed first.
         refuse_deepspeed(self)
         self._apply_preset()
+        fill_in_schedule(self)
         _refuse_watching_schedules(self)
         prepare_stopping(self)
         super().__post_init__()

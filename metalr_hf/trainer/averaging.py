@@ -49,7 +49,7 @@ class AveragingTrainer(Trainer):
         if self.is_fsdp_enabled:
             raise ValueError(
                 f"average_weights={self.average_weights!r}: an average of weights that FSDP shards is not there yet. "
-                "Leave average_weights out, or use DDP."
+                "Choose a schedule with lr_scheduler_type, such as warmup_stable_decay, and no average, or use DDP."
             )
         if "schedule_free" in self.args.optim:
             raise ValueError(

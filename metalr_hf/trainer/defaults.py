@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import SchedulerType, has_length
+
+from ..tuning.averaging import POLYNOMIAL
 
 # From calibrated rates a large trust region is a random walk of the rates: one batch's hypergradient is mostly noise.
 CALIBRATED_LR_CHANGE, UNCALIBRATED_LR_CHANGE = 1.1, 2.0
 # More often costs a pass each, and found no better rates.
 STREAM_EVERY = 2
+
+
+def fill_in_schedule(args: Any) -> None:
+    """Sets how a run ends where no schedule was chosen: constant rates and an average of the weights.
+
+    The average of FSDP's shards is not there yet, so that rates decay there, as they do where the form of a decay is
+    given by `lr_scheduler_kwargs`.
+
+    Args:
+        args ([`MetaLRTrainingArguments`]): The arguments, before transformers has looked at them.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf import MetaLRTrainingArguments
+    >>> args = MetaLRTrainingArguments("runs/example")
+    >>> args.lr_scheduler_type.value, args.average_weights
+    ('constant', 'polynomial')
+    >>> args = MetaLRTrainingArguments("runs/example", lr_scheduler_type="cosine")
+    >>> args.lr_scheduler_type.value, args.average_weights
+    ('cosine', None)
+
+    ```
+    """
+    if args.lr_scheduler_type is not None:
+        return
+    if args.lr_scheduler_kwargs or args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        args.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
+        return
+    args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP if args.warmup_steps else SchedulerType.CONSTANT
+    if args.average_weights is None:
+        args.average_weights = POLYNOMIAL
 
 
 def calibrates(args: Any) -> bool:

@@ -58,9 +58,6 @@ def prepare_stopping(args: Any) -> None:
     if args.average_weights is None:
         args.average_weights = POLYNOMIAL
     schedule = SchedulerType(args.lr_scheduler_type)
-    if schedule == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
-        schedule = SchedulerType.CONSTANT_WITH_WARMUP if args.warmup_steps else SchedulerType.CONSTANT
-        args.lr_scheduler_type = schedule
     if args.max_steps <= 0 and args.num_train_epochs == UNLIMITED_EPOCHS:
         if schedule not in ENDLESS:
             raise ValueError(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from small_runs import arguments, images, resnet, same_weights, trainer, vit
 from transformers import TrainerCallback, TrainingArguments
 
-from metalr_hf import MetaLRTrainer, WeightAverage
+from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments, WeightAverage
 from metalr_hf.trainer.averaging import AVERAGE_FILE, AveragingTrainer
 
 AVERAGED = {"average_weights": "polynomial", "calibrate": True}
@@ -191,6 +191,24 @@ def test_a_second_run_begins_its_own_average(tmp_path):
 def test_a_kind_that_is_none_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"average_weights='mean' must be"):
         arguments(tmp_path, average_weights="mean")
+
+
+def test_it_is_the_default_where_no_schedule_is_chosen(tmp_path, monkeypatch):
+    def chosen(**given):
+        args = MetaLRTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **given)
+        return args.lr_scheduler_type.value, args.average_weights
+
+    assert chosen() == chosen(hyper_lr=0.0) == ("constant", "polynomial")
+    assert chosen(warmup_steps=3) == ("constant_with_warmup", "polynomial")
+    assert chosen(average_weights="0.9") == ("constant", "0.9")
+    for name in ("constant", "cosine", "warmup_stable_decay"):
+        assert chosen(lr_scheduler_type=name) == (name, None)
+        assert chosen(lr_scheduler_type=name, average_weights="polynomial") == (name, "polynomial")
+    assert chosen(preset="paper") == ("constant", None)
+    assert chosen(lr_scheduler_kwargs={"decay_type": "cosine"}) == ("warmup_stable_decay", None)
+    assert chosen(fsdp="full_shard") == ("warmup_stable_decay", None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert chosen() == ("warmup_stable_decay", None)
 
 
 def test_fsdp_is_refused(tmp_path):

@@ -5,8 +5,17 @@ from metalr_hf import MetaLRTrainingArguments
 from metalr_hf.trainer.schedules import schedule_shape
 
 
-def test_the_default_decays_over_the_last_seventy_percent(tmp_path):
-    shape = schedule_shape(MetaLRTrainingArguments(str(tmp_path)), 100)
+DECAY = {"lr_scheduler_type": "warmup_stable_decay"}
+
+
+def test_by_default_the_rates_stay_up_after_the_warmup(tmp_path):
+    assert [schedule_shape(MetaLRTrainingArguments(str(tmp_path)), 100)(step) for step in (0, 50, 100)] == [1.0] * 3
+    shape = schedule_shape(MetaLRTrainingArguments(str(tmp_path), warmup_steps=50), 100)
+    assert [shape(step) for step in (0, 25, 50, 100)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_the_decay_is_over_the_last_seventy_percent(tmp_path):
+    shape = schedule_shape(MetaLRTrainingArguments(str(tmp_path), **DECAY), 100)
     assert [shape(step) for step in (0, 15, 30)] == [1.0, 1.0, 1.0]
     # A straight line: half a cosine, transformers' own, would meet it in the middle only.
     assert [shape(step) for step in (47.5, 65, 82.5)] == pytest.approx([0.75, 0.5, 0.25])
@@ -24,7 +33,7 @@ def test_the_decay_can_be_given(tmp_path):
 
 
 def test_after_a_long_warmup_the_decay_begins_at_its_end(tmp_path):
-    shape = schedule_shape(MetaLRTrainingArguments(str(tmp_path), warmup_steps=50), 100)
+    shape = schedule_shape(MetaLRTrainingArguments(str(tmp_path), warmup_steps=50, **DECAY), 100)
     assert [shape(step) for step in (25, 50, 75, 100)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
 
 

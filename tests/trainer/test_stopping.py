@@ -126,7 +126,7 @@ def test_what_is_left_out_is_filled_in(tmp_path):
     warm = MetaLRTrainingArguments(str(tmp_path), stop_when_converged=True, warmup_steps=10)
     assert warm.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP
     off = MetaLRTrainingArguments(str(tmp_path))
-    assert (off.num_train_epochs, off.average_weights, off.load_best_model_at_end) == (3.0, None, False)
+    assert (off.num_train_epochs, off.save_total_limit, off.load_best_model_at_end) == (3.0, None, False)
 
 
 @pytest.mark.parametrize(

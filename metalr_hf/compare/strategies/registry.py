@@ -285,7 +285,9 @@ def calibrated_cosine(job: Job) -> Trainer:
     return job.tuned(calibrate=True, hyper_lr=0.0, lr_scheduler_type="cosine")
 
 
-@register_strategy("metalr", uses_learning_rate=False, per_layer=True, cost=CALIBRATED)
+@register_strategy(
+    "metalr", uses_learning_rate=False, needs_horizon=False, per_layer=True, averages=True, cost=CALIBRATED
+)
 def metalr(job: Job) -> Trainer:
     """This package's default, with the comparison's tuning arguments. The learning rate given makes no difference."""
     if job.tuning_arguments.get("calibrate") is False:
@@ -293,13 +295,19 @@ def metalr(job: Job) -> Trainer:
     return job.tuned()
 
 
+@register_strategy("metalr_decay", uses_learning_rate=False, per_layer=True, cost=CALIBRATED)
+def metalr_decay(job: Job) -> Trainer:
+    """This package's default with linear decay over the last 70 % of the steps in place of the average."""
+    return job.tuned(lr_scheduler_type="warmup_stable_decay")
+
+
 @register_strategy("metalr_constant", uses_learning_rate=False, needs_horizon=False, per_layer=True, cost=CALIBRATED)
 def metalr_constant(job: Job) -> Trainer:
-    """This package's default with tuned rates that stay up to the end; for the average of the weights."""
+    """This package's default without its average: tuned rates that stay up to the end, and the last weights."""
     return job.tuned(lr_scheduler_type="constant")
 
 
-@register_strategy("metalr_uncalibrated", per_layer=True)
+@register_strategy("metalr_uncalibrated", needs_horizon=False, per_layer=True, averages=True)
 def metalr_uncalibrated(job: Job) -> Trainer:
     """Tuning from the start learning rate given, without calibration."""
     return job.tuned(calibrate=False)

@@ -14,9 +14,17 @@ def test_tuned_strategies_tune(tmp_path):
 
 def test_rates_that_stay_up_to_the_end(tmp_path):
     watch, _, _ = run(tmp_path, "metalr_constant", steps=50)
-    decayed, _, _ = run(tmp_path, "metalr", steps=50)
+    decayed, _, _ = run(tmp_path, "metalr_decay", steps=50)
     assert watch.rates[41:] == [watch.rates[41]] * 9
     assert decayed.rates[-1]["head"] < 0.1 * watch.rates[-1]["head"]
+
+
+def test_the_default_is_constant_rates_and_their_average(tmp_path):
+    ours, _, _ = run(tmp_path / "a", "metalr")
+    same, _, _ = run(tmp_path / "b", "metalr_constant+average")
+    assert ours.rates == same.rates
+    for one, other in zip(ours.trainer.model.parameters(), same.trainer.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items() if not strategy.averages])
@@ -63,5 +71,5 @@ def test_the_table_of_strategies_says_what_has_to_be_given():
     lines = {line.split(" | ")[0].strip("| `"): line for line in strategies_table().splitlines()}
     assert lines["schedule_free"] == "| `schedule_free` | yes |  |  | yes | 1 | `schedulefree` |"
     assert lines["l_dog"] == "| `l_dog` |  |  | yes | yes | 1 | `dog-optimizer` |"
-    assert lines["metalr"].startswith("| `metalr` |  | yes | yes |  |")
+    assert lines["metalr"].startswith("| `metalr` |  |  | yes | yes | 1, and")
     assert lines["gen"].endswith("| 1.25: three forward passes at every fourth step | `gen-optim` |")

@@ -14,8 +14,9 @@ NON_FINITE_WARNING_AFTER = 20
 HARM = 3.0
 PAUSE = 5
 FACTORS = (1 / 4, 1 / 16, 1 / 64)
-# What is left of a step that the next batch found harmful: no forward pass tells how much would have been good.
-SHRINK_BLINDLY = 1 / 16
+# What is left of a step that the next batch found harmful, and of the rates: no forward pass tells how much would have
+# been good. The rates stay for the rest of the run, and the loss of one batch is a noisy witness.
+SHRINK_BLINDLY, LOWER_BLINDLY = 1 / 16, 1 / 4
 
 
 class TuningGuard:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..settings import check_layer_names, check_settings
 from .calibration import CalibratedScheduler
-from .guard import SHRINK_BLINDLY, TuningGuard
+from .guard import LOWER_BLINDLY, SHRINK_BLINDLY, TuningGuard
 from .hypergradient import LookAhead
 from .hypergradient.linearity import check_linear
 from .hypergradient.validation import clear_gradients, gather
@@ -296,7 +296,7 @@ class MetaLRScheduler(CalibratedScheduler):
             before = self.learning_rates
             tuned = self._tune(self._noted, self._noted_loss)
             if self.guard.harmful(self._measured_loss):
-                self._refuse(SHRINK_BLINDLY, before)
+                self._refuse(before, SHRINK_BLINDLY, LOWER_BLINDLY)
             elif tuned:
                 self.write_learning_rates()
             self._noted = self._noted_loss = None
@@ -340,11 +340,12 @@ class MetaLRScheduler(CalibratedScheduler):
             with self.meta_context():
                 return self._look_ahead.loss_at([factor] * len(before), meta_loss, self.reduce)
 
-        self._refuse(self.guard.bearable_factor(loss_at), before)
+        factor = self.guard.bearable_factor(loss_at)
+        self._refuse(before, factor, factor)
 
-    def _refuse(self, factor: float, before: Tensor) -> None:
-        self._look_ahead.rescale([factor] * len(before))
-        self.learning_rates = torch.where(self._held(), before, (before * factor).clamp(min=self.lr_min))
+    def _refuse(self, before: Tensor, step_factor: float, rate_factor: float) -> None:
+        self._look_ahead.rescale([step_factor] * len(before))
+        self.learning_rates = torch.where(self._held(), before, (before * rate_factor).clamp(min=self.lr_min))
         self.write_learning_rates()
         self.guard.count_refused()
 

@@ -70,7 +70,7 @@ def test_a_harmful_step_is_taken_back_by_the_next_batch():
         norms.append(weight.norm().item())
     assert scheduler.guard.refused == 1
     assert norms[2] > 50 * norms[1]
-    assert float(scheduler.learning_rates) < 0.07
+    assert 0.1 < float(scheduler.learning_rates) < 0.26
 
 
 def test_nothing_is_refused_when_nothing_is_tuned():

@@ -9,8 +9,20 @@ from metalr_hf.compare.hunt import DEAD_POINTS, DEAD_SHARE
 from metalr_hf.hub.markdown import table
 
 HERE = Path(__file__).parent
-DEFAULT, EARLIER, GRID = "three looks", "before", "cosine"
+DEFAULT, DECAY, EARLIER, GRID = "averaged", "three looks", "before", "cosine"
+SHOWN = {EARLIER: "one look, decay", DECAY: "three looks, decay", DEFAULT: "three looks, averaged (default)"}
 TRIED = ("momentum not counted", "momentum counted for the head too", "limit of 2.5 %")
+# Each with what it is compared with, in pairs of runs of the same seed.
+PAIRS = {
+    DEFAULT: DECAY,
+    "averaged, tuned to the end": DEFAULT,
+    "averaged, decay over the last 30 %": DEFAULT,
+    "averaged, statistics of four batches": DEFAULT,
+    "linear decay from the first step": DECAY,
+    "linear decay from the first step, averaged": DEFAULT,
+    "decay, no tuning": DECAY,
+    "decay, head at a third of its rate": DECAY,
+}
 HALVES = {"development": "Development half", "held_out": "Held-out half", "fresh": "Fresh cells"}
 
 
@@ -19,13 +31,13 @@ def is_dead(accuracy: float, best: float, chance: float) -> bool:
 
 
 def half(runs: pd.DataFrame, title: str) -> tuple[str, dict[str, list[bool]]]:
-    rows, dead, gains = [], {DEFAULT: [], EARLIER: []}, []
+    rows, dead, gains = [], {name: [] for name in SHOWN}, []
     for cell, of_cell in runs.groupby("cell", sort=False):
         chance = of_cell["chance"].iloc[0]
         grid = of_cell[of_cell["strategy"] == GRID].sort_values("learning_rate")
         best = grid["balanced_accuracy"].max() if len(grid) > 2 else None
         shown = {}
-        for name in (EARLIER, DEFAULT):
+        for name in SHOWN:
             figures = of_cell[of_cell["strategy"] == name].sort_values("seed")["balanced_accuracy"]
             if best is not None:
                 dead[name] += [is_dead(figure, best, chance) for figure in figures]
@@ -35,7 +47,7 @@ def half(runs: pd.DataFrame, title: str) -> tuple[str, dict[str, list[bool]]]:
                 gains.append(figures.mean() - best)
         points = " ".join(f"{a:.3f}" for a in grid["balanced_accuracy"]) if best is not None else "–"
         rows.append([cell, f"{chance:.3f}", points, "–" if best is None else f"{best:.3f}", *shown.values()])
-    heads = ["cell", "chance", "cosine at the rates of the grid", "best", "one look", "three looks"]
+    heads = ["cell", "chance", "cosine at the rates of the grid", "best", *SHOWN.values()]
     gains = pd.Series(gains)
     said = (
         f"Against the best point of the grid, the mean of the default's seeds is {gains.mean() * 100:+.1f} points in "
@@ -46,12 +58,31 @@ def half(runs: pd.DataFrame, title: str) -> tuple[str, dict[str, list[bool]]]:
 
 def tried(runs: pd.DataFrame) -> str:
     """What other settings gave beside the default, run by run."""
-    names = [*TRIED, DEFAULT]
+    names = [*TRIED, DECAY]
     runs = runs[runs["strategy"].isin(names)]
     figures = runs.pivot_table(values="balanced_accuracy", index=["cell", "seed"], columns="strategy", sort=False)
     figures = figures[figures[list(TRIED)].notna().any(axis=1)]
     rows = [[*key, *(f"{v:.3f}" if v == v else "" for v in row[names])] for key, row in figures.iterrows()]
-    return table(["cell", "seed", *TRIED, "default"], rows, "lrrrrr", escaped=True)
+    return table(["cell", "seed", *TRIED, SHOWN[DECAY]], rows, "lrrrrr", escaped=True)
+
+
+def pairs(runs: pd.DataFrame) -> str:
+    """How settings differ in runs of the same cell and seed."""
+    figures = runs.pivot_table(values="balanced_accuracy", index=["half", "cell", "seed"], columns="strategy")
+    rows = []
+    for name, other in PAIRS.items():
+        gains = (figures[name] - figures[other]).dropna() * 100
+        # The halves that something was chosen on, and the one that was run afterwards.
+        for held_out in (False, True):
+            of = gains[(gains.index.get_level_values("half") == "held_out") == held_out]
+            if len(of) > 1:
+                where = HALVES["held_out"] if held_out else "Others"
+                better = f"{(of > 0).sum()}, {(of < 0).sum()}"
+                label = SHOWN.get(name, name), SHOWN.get(other, other)
+                rows.append([*label, where, len(of), f"{of.mean():+.1f} ± {of.sem():.1f}", better])
+    return table(
+        ["setting", "compared with", "cells", "pairs", "points", "better, worse"], rows, "lllrrr", escaped=True
+    )
 
 
 def main() -> None:
@@ -60,12 +91,11 @@ def main() -> None:
     for name, title in HALVES.items():
         text, dead = half(runs[runs["half"] == name], title)
         parts.append(text)
-        counts.append([title, *(f"{sum(of)} of {len(of)}" if of else "–" for of in (dead[EARLIER], dead[DEFAULT]))])
+        counts.append([title, *(f"{sum(of)} of {len(of)}" if of else "–" for of in dead.values())])
     text = (HERE / "text.md").read_text(encoding="utf-8")
-    summary = table(["", "one look", "three looks (default)"], counts, escaped=True)
-    (HERE / "report.md").write_text(
-        text.format(runs=len(runs), summary=summary, tried=tried(runs), halves="\n".join(parts)), "utf-8"
-    )
+    summary = table(["", *SHOWN.values()], counts, escaped=True)
+    filled = text.format(runs=len(runs), summary=summary, tried=tried(runs), pairs=pairs(runs), halves="\n".join(parts))
+    (HERE / "report.md").write_text(filled, "utf-8")
 
 
 if __name__ == "__main__":

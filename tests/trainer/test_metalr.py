@@ -310,9 +310,9 @@ def test_own_layers_own_optimizer_and_head_settings(tmp_path):
 
 
 def test_the_paper_preset_fills_in_defaults_only(tmp_path):
-    args = arguments(tmp_path, preset="paper", hyper_lr=0.3, lr_scheduler_type="warmup_stable_decay")
+    args = arguments(tmp_path, preset="paper", hyper_lr=0.3, lr_scheduler_type=None)
     assert (args.lookahead, args.lr_max, args.head_hold_epochs, args.hyper_lr) == ("sgd", 1e-2, 5.0, 0.3)
-    assert args.lr_scheduler_type == "constant"
+    assert (args.lr_scheduler_type, args.average_weights) == ("constant", None)
     run = trainer(tmp_path, preset="paper", max_steps=2)
     run.train()
     assert run.meta_source == "stream"

@@ -4,7 +4,6 @@ from transformers import TrainingArguments
 from metalr_hf import MetaLRTrainingArguments
 from metalr_hf.trainer.schedules import schedule_shape
 
-
 DECAY = {"lr_scheduler_type": "warmup_stable_decay"}
 
 

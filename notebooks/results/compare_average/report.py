@@ -14,8 +14,8 @@ Every run has the settings of `settings.json`. One run was evaluated with its la
 them at once, with the batch-norm statistics averaged along and, for some, estimated anew by one pass over the training
 images. Mean ± standard deviation of test accuracy over (n) seeds. `metalr` here is the default of the time, which ends
 with linear decay (`metalr_decay` of `compare`). Its runs on the ViT that were not repeated are those of `compare_decay`
-and `compare_decay_240` (`from` in `results.jsonl`); the three that were, ViT → digits at 60 steps, gave the same figures
-bit for bit.
+and `compare_decay_240` (`from` in `results.jsonl`); the three that were, ViT → digits at 60 steps, gave the same
+figures bit for bit.
 
 The setting was chosen on the development rows at 60 steps, before the rows that were held out were run: constant rates,
 the polynomial average with η = 3, statistics anew.

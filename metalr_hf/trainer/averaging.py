@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from ..tuning.averaging import POLYNOMIAL, WeightAverage
 from ..tuning.contexts import preserve_random_state
-from .meta import stream_of
+from .meta import EmptyMetaSetError, own_data_methods, stream_of
+
+logger = logging.get_logger(__name__)
 
 AVERAGE_FILE = "weight_average.pt"
 # Training batches that the statistics of batch norm are estimated from.
@@ -85,12 +89,16 @@ class AveragingTrainer(Trainer):
             yield
 
     def _statistics_forwards(self) -> None:
-        if self.train_dataset is None:
-            # Of a loader of the user's own: those that were averaged along are kept.
+        if self.train_dataset is None or own_data_methods(self) or _is_read_once(self.train_dataset):
+            logger.warning_once(
+                "The statistics of batch norm are averaged along with the weights, since batches to estimate them from "
+                "cannot be drawn beside those that are trained on. With batch norm, lr_scheduler_type="
+                "'warmup_stable_decay' may do better than the average."
+            )
             return
         # No batch is taken from the training's own order, and no random number.
         stream = stream_of(self, self.train_dataset, self._train_batch_size, batches_to_shuffle=4)
-        with preserve_random_state(self.args.device):
+        with preserve_random_state(self.args.device), suppress(EmptyMetaSetError):
             for batch in islice(stream, STATISTICS_BATCHES):
                 count = None
                 if self.compute_loss_func is not None:
@@ -140,6 +148,11 @@ class AveragingTrainer(Trainer):
         super()._load_best_model()
         # What was loaded is an average already.
         self.weight_average = None
+
+
+def _is_read_once(dataset: Any) -> bool:
+    """Whether an iterable data set hands out one iterator, so that a second reader would take batches of the first."""
+    return isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset)
 
 
 class _UpdateAverage(TrainerCallback):

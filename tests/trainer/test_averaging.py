@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from small_runs import arguments, images, resnet, same_weights, trainer, vit
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments, WeightAverage
@@ -191,6 +192,43 @@ def test_a_second_run_begins_its_own_average(tmp_path):
 def test_a_kind_that_is_none_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"average_weights='mean' must be"):
         arguments(tmp_path, average_weights="mean")
+
+
+class ReadOnce(IterableDataset):
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self.rows
+
+
+class SharedFile(ReadOnce):
+    def __iter__(self):
+        yield from self.rows
+
+
+@pytest.mark.parametrize("kind", [ReadOnce, SharedFile])
+def test_rows_that_can_be_read_once_are_all_trained_on(tmp_path, kind):
+    """Batch norm's statistics are estimated from training rows, which must not be taken from the training."""
+    rows = [images(8)[i % 8] for i in range(6 * 8)]
+    options = {"max_steps": 6, "per_device_train_batch_size": 8, "lr_scheduler_type": None}
+    run = trainer(tmp_path, resnet(), train_dataset=kind(rows), **options)
+    run.train()
+    assert run.state.global_step == 6
+    assert run.statistics_passes == 0
+    assert all(bool(buffer.isfinite().all()) for buffer in run.model.buffers())
+
+
+def test_a_loader_of_ones_own_is_not_gone_round(tmp_path):
+    class Own(MetaLRTrainer):
+        def get_train_dataloader(self):
+            return super().get_train_dataloader()
+
+    args = arguments(tmp_path, max_steps=4, lr_scheduler_type=None)
+    run = Own(resnet(), args, train_dataset=images())
+    run.train()
+    assert run.average_weights == "polynomial"
+    assert run.statistics_passes == 0
 
 
 def test_it_is_the_default_where_no_schedule_is_chosen(tmp_path, monkeypatch):

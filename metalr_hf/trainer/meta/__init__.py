@@ -1,14 +1,16 @@
 """The validation batches that tune the learning rates: which images they are of, and an endless stream of them."""
 
-from .batches import UnusableRowError
-from .sets import create_meta_stream, prepare_meta_dataset, stream_of
+from .batches import EmptyMetaSetError, UnusableRowError
+from .sets import create_meta_stream, own_data_methods, prepare_meta_dataset, stream_of
 from .stream import MetaStream, check_meta_dataset, split_meta_dataset
 
 __all__ = [
+    "EmptyMetaSetError",
     "MetaStream",
     "UnusableRowError",
     "check_meta_dataset",
     "create_meta_stream",
+    "own_data_methods",
     "prepare_meta_dataset",
     "split_meta_dataset",
     "stream_of",

@@ -56,7 +56,7 @@ def create_meta_stream(trainer: Any) -> MetaStream:
     Raises:
         ValueError: if the training batches come from a loader or sampler of the user's own, which it would pass by.
     """
-    own_data = [name for name in OWN_DATA if getattr(type(trainer), name) is not getattr(Trainer, name)]
+    own_data = own_data_methods(trainer)
     if trainer.meta_dataset is None and (own_data or trainer.train_dataset is None):
         which = own_data[0] if own_data else "train_dataset=None"
         raise ValueError(
@@ -76,6 +76,18 @@ def create_meta_stream(trainer: Any) -> MetaStream:
         trainer.train_dataset if dataset is None else dataset,
         found if own is None else own,
     )
+
+
+def own_data_methods(trainer: Any) -> list[str]:
+    """The methods by which a subclass draws training images in its own way.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+
+    Returns:
+        `list[str]`: their names.
+    """
+    return [name for name in OWN_DATA if getattr(type(trainer), name) is not getattr(Trainer, name)]
 
 
 def stream_of(

@@ -33,7 +33,9 @@ def train(images, model, output, *more):
 def test_it_is_trained_published_and_read_by_transformers(images, tmp_path, hub, user):
     run = tmp_path / "run"
     more = ["--num_train_epochs", "12", "--augment", "none", "--learning_rate", "1e-3", "--save_strategy", "no"]
-    assert train(images, save_vit(tmp_path / "vit"), run, *more, "--calibrate", "false") == 0
+    # Whether an untrained ViT learns anything of 60 images in 72 steps depends on the draw.
+    more += ["--calibrate", "false", "--seed", "1"]
+    assert train(images, save_vit(tmp_path / "vit"), run, *more) == 0
     results = json.loads((run / "all_results.json").read_text())
     assert all(0 <= results[f"test_{name}"] <= 1 for name in METRICS)
     assert results["test_macro_auroc"] > 0.7

@@ -341,7 +341,7 @@ def _notes(folder: Path, results: pd.DataFrame, timings: pd.DataFrame) -> str:
         "or over *n* runs where it says so. The best entry is bold. "
         "*worst*, *mean* and *best* are over the start learning rates. *cost* is forward and backward passes over "
         "those of a plain run of equal steps, validation included. The test split was used once a run, after training, "
-        "with the last weights.",
+        "with the weights that the run ended with.",
         f"Settings of all runs: `{(folder / SETTINGS).read_text(encoding='utf-8').strip()}`".replace("\n", " "),
     ]
     for status, meaning in {

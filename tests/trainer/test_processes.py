@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 LAYERS = 5
 # Where a gradient is nothing but rounding (a ViT's key biases), Adam's step is as long as anywhere else.
-EXACT = {"max_steps": 30, "adam_epsilon": 1e-3}
+EXACT = {"max_steps": 30, "adam_epsilon": 1e-3, "lr_scheduler_type": "warmup_stable_decay"}
 # Images whose number two processes cannot divide evenly.
 STOPS_ITSELF = {"max_steps": -1, "stop_when_converged": True, "save_strategy": "steps", "evaluated_on": 47}
 SOURCES = ("stream", "next_batch")
@@ -271,6 +271,6 @@ def test_the_command_line_in_two_processes_is_the_one_in_one_and_its_checkpoint_
     rates = LRHistory.load(two / "lr_history.csv").learning_rates
     assert len(rates) == 30
     assert (rates[29] != rates[0]).all()
-    for other, tolerance in ((one, 1e-6), (resumed, 1e-4)):
+    for other, tolerance in ((one, 1e-5), (resumed, 1e-4)):
         np.testing.assert_allclose(LRHistory.load(other / "lr_history.csv").learning_rates, rates, rtol=tolerance)
         assert far_apart(other, two, "model.safetensors") < tolerance

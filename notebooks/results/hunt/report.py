@@ -18,6 +18,7 @@ PAIRS = {
     "averaged, tuned to the end": DEFAULT,
     "averaged, decay over the last 30 %": DEFAULT,
     "averaged, statistics of four batches": DEFAULT,
+    "averaged, head at a tenth of its rate": DEFAULT,
     "linear decay from the first step": DECAY,
     "linear decay from the first step, averaged": DEFAULT,
     "decay, no tuning": DECAY,

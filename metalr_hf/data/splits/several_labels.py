@@ -47,15 +47,20 @@ def label_flags(rows: datasets.Dataset, column: str = LABEL) -> np.ndarray | Non
 
 
 def divide_rows(
-    rows: datasets.Dataset, sizes: Sequence[float], seed: int, groups: np.ndarray | None = None
+    rows: datasets.Dataset,
+    sizes: Sequence[float],
+    seed: int,
+    groups: np.ndarray | None = None,
+    column: str = LABEL,
 ) -> np.ndarray | None:
     """As [`divide_by_labels`], of rows whatever their labels are.
 
     Args:
-        rows (`datasets.Dataset`): Rows with `label`.
+        rows (`datasets.Dataset`): The rows.
         sizes (`Sequence[float]`): How many rows each part is to have; without groups it has as many.
         seed (`int`): Of the choice among equals.
         groups (`numpy.ndarray` of shape `(rows,)`, *optional*): Rows of one group go to one part.
+        column (`str`, *optional*, defaults to `"label"`): Which of their columns has the labels.
 
     Returns:
         `numpy.ndarray` of shape `(rows,)`, *optional*: the number of the part; `None` if one would be empty, or where
@@ -74,7 +79,7 @@ def divide_rows(
 
     ```
     """
-    flags = label_flags(rows)
+    flags = label_flags(rows, column)
     return None if flags is None else divide_by_labels(flags, sizes, seed, groups)
 
 

@@ -16,7 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.utils import logging
 
-from ...data.splits.several_labels import divide_by_labels, label_flags
+from ...data.splits.several_labels import divide_rows
 from ...tuning.contexts import preserve_random_state
 from .batches import (
     EMPTY,
@@ -228,9 +228,9 @@ def split_meta_dataset(
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(f"meta_split={meta_split}: a stream cannot be split. Pass rows to tune on as meta_dataset.")
     labels = _labels(dataset, label_column)
-    if isinstance(dataset, datasets.Dataset) and (flags := label_flags(dataset, label_column)) is not None:
-        size = round(meta_split * len(dataset))
-        parts = divide_by_labels(flags, (len(dataset) - size, size), seed) if 0 < size < len(dataset) else None
+    size = round(meta_split * len(labels))
+    if isinstance(dataset, datasets.Dataset) and 0 < size < len(labels):
+        parts = divide_rows(dataset, (len(labels) - size, size), seed, column=label_column)
         if parts is not None:
             return dataset.select(np.flatnonzero(parts == 0)), dataset.select(np.flatnonzero(parts == 1))
     generator = np.random.default_rng(seed)

@@ -32,7 +32,7 @@ def test_the_head_of_a_tensor_granularity_is_all_its_tensors(tmp_path):
 
 
 def test_calibration_gives_all_tensors_of_the_head_one_start_rate(tmp_path):
-    run = trainer(tmp_path, max_steps=2, layer_granularity="tensor", calibrate=True)
+    run = trainer(tmp_path, resnet(), max_steps=2, layer_granularity="tensor", calibrate=True)
     run.train()
     scheduler = run.lr_scheduler
     found = scheduler.calibration

@@ -26,11 +26,14 @@ HEAD_LADDER = (1e-6, 1e-5, *(rate for rate in LADDER if rate > 0.99e-4))
 # The step that is calibrated may have any learning rate, but the same one in every run, so that the learning rate that
 # the user gave makes no difference, not even in the last digit.
 PROBE_LR = 1e-3
-FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 1e-3
+# Along one step the loss falls up to the rate at which that step does all the work, and each of the steps that follow
+# would be as long. With a head that fast, features change too little before it fits the images by itself.
+HEAD_SHARE = 0.1
+FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 3e-4
 BACKBONE_DOUBT = "no step of the backbone lowers the loss"
 # Tuning lowers a rate that is too high within a few steps; from one a thousand times too low it needs the better part
 # of a short run.
-LARGEST_HEAD_TO_BACKBONE, FALLBACK_HEAD_TO_BACKBONE = 100.0, 30.0
+LARGEST_HEAD_TO_BACKBONE, FALLBACK_HEAD_TO_BACKBONE = 10.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,11 @@ def calibrate(
     """Finds start rates for head and backbone along the optimizer step just taken, with forward passes only.
 
     The step gives every layer a direction. The validation loss is walked along it, once with the head alone and once
-    with the backbone alone: its gradient was taken through the head as it was, and says nothing for another one. A
-    single batch says little of the backbone, so that its rate is read off the mean of this look and all `earlier` ones.
-    It is at least a hundredth of the head's, and at most where the step moves the median layer by 1 % of its norm. The
-    parameters are put back bit for bit; buffers and random numbers are
-    the caller's, see [`~metalr_hf.tuning.contexts.untouched`].
+    with the backbone alone: its gradient was taken through the head as it was, and says nothing for another one. The
+    head gets a tenth of the rate at which the loss stops falling. A single batch says little of the backbone, so that
+    its rate is read off the mean of this look and all `earlier` ones. It is at least a tenth of the head's, and at most
+    where the step moves the median layer by 1 % of its norm. The parameters are put back bit for bit; buffers and
+    random numbers are the caller's, see [`~metalr_hf.tuning.contexts.untouched`].
 
     Args:
         look_ahead ([`~metalr_hf.tuning.hypergradient.LookAhead`]): The step taken. Its last layers are the head.
@@ -152,7 +155,7 @@ def calibrate(
     >>> look_ahead.after_step()
     >>> found = calibrate(look_ahead, [1e-3, 1e-3], loss)
     >>> round(found.backbone_lr, 3), round(found.head_lr, 3)
-    (0.005, 0.316)
+    (0.005, 0.032)
 
     ```
     """
@@ -178,7 +181,8 @@ def calibrate(
     start_loss = loss_at(0.0, head_step)
     if earlier is None:
         ladder = [rate for rate in HEAD_LADDER if lr_min <= rate <= lr_max]
-        head_lr, head_losses = first_valley(ladder, lambda rate: loss_at(0.0, rate), start_loss)
+        valley, head_losses = first_valley(ladder, lambda rate: loss_at(0.0, rate), start_loss)
+        head_lr = None if valley is None else bounded(HEAD_SHARE * valley)
     if head_lr is None:
         doubts.append("the loss does not tell the learning rates of the head apart")
         head_lr = bounded(FALLBACK_HEAD_LR)

@@ -19,7 +19,7 @@ DOCUMENTS = [
     *ROOT.glob("*.md"),
     *ROOT.glob("notebooks/*.md"),
     *ROOT.glob("notebooks/*.ipynb"),
-    ROOT / "notebooks" / "results" / "README.md",
+    *ROOT.glob("notebooks/results/*.md"),
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ONE_SITTING = 220

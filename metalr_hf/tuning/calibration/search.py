@@ -26,8 +26,8 @@ HEAD_LADDER = (1e-6, 1e-5, *(rate for rate in LADDER if rate > 0.99e-4))
 # The step that is calibrated may have any learning rate, but the same one in every run, so that the learning rate that
 # the user gave makes no difference, not even in the last digit.
 PROBE_LR = 1e-3
-# Along one step the loss falls up to the rate at which that step does all the work, and each of the steps that follow
-# would be as long. With a head that fast, features change too little before it fits the images by itself.
+# Along one step the loss falls up to the rate at which that step does all the work, and each of the tens of steps that
+# follow would be as long. In short runs a tenth was better than the whole rate, a third and a thirtieth of it.
 HEAD_SHARE = 0.1
 FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 3e-4
 BACKBONE_DOUBT = "no step of the backbone lowers the loss"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from .ladder import LADDER, TOLERANCE
+from .ladder import LADDER, TOLERANCE, raised
 
 # Where a look has seen the loss so much above its start, further rungs are not tried. They all count as that bad and
 # no worse, or one odd batch would outvote two.
@@ -42,19 +42,21 @@ def largest_backbone_lr(sizes: Sequence[float], step_lrs: Sequence[float]) -> fl
 
 
 def losses_until_hopeless(
-    ladder: Sequence[float], loss_at: Callable[[float], float], start_loss: float
+    ladder: Sequence[float], loss_at: Callable[[float], float], start_loss: float, below: Sequence[float] = ()
 ) -> dict[float, float]:
     """Walks up a ladder beyond valleys and hills, to where the loss is far above its start.
 
-    Where a single look has a valley, the mean of several may have none.
+    Where a single look has a valley, the mean of several may have none. If the lowest rung does harm, those below it are
+    walked down to the first that does none.
 
     Args:
         ladder (`Sequence[float]`): Learning rates, in rising order.
         loss_at (`Callable[[float], float]`): The loss after a step with that learning rate.
         start_loss (`float`): The loss before the step.
+        below (`Sequence[float]`, *optional*, defaults to `()`): Further rungs, below the ladder, in rising order.
 
     Returns:
-        `dict[float, float]`: every rung walked, with its loss.
+        `dict[float, float]`: every rung walked, with its loss, in rising order.
 
     Example:
 
@@ -71,13 +73,19 @@ def losses_until_hopeless(
         losses[rate] = loss = loss_at(rate)
         if not loss <= start_loss + HOPELESS * abs(start_loss):
             break
-    return losses
+    lowest = losses[ladder[0]] if losses else start_loss
+    for rate in reversed(below):
+        if not lowest > raised(start_loss, TOLERANCE):
+            break
+        losses[rate] = lowest = loss_at(rate)
+    return dict(sorted(losses.items()))
 
 
 def highest_useful(changes: Sequence[dict[float, float]], ladder: Sequence[float]) -> float | None:
     """The highest learning rate with at least half of the greatest gain, in the mean of several looks.
 
-    The gain of a single step is greatest at a rate below the one that is best for many steps.
+    The gain of a single step is greatest at a rate below the one that is best for many steps. Below the rungs that a look
+    has walked, its loss is taken to change as the rate does: such steps are short.
 
     Args:
         changes (`Sequence[dict[float, float]]`): Learning rate to relative change of the loss, a mapping a look.
@@ -98,7 +106,8 @@ def highest_useful(changes: Sequence[dict[float, float]], ladder: Sequence[float
     """
 
     def change(look: dict[float, float], rate: float) -> float:
-        found = look.get(rate, HOPELESS)
+        lowest = min(look, default=rate)
+        found = look[lowest] * rate / lowest if rate < lowest else look.get(rate, HOPELESS)
         return min(found, HOPELESS) if math.isfinite(found) else HOPELESS
 
     if not changes or not ladder:

@@ -32,7 +32,7 @@ HEAD_SHARE = 0.1
 FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 3e-4
 BACKBONE_DOUBT = "no step of the backbone lowers the loss"
 # Tuning lowers a rate that is too high within a few steps; from one a thousand times too low it needs the better part
-# of a short run.
+# of a short run. Where a tenth of the head's rate does harm, a hundredth is the least.
 LARGEST_HEAD_TO_BACKBONE, FALLBACK_HEAD_TO_BACKBONE = 10.0, 3.0
 
 
@@ -115,9 +115,10 @@ def calibrate(
     The step gives every layer a direction. The validation loss is walked along it, once with the head alone and once
     with the backbone alone: its gradient was taken through the head as it was, and says nothing for another one. The
     head gets a tenth of the rate at which the loss stops falling. A single batch says little of the backbone, so that
-    its rate is read off the mean of this look and all `earlier` ones. It is at least a tenth of the head's, and at most
-    where the step moves the median layer by 1 % of its norm. The parameters are put back bit for bit; buffers and
-    random numbers are the caller's, see [`~metalr_hf.tuning.contexts.untouched`].
+    its rate is read off the mean of this look and all `earlier` ones. It is at least a tenth of the head's, or a
+    hundredth if a tenth does harm, and at most where the step moves the median layer by 1 % of its norm. The parameters
+    are put back bit for bit; buffers and random numbers are the caller's, see
+    [`~metalr_hf.tuning.contexts.untouched`].
 
     Args:
         look_ahead ([`~metalr_hf.tuning.hypergradient.LookAhead`]): The step taken. Its last layers are the head.
@@ -192,13 +193,16 @@ def calibrate(
     else:
         largest_lr = earlier.largest_lr
     lowest = min(max(head_lr / LARGEST_HEAD_TO_BACKBONE, lr_min), largest_lr)
-    ladder = [largest_lr * rung for rung in LADDER if largest_lr * rung >= 0.99 * lowest and layers > head_layers]
-    backbone_losses = losses_until_hopeless(ladder, lambda rate: loss_at(rate, head_step), start_loss)
+    rungs = [largest_lr * rung for rung in LADDER if layers > head_layers]
+    ladder = [rate for rate in rungs if rate >= 0.99 * lowest]
+    below = [rate for rate in rungs if max(lowest / LARGEST_HEAD_TO_BACKBONE, lr_min) <= 1.01 * rate < 0.99 * lowest]
+    backbone_losses = losses_until_hopeless(ladder, lambda rate: loss_at(rate, head_step), start_loss, below)
     changes = [] if earlier is None else list(earlier.changes)
     if math.isfinite(start_loss):
         size = abs(start_loss) or 1.0
         changes.append({rate: (loss - start_loss) / size for rate, loss in backbone_losses.items()})
-    backbone_lr = highest_useful(changes, ladder)
+    walked = {rate for look in changes for rate in look}
+    backbone_lr = highest_useful(changes, [rate for rate in below if rate in walked] + ladder)
     if backbone_lr is None:
         if layers > head_layers:
             doubts.append(BACKBONE_DOUBT)
@@ -206,7 +210,7 @@ def calibrate(
         guess = max(FALLBACK_BACKBONE_LR, head_lr / FALLBACK_HEAD_TO_BACKBONE)
         backbone_lr = lowest if harms_at_once else min(bounded(guess), largest_lr)
     # Of the backbone alone: the head has little to forget, and learns too slowly at such a rate.
-    backbone_lr = max(max(backbone_lr, lowest) / momentum_growth, lr_min)
+    backbone_lr = max(backbone_lr / momentum_growth, lr_min)
     return Calibration(backbone_lr, head_lr, start_loss, head_losses, backbone_losses, largest_lr, changes, doubts)
 
 

@@ -18,6 +18,21 @@ def test_a_walk_goes_on_over_hills_until_it_is_hopeless():
     assert list(losses_until_hopeless([1e-4, 1e-3], lambda rate: math.nan, 2.3)) == [1e-4]
 
 
+def test_where_the_lowest_rung_does_harm_the_walk_goes_down_to_the_first_that_does_none():
+    losses = {1e-6: 0.1, 1e-5: 2.2, 1e-4: 2.4, 1e-3: 2.5, 1e-2: 2.3}
+    walked = losses_until_hopeless([1e-3, 1e-2], losses.get, 2.3, below=[1e-6, 1e-5, 1e-4])
+    assert list(walked) == [1e-5, 1e-4, 1e-3, 1e-2]
+    assert list(losses_until_hopeless([1e-2], losses.get, 2.3, below=[1e-4, 1e-3])) == [1e-2]
+    assert losses_until_hopeless([], losses.get, 2.3) == {}
+
+
+def test_below_what_a_look_has_walked_its_loss_changes_as_the_rate_does():
+    looks = [{1e-4: -0.05, 1e-3: 0.15}, {1e-3: -0.2}]
+    # In the mean -0.035 and -0.025.
+    assert highest_useful(looks, [1e-4, 1e-3]) == 1e-3
+    assert highest_useful([looks[0], {1e-3: -0.1}], [1e-4, 1e-3]) == 1e-4
+
+
 def test_one_odd_batch_does_not_outvote_two():
     odd = {1e-4: 0.5, 1e-3: 20.0, 1e-2: math.nan}
     right = {1e-4: -0.1, 1e-3: -0.3, 1e-2: 0.1}

@@ -176,7 +176,7 @@ def test_a_step_that_momentum_makes_ten_times_longer_starts_at_a_tenth():
 
 
 @pytest.mark.usefixtures("unlimited")
-def test_the_backbone_starts_at_a_tenth_of_the_head_at_least():
+def test_the_backbone_starts_at_a_tenth_of_the_head_unless_that_does_harm():
     model, start = network(), network()
     optimizer = torch.optim.AdamW(groups(model, PROBE_LR), weight_decay=0.0)
     look_ahead = a_step_taken(model, optimizer)
@@ -196,7 +196,12 @@ def test_the_backbone_starts_at_a_tenth_of_the_head_at_least():
     assert found(1e-2).head_lr == pytest.approx(1e-2)
     assert found(1e-2).backbone_lr == pytest.approx(1e-2)
     assert min(found(1e-2).backbone_losses) == pytest.approx(1e-3)
-    # Below a tenth of the head's rate nothing is tried, and what does harm there goes no higher.
+    # Rates below are tried where a tenth of the head's rate does harm.
+    assert found(2e-4).backbone_lr == pytest.approx(1e-3 / 10**0.5)
+    assert not found(2e-4).backbone_in_doubt
+    assert list(found(2e-4).backbone_losses) == pytest.approx([1e-3 / 10**0.5, 1e-3])
+    # Below a hundredth nothing is tried, and what does harm there goes no higher than a tenth.
+    assert min(found(1e-5).backbone_losses) == pytest.approx(1e-4)
     assert found(1e-5).backbone_lr == pytest.approx(1e-3)
     assert found(1e-5).backbone_in_doubt
     # Where no step of the backbone makes a difference there is nothing to go by.

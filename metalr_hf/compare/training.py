@@ -72,7 +72,7 @@ class Work:
             outcome, history = _train_and_test(
                 self.cells[run.cell], run, self.comparison, self.strategies[run.strategy]
             )
-        except (RuntimeError, ValueError, ArithmeticError, ImportError) as error:
+        except Exception as error:
             outcome = failed(f"{type(error).__name__}: {error}")
         return Outcome({**asdict(run), **outcome}, time.monotonic() - started, history)
 

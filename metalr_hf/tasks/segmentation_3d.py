@@ -42,7 +42,6 @@ DEFAULT_NETWORK = "DynUNet"
 # Those that need no arguments.
 NETWORKS = ("DynUNet", "UNet", "SwinUNETR", "SegResNet")
 MM3_PER_ML = 1000.0
-DEMO_NETWORK_ARGS = {"filters": [8, 16, 32]}
 
 
 @dataclass

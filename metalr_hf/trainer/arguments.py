@@ -91,8 +91,9 @@ class MetaLRTrainingArguments(TrainingArguments):
             The module or modules that are the head, where they are not recognised.
         average_weights (`str`, *optional*):
             Evaluate, save and end with an average of the weights along the run: `polynomial`, over a fixed share of the
-            steps so far (Shamir and Zhang 2013), or the decay of an exponential moving average, such as `0.99`. By
-            default `polynomial` if `lr_scheduler_type` is left out, and otherwise none.
+            steps so far (Shamir and Zhang 2013), the decay of an exponential moving average, such as `0.99`, or `none`,
+            with which rates decay at the end unless a schedule is chosen. By default `polynomial` if
+            `lr_scheduler_type` is left out, and otherwise `none`.
         stop_when_converged (`bool`, *optional*, defaults to `False`):
             Stop when the best evaluation has not been beaten in the last third of the steps, and go back to its
             weights. No number of epochs or steps is needed; one that is given is a limit. Rates are constant and
@@ -221,8 +222,9 @@ class MetaLRTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Evaluate, save and end with an average of the weights along the run: `polynomial`, over a fixed "
-            "share of the steps so far (Shamir and Zhang 2013), or the decay of an exponential moving average, such as "
-            "`0.99`. By default `polynomial` if `lr_scheduler_type` is left out, and otherwise none."
+            "share of the steps so far (Shamir and Zhang 2013), the decay of an exponential moving average, such as "
+            "`0.99`, or `none`, with which rates decay at the end unless a schedule is chosen. By default `polynomial` "
+            "if `lr_scheduler_type` is left out, and otherwise `none`."
         },
     )
     stop_when_converged: bool = field(

@@ -60,16 +60,8 @@ class AveragingTrainer(Trainer):
                 f"average_weights={self.average_weights!r}: a schedule-free optimizer averages the weights itself. "
                 "Leave average_weights out."
             )
-        # Before callbacks that look at the step's end.
+        # Before callbacks that look at the end of a step or of the run.
         self.callback_handler.callbacks.insert(0, _UpdateAverage(self))
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; the model ends with the average, or with that of the best step once it is loaded."""
-        output = super().train(*args, **kwargs)
-        if self.weight_average is not None:
-            self.weight_average.copy_to_model(self._statistics_forwards)
-            self.weight_average = None
-        return output
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's, with the average of the weights."""
@@ -144,6 +136,11 @@ class AveragingTrainer(Trainer):
         if self.average_weights is None:
             self.weight_average = None
 
+    def _end_average(self) -> None:
+        if self.weight_average is not None:
+            self.weight_average.copy_to_model(self._statistics_forwards)
+            self.weight_average = None
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         # What was loaded is an average already.
@@ -161,3 +158,9 @@ class _UpdateAverage(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer._update_average()
+
+    # Other callbacks come after this one: what they save at the end is the average.
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._end_average()

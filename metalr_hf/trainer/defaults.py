@@ -10,6 +10,8 @@ from transformers.trainer_utils import SchedulerType, has_length
 
 from ..tuning.averaging import POLYNOMIAL
 
+# `None` means that it was left out.
+NO_AVERAGE = ("none", False)
 # From calibrated rates a large trust region is a random walk of the rates: one batch's hypergradient is mostly noise.
 CALIBRATED_LR_CHANGE, UNCALIBRATED_LR_CHANGE = 1.1, 2.0
 # More often costs a pass each, and found no better rates.
@@ -20,7 +22,7 @@ def fill_in_schedule(args: Any) -> None:
     """Sets how a run ends where no schedule was chosen: constant rates and an average of the weights.
 
     The average of FSDP's shards is not there yet, so that rates decay there, as they do where the form of a decay is
-    given by `lr_scheduler_kwargs`.
+    given by `lr_scheduler_kwargs`, or where `average_weights` is `"none"`.
 
     Args:
         args ([`MetaLRTrainingArguments`]): The arguments, before transformers has looked at them.
@@ -38,9 +40,13 @@ def fill_in_schedule(args: Any) -> None:
 
     ```
     """
+    averages = args.average_weights not in NO_AVERAGE
+    if not averages:
+        args.average_weights = None
     if args.lr_scheduler_type is not None:
         return
-    if args.lr_scheduler_kwargs or args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not averages or args.lr_scheduler_kwargs or sharded:
         args.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
         return
     args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP if args.warmup_steps else SchedulerType.CONSTANT

@@ -77,16 +77,6 @@ class LRHistory:
         return self._table(self._learning_rates)
 
     @property
-    def last_learning_rates(self) -> list[float]:
-        """The rates that the last recorded step used, one per layer."""
-        return list(self._learning_rates[-1])
-
-    @property
-    def last_meta_loss(self) -> float:
-        """The validation loss of the last recorded step, NaN if there was none."""
-        return self._meta_losses[-1]
-
-    @property
     def meta_losses(self) -> np.ndarray:
         """The validation losses: `(steps,)`, float64, NaN where there was none."""
         return np.array(self._meta_losses, dtype=np.float64)

@@ -134,11 +134,12 @@ def test_a_strategy_without_its_package_is_refused_before_the_first_run(tmp_path
 
 
 def test_a_run_that_diverges_is_a_row_and_one_that_an_error_ends_is_tried_again(tmp_path):
-    errors = [torch.OutOfMemoryError("too big")]
+    mistake = KeyError("of the strategy's own")
+    errors = [torch.OutOfMemoryError("too big"), mistake]
 
     def explode(job):
         if errors:
-            raise errors.pop()
+            raise errors.pop(0)
         return job.trainer()
 
     register_strategy("explode")(explode)
@@ -151,6 +152,8 @@ def test_a_run_that_diverges_is_a_row_and_one_that_an_error_ends_is_tried_again(
         assert results[1]["reason"].startswith(("training loss", "test outputs"))
         others = compare([cell()], replace(settings, strategies=["cosine"]), tmp_path)
         assert others == results, "what is not asked for is not forgotten"
+        second = compare([cell()], settings, tmp_path)
+        assert [row["reason"] for row in second if row["status"] == "failed"] == [f"KeyError: {str(mistake)}"]
         seen = []
         again = compare([cell()], settings, tmp_path, progress=lambda done, total, left: seen.append((done, total)))
     finally:

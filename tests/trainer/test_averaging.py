@@ -66,6 +66,17 @@ def test_evaluate_predict_and_what_is_saved_are_of_the_average(tmp_path, options
     assert same_weights(saved, run.model)
 
 
+def test_a_callback_at_the_end_of_training_sees_the_average(tmp_path):
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            self.weights = {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+    run = trainer(tmp_path, resnet(), **AVERAGED)
+    run.add_callback(seen := AtTheEnd())
+    run.train()
+    assert same_weights(run.model, Loaded(seen.weights))
+
+
 class Loaded:
     def __init__(self, weights):
         self.weights = weights
@@ -242,6 +253,8 @@ def test_it_is_the_default_where_no_schedule_is_chosen(tmp_path, monkeypatch):
     for name in ("constant", "cosine", "warmup_stable_decay"):
         assert chosen(lr_scheduler_type=name) == (name, None)
         assert chosen(lr_scheduler_type=name, average_weights="polynomial") == (name, "polynomial")
+        assert chosen(lr_scheduler_type=name, average_weights="none") == (name, None)
+    assert chosen(average_weights="none") == chosen(average_weights=False) == ("warmup_stable_decay", None)
     assert chosen(preset="paper") == ("constant", None)
     assert chosen(lr_scheduler_kwargs={"decay_type": "cosine"}) == ("warmup_stable_decay", None)
     assert chosen(fsdp="full_shard") == ("warmup_stable_decay", None)

@@ -46,8 +46,8 @@ def losses_until_hopeless(
 ) -> dict[float, float]:
     """Walks up a ladder beyond valleys and hills, to where the loss is far above its start.
 
-    Where a single look has a valley, the mean of several may have none. If the lowest rung does harm, those below it are
-    walked down to the first that does none.
+    Where a single look has a valley, the mean of several may have none. If the lowest rung does harm, those below it
+    are walked down to the first that does none.
 
     Args:
         ladder (`Sequence[float]`): Learning rates, in rising order.
@@ -84,8 +84,8 @@ def losses_until_hopeless(
 def highest_useful(changes: Sequence[dict[float, float]], ladder: Sequence[float]) -> float | None:
     """The highest learning rate with at least half of the greatest gain, in the mean of several looks.
 
-    The gain of a single step is greatest at a rate below the one that is best for many steps. Below the rungs that a look
-    has walked, its loss is taken to change as the rate does: such steps are short.
+    The gain of a single step is greatest at a rate below the one that is best for many steps. Below the rungs that a
+    look has walked, its loss is taken to change as the rate does: such steps are short.
 
     Args:
         changes (`Sequence[dict[float, float]]`): Learning rate to relative change of the loss, a mapping a look.

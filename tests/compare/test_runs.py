@@ -153,7 +153,7 @@ def test_a_run_that_diverges_is_a_row_and_one_that_an_error_ends_is_tried_again(
         others = compare([cell()], replace(settings, strategies=["cosine"]), tmp_path)
         assert others == results, "what is not asked for is not forgotten"
         second = compare([cell()], settings, tmp_path)
-        assert [row["reason"] for row in second if row["status"] == "failed"] == [f"KeyError: {str(mistake)}"]
+        assert [row["reason"] for row in second if row["status"] == "failed"] == [f"KeyError: {mistake!s}"]
         seen = []
         again = compare([cell()], settings, tmp_path, progress=lambda done, total, left: seen.append((done, total)))
     finally:

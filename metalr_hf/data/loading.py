@@ -70,8 +70,7 @@ class DataArguments:
             Augmentation of the training images: `none`, `flip`, `crop` or `crop_flip`. The demo's digits are only
             cropped, for a mirrored digit is no digit.
         metrics (`list[str]`, *optional*):
-            Metrics of the test split. By default `accuracy`, `macro_f1`, `balanced_accuracy` and `auroc` in
-            classification, in other tasks their own.
+            Metrics of the test split, by default those of the task: for classes also `balanced_accuracy` and `auroc`.
 
     Example:
 

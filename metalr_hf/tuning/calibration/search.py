@@ -201,8 +201,7 @@ def calibrate(
     if math.isfinite(start_loss):
         size = abs(start_loss) or 1.0
         changes.append({rate: (loss - start_loss) / size for rate, loss in backbone_losses.items()})
-    walked = {rate for look in changes for rate in look}
-    backbone_lr = highest_useful(changes, [rate for rate in below if rate in walked] + ladder)
+    backbone_lr = highest_useful(changes, below + ladder)
     if backbone_lr is None:
         if layers > head_layers:
             doubts.append(BACKBONE_DOUBT)

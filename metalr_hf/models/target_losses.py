@@ -101,7 +101,7 @@ class ClassLoss(TargetLoss):
     only the first can be accumulated.
 
     Args:
-        weights (`Sequence[float]`): A weight for each class.
+        weights (`Sequence[float]`, *optional*): A weight for each class; all count alike by default.
 
     Example:
 
@@ -115,20 +115,21 @@ class ClassLoss(TargetLoss):
     ```
     """
 
-    def __init__(self, weights: Sequence[float]):
-        self.weights = torch.tensor(list(weights), dtype=torch.float32)
-        self.description = f"cross-entropy, classes weighted {_shown(weights)}"
+    def __init__(self, weights: Sequence[float] | None = None):
+        self.weights = None if weights is None else torch.tensor(list(weights), dtype=torch.float32)
+        self.description = "cross-entropy" if weights is None else f"cross-entropy, classes weighted {_shown(weights)}"
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         loss = functional.cross_entropy(logits, labels, reduction="none")
-        return loss * self.weights.to(logits.device)[labels.clamp(min=0)]
+        return loss if self.weights is None else loss * self.weights.to(logits.device)[labels.clamp(min=0)]
 
     def reads(self, labels: Any) -> bool:
         return isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
 
     def constant_loss(self, labels: Tensor) -> Tensor:
-        counts = labels[labels >= 0].bincount(minlength=len(self.weights))
-        weighted = self.weights.to(labels.device) * counts
+        # Negative labels mark images without a class.
+        counts = labels[labels >= 0].bincount(minlength=0 if self.weights is None else len(self.weights)).float()
+        weighted = counts if self.weights is None else self.weights.to(labels.device) * counts
         return -torch.special.xlogy(weighted, weighted / weighted.sum()).sum() / counts.sum()
 
     def answers(self, logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.target_losses import TargetLoss
+from ..models.target_losses import ClassLoss, TargetLoss
 
 # Log-probabilities that differ by less than this from image to image, and by less than this share of what they did at
 # the start, are the same answer to all of them.
@@ -34,7 +34,7 @@ class CollapseGuard:
         model (`torch.nn.Module`): The model. Its weights at the first look are the first weights.
         every (`int`, *optional*, defaults to 10): How many steps apart it looks, over the mean loss between.
         loss ([`~metalr_hf.models.target_losses.TargetLoss`], *optional*):
-            The loss, for labels that are not one class an image; it knows what a constant answer to them costs.
+            The loss, which knows what a constant answer costs; cross-entropy by default.
 
     Example:
 
@@ -60,9 +60,7 @@ class CollapseGuard:
 
     def __init__(self, model: nn.Module, every: int = 10, loss: TargetLoss | None = None):
         self.every = every
-        self.reads = are_classes if loss is None else loss.reads
-        self._constant_loss = _entropy if loss is None else loss.constant_loss
-        self._answers = _log_probabilities if loss is None else loss.answers
+        self.loss = ClassLoss() if loss is None else loss
         self.active = True
         self.losses: list[Tensor] = []
         self.labels: list[Tensor] = []
@@ -103,7 +101,7 @@ class CollapseGuard:
         loss = torch.stack([loss.to(device, torch.float32) for loss in self.losses]).mean()
         labels = torch.cat([labels.to(device) for labels in self.labels])
         self.losses = []
-        mean_loss, constant = reduce(torch.stack([loss, self._constant_loss(labels)])).tolist()
+        mean_loss, constant = reduce(torch.stack([loss, self.loss.constant_loss(labels)])).tolist()
         if not mean_loss >= NOTHING_LEARNED * constant:
             return False
         answers = logits()
@@ -111,7 +109,7 @@ class CollapseGuard:
         return float(reduce(self._spread(answers))) < min(SPREAD, SHARE_OF_SPREAD * self.start_spread)
 
     def _spread(self, logits: Tensor) -> Tensor:
-        return self._answers(logits.detach().float()).std(0).mean().reshape(1)
+        return self.loss.answers(logits.detach().float()).std(0).mean().reshape(1)
 
     def go_back(self, model: nn.Module) -> None:
         """Puts the first weights and buffers back.
@@ -173,28 +171,6 @@ def guard_for(model: nn.Module, loss: Any = None) -> CollapseGuard | None:
     return CollapseGuard(model, loss=loss)
 
 
-def are_classes(labels: Any) -> bool:
-    """Whether labels are one class per image, and not boxes, masks or numbers to predict.
-
-    Args:
-        labels (`Any`): The labels of a batch, as the data collator makes them.
-
-    Returns:
-        `bool`
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from metalr_hf.trainer.collapse import are_classes
-    >>> are_classes(torch.tensor([0, 2])), are_classes(torch.zeros(2, 8, 8, dtype=torch.int64)), are_classes(None)
-    (True, False, False)
-
-    ```
-    """
-    return isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
-
-
 class _Kept:
     """Tensors by name, in a temporary file."""
 
@@ -225,14 +201,3 @@ class _Kept:
         with open(self._file.fileno(), "rb", closefd=False) as file:
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return logits.log_softmax(-1)
-
-
-def _entropy(labels: Tensor) -> Tensor:
-    # Negative labels mark images without a class.
-    shares = labels[labels >= 0].bincount().float()
-    shares = shares / shares.sum()
-    return -torch.special.xlogy(shares, shares).sum()

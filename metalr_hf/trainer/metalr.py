@@ -147,10 +147,10 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         """The learning rate that every layer used at every optimizer step, an [`LRHistory`].
 
         Raises:
-            ValueError: before `train()`.
+            AttributeError: before `train()`.
         """
         if not isinstance(self.lr_scheduler, MetaLRScheduler):
-            raise ValueError("There is no learning-rate history yet: call train() first.")
+            raise AttributeError("There is no learning-rate history yet: call train() first.")
         return self.lr_scheduler.history
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -359,7 +359,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             with torch.no_grad(), untouched(self.model, "eval"):
                 return logits_of(self.model(**self._prepare_inputs(inputs)))
 
-        if not guard.reads(inputs.get("labels")):
+        if not guard.loss.reads(inputs.get("labels")):
             guard.stop()
         elif guard.collapsed(logits, self._mean_over_processes):
             guard.go_back(self.model)

@@ -47,8 +47,8 @@ def test_no_constant_answer_costs_less_than_it_says(loss):
 def watched(logits, value):
     loss = LabelSetLoss()
     guard = CollapseGuard(torch.nn.Linear(4, 3), every=1, loss=loss)
-    assert guard.reads(SOME_UNKNOWN)
-    assert not guard.reads(torch.tensor([0, 1]))
+    assert loss.reads(SOME_UNKNOWN)
+    assert not loss.reads(torch.tensor([0, 1]))
     assert not guard.collapsed(lambda: LOGITS)
     guard.note(torch.tensor(value), SOME_UNKNOWN)
     return guard.collapsed(lambda: logits)
@@ -69,7 +69,7 @@ def test_the_mean_of_all_numbers_for_every_image_is_a_collapse(spread, loss, exp
     watch = guard_for(torch.nn.Linear(4, 2), loss=QuantityLoss(scale.tolist()))
     watch.every = 1
     assert not watch.collapsed(lambda: scale * noise)
-    watch.note(loss * watch._constant_loss(truth), truth)
+    watch.note(loss * watch.loss.constant_loss(truth), truth)
     assert watch.collapsed(lambda: truth.mean(0) + spread * scale * noise) == expected
 
 

@@ -67,3 +67,13 @@ def test_the_source_follows_from_what_is_there(tmp_path):
     assert source(lookahead="sgd") == source(preset="paper") == "stream"
     with pytest.raises(ValueError, match="would leave meta_dataset unused"):
         source(has_meta_dataset=True, meta_source="next_batch")
+
+
+def test_a_schedule_chosen_afterwards_takes_the_place_of_the_average(tmp_path):
+    def average(**kwargs):
+        args = MetaLRTrainingArguments(str(tmp_path), **kwargs).set_lr_scheduler("cosine", num_epochs=5)
+        assert (args.lr_scheduler_type.value, args.num_train_epochs) == ("cosine", 5)
+        return args.average_weights
+
+    assert average() is None
+    assert average(average_weights="polynomial") == average(stop_when_converged=True) == "polynomial"

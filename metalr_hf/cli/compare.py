@@ -204,7 +204,7 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any], rows: di
         tuning (`dict`): Arguments of `MetaLRTrainingArguments` for the strategies that tune.
         rows (`dict`): Arguments of the data set that only this task has.
     """
-    optional = ("intensity_window", "num_channels")
+    optional = ("intensity_window", "num_channels", "image_column_name", "label_column_name", "test_split")
     given = {name: value for name in optional if (value := getattr(arguments, name)) is not None}
     comparison = Comparison(
         **{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Comparison) if hasattr(arguments, f.name)},
@@ -218,7 +218,11 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any], rows: di
     if arguments.metric is not None:
         get_task(arguments.task).check_metric(arguments.metric)
     check_backend(arguments.workers, arguments.backend, arguments.scheduler)
-    cells = [make_cell(model, dataset, arguments, rows) for model in arguments.model for dataset in arguments.dataset]
+    cells = [
+        make_cell(model, dataset, arguments, rows)
+        for model in dict.fromkeys(arguments.model)
+        for dataset in dict.fromkeys(arguments.dataset)
+    ]
     console = Console()
     with RunsProgress(console, arguments.metric) as shown:
         try:
@@ -277,8 +281,8 @@ def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments, r
 
     processor = task.load_processor(model_arguments, make_model(splits.class_names), arguments.image_size)
     train_transform, test_transform = task.transforms(splits, processor, arguments.augment)
-    model_shown = task.demo_model_name if model_name == DEMO else Path(model_name).name
-    data_shown = task.demo_name if dataset_name == DEMO else Path(dataset_name).name
+    model_shown = task.demo_model_name if model_name == DEMO else short_name(model_name, arguments.model)
+    data_shown = task.demo_name if dataset_name == DEMO else short_name(dataset_name, arguments.dataset)
     return Cell(
         name=f"{model_shown} → {data_shown}",
         make_model=make_model,
@@ -289,7 +293,31 @@ def make_cell(model_name: str, dataset_name: str, arguments: CompareArguments, r
         task=task,
         fit=lambda model, train: task.fit(model, train, processor, data),
         class_names=splits.class_names,
+        source=f"{model_name} and {dataset_name}",
     )
+
+
+def short_name(name: str, names: Sequence[str]) -> str:
+    """The last part of a path or Hub id, or all of it where another ends alike.
+
+    Args:
+        name (`str`): The path or id.
+        names (`Sequence[str]`): All that are compared.
+
+    Returns:
+        `str`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.cli.compare import short_name
+    >>> short_name("data/cells", ["data/cells", "data/lungs"]), short_name("a/scans", ["a/scans", "b/scans"])
+    ('cells', 'a/scans')
+
+    ```
+    """
+    alike = {other for other in names if Path(other).name == Path(name).name}
+    return name if len(alike) > 1 else Path(name).name
 
 
 def _as_argv(values: Mapping[str, Any]) -> list[str]:

@@ -69,8 +69,8 @@ def paired_differences(best: pd.DataFrame) -> pd.DataFrame:
     if not shared.empty:
         baseline = str(shared.mean().idxmax())
         for name in best:
-            # Rounded, so that equal accuracies of unequal sums are ties.
-            differences = (best[name] - best[baseline]).dropna().round(9)
+            # Rounded, so that equal means of scores, which are kept with six digits, are ties.
+            differences = (best[name] - best[baseline]).dropna().round(5)
             if name == baseline or differences.empty:
                 continue
             rows[name] = {

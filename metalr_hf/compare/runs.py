@@ -43,6 +43,8 @@ class Cell:
         fit (`Callable`, *optional*):
             Takes the model and the rows that a run trains on, as [`~metalr_hf.tasks.base.Task.fit`], and returns
             further arguments of the Trainer.
+        source (`str`, *optional*): Where model and data come from; kept with every run, so that a folder does not mix
+            cells of one name.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Cell:
     task: Task = field(default_factory=lambda: get_task("classification"))
     class_names: Sequence[str] | None = None
     fit: Callable[[nn.Module, datasets.Dataset], dict[str, Any]] = lambda model, train: {}
+    source: str | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -191,7 +194,8 @@ def compare(
         `list[dict]`: the results of all runs.
 
     Raises:
-        ValueError: if the folder holds a comparison with other settings, or a cell has fewer rows than folds.
+        ValueError: if the folder holds a comparison with other settings, or of another cell of the same name, if two
+            cells share a name, or if one has fewer rows than folds.
         ImportError: if a package that a strategy or the backend needs is not installed.
         BlockingIOError: if another process is at work in the folder.
         ConnectionError: if no cluster answers.
@@ -201,11 +205,15 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     for cell in cells:
         _check_cell(cell, comparison)
+    by_name = {cell.name: cell for cell in cells}
+    if len(by_name) < len(cells):
+        raise ValueError(f"cells: {len(cells)} have {len(by_name)} names, which tell their results apart.")
     with only_process(folder):
         keep_settings(folder, comparison.same_runs())
         wanted = {_key(asdict(run)): run for run in _runs(cells, comparison)}
         rows = mend_lines(folder / RESULTS, lambda row: row["status"] != FAILED or _key(row) not in wanted)
         mend_lines(folder / TIMINGS)
+        _refuse_other_sources(folder, rows, by_name)
         done = {_key(row) for row in rows}
         missing = [run for key, run in wanted.items() if key not in done]
         strategies = {name: get_strategy(name) for name in {run.strategy: None for run in missing}}
@@ -213,7 +221,7 @@ def compare(
             strategy.check_packages()
         if not missing:
             return rows
-        work = Work({cell.name: cell for cell in cells}, comparison, strategies)
+        work = Work(by_name, comparison, strategies)
         started, total, ended = time.monotonic(), len(missing) + len(rows), 0
         running: dict[str, Run] = {}
 
@@ -226,6 +234,8 @@ def compare(
             ended += 1
             if isinstance(outcome, Lost):
                 outcome = Outcome({**asdict(run), **failed(outcome.reason)}, 0.0)
+            if (source := by_name[run.cell].source) is not None:
+                outcome.row["source"] = source
             _keep(folder, run, outcome)
             rows.append(outcome.row)
             del running[next(worker for worker, other in running.items() if other == run)]
@@ -257,6 +267,17 @@ def _runs(cells: Sequence[Cell], comparison: Comparison) -> Iterator[Run]:
                 for name in comparison.strategies:
                     rates: list[Any] = comparison.learning_rates if get_strategy(name).uses_learning_rate else [None]
                     yield from (Run(cell.name, name, rate, seed, fold) for rate in rates)
+
+
+def _refuse_other_sources(folder: Path, rows: Sequence[dict[str, Any]], cells: Mapping[str, Cell]) -> None:
+    for row in rows:
+        cell = cells.get(row["cell"])
+        there = row.get("source")
+        if cell is not None and cell.source is not None and there not in (None, cell.source):
+            raise ValueError(
+                f"output_dir={str(folder)!r} holds runs of another {cell.name!r}: they are of {there}, not of "
+                f"{cell.source}. Use another folder."
+            )
 
 
 def _check_cell(cell: Cell, comparison: Comparison) -> None:

@@ -54,6 +54,22 @@ def test_a_comparison_from_the_command_line_leaves_its_report(tmp_path, capsys):
     assert "holds a comparison with other settings" in capsys.readouterr().err
 
 
+def test_folders_of_one_name_are_told_apart(tmp_path, capsys):
+    folders = [str(save_image_folder(tmp_path / place / "images")) for place in ("here", "there")]
+    command = ["compare", "--output_dir", str(tmp_path / "out"), "--model", str(save_vit(tmp_path / "vit"))]
+    command += ["--strategies", "cosine", "--learning_rates", "1e-3", "--seeds", "0", "--steps", "2"]
+    command += ["--batch_size", "8", "--image_size", "16"]
+    assert main([*command, "--dataset", *folders]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["cell"] for row in rows] == [f"vit → {folder}" for folder in folders]
+    command[2] = str(tmp_path / "other")
+    assert main([*command, "--dataset", folders[0]]) == 0
+    assert main([*command, "--dataset", folders[1]]) == 2
+    assert f"holds runs of another 'vit → images': they are of {tmp_path / 'vit'} and" in capsys.readouterr().err
+    assert main([*command, "--dataset", folders[0], "--label_column_name", "label"]) == 2
+    assert "holds a comparison with other settings" in capsys.readouterr().err
+
+
 def test_a_folder_in_which_another_process_is_at_work_is_left_as_it_is(tmp_path, capsys):
     images, model, out = save_image_folder(tmp_path / "images"), save_vit(tmp_path / "vit"), tmp_path / "out"
     out.mkdir()

@@ -46,3 +46,9 @@ def test_pairs_are_those_that_have_run_and_none_is_made_up():
 def test_an_average_of_another_s_strategy_is_still_another_s():
     assert is_baseline("cosine+average")
     assert not is_baseline("metalr_constant+average")
+
+
+def test_means_of_the_same_scores_in_another_order_are_ties():
+    # 396, 395 and 395 of 396 images, and 396, 396 and 394, as results.jsonl keeps them.
+    best = pd.DataFrame({"cosine": [(1 + 1 + 0.994949) / 3] * 2, "metalr": [(1 + 0.997475 + 0.997475) / 3] * 2})
+    assert paired_differences(best).loc["metalr", "better"] == 0

@@ -240,6 +240,8 @@ def test_bad_cells_and_folders_are_refused_before_the_first_run(tmp_path):
         compare([cell()], comparison(folds=50), tmp_path)
     with pytest.raises(ValueError, match="group_column='video' is not a column of 'small'"):
         compare([cell()], comparison(folds=3, group_column="video"), tmp_path)
+    with pytest.raises(ValueError, match="cells: 2 have 1 names"):
+        compare([cell(), cell()], comparison(), tmp_path)
     without = cell()
     without.test = None
     with pytest.raises(ValueError, match="has no test split"):

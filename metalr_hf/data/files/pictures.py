@@ -62,7 +62,7 @@ def look_at_picture(file: bytes | str, channels: int | None = None) -> Contents:
         [`~metalr_hf.data.files.contents.Contents`]
 
     Raises:
-        UnusableFileError: if some of its bits would be lost.
+        UnusableFileError: if some of its bits or pages would be lost.
         ImportError: if it is a TIFF file that Pillow does not read as it is, and tifffile is not installed.
         OSError: if it cannot be read.
     """
@@ -70,6 +70,7 @@ def look_at_picture(file: bytes | str, channels: int | None = None) -> Contents:
         with Image.open(file if isinstance(file, str) else io.BytesIO(file)) as image:
             if not _is_tiff(image) or not _is_for_tifffile(image, channels):
                 _refuse_lost_bits(image)
+                _refuse_lost_pages(image)
                 return Contents(image.mode in DEEP_MODES, len(image.getbands()), image.has_transparency_data)
     except UnidentifiedImageError:
         # Of TIFF files that Pillow does not know, tifffile may.
@@ -93,7 +94,7 @@ def read_picture(entry: Mapping[str, Any], content: bytes, channels: int | None 
         `PIL.Image.Image` or `numpy.ndarray`
 
     Raises:
-        UnusableFileError: if some of its bits would be lost.
+        UnusableFileError: if some of its bits or pages would be lost.
         ImportError: if it is a TIFF file that Pillow does not read as it is, and tifffile is not installed.
         OSError: if it cannot be read.
     """
@@ -101,6 +102,7 @@ def read_picture(entry: Mapping[str, Any], content: bytes, channels: int | None 
         return _read_tiff(content, channels)
     with Image.open(io.BytesIO(content)) as image:
         _refuse_lost_bits(image)
+        _refuse_lost_pages(image)
     decoded = datasets.Image().decode_example({"bytes": content, "path": entry.get("path")})
     return np.asarray(decoded) if decoded.mode in DEEP_MODES else decoded
 
@@ -190,3 +192,18 @@ def _refuse_lost_bits(image: Image.Image) -> None:
             f"the image has 16 bits a channel (mode {raw}), of which the lower half would be lost. Save it as TIFF, or "
             "bring its values to 8 bits with a window that shows what matters"
         )
+
+
+def _refuse_lost_pages(image: Image.Image) -> None:
+    pages = getattr(image, "n_frames", 1)
+    if not _is_tiff(image) or pages == 1:
+        return
+    size = image.size
+    image.seek(1)
+    # A smaller one is a thumbnail, or a level of a pyramid.
+    if image.size == size:
+        raise UnusableFileError(
+            f"the TIFF file has {pages} pages, of which only the first would be read. Save those to learn from as "
+            f"files of one page each, or give num_channels={pages} if they are the channels of one image"
+        )
+    image.seek(0)

@@ -156,7 +156,7 @@ def _from_flags(
     read: dict[str, _Lists], rows: TargetRows, args: LabelSetArguments
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     first: Sequence[Any] = next((row for row in read[rows.names.train].lists if row is not None), [])
-    names = tuple(args.class_names or args.target_column_names or map(str, range(len(first))))
+    names = tuple(args.target_column_names or args.class_names or map(str, range(len(first))))
     figures = {}
     for split, one in read.items():
         columns = args.target_column_names or [one.column] * len(names)

@@ -90,7 +90,7 @@ def pairs(runs: pd.DataFrame) -> str:
         for held_out in (False, True):
             of = gains[(gains.index.get_level_values("half") == "held_out") == held_out]
             if len(of) > 1:
-                where = HALVES["held_out"] if held_out else "Others"
+                where = HALVES["held_out"] if held_out else "Development half and fresh cells"
                 better = f"{(of > 0).sum()}, {(of < 0).sum()}"
                 label = SHOWN.get(name, name), SHOWN.get(other, other)
                 rows.append([*label, where, len(of), f"{of.mean():+.1f} ± {of.sem():.1f}", better])

@@ -47,6 +47,21 @@ def test_several_channels_are_read_from_tiff(options):
     assert look_at(entry, channels=5) == (True, 5, False)
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+def test_pages_of_a_tiff_are_not_dropped_without_a_word(kind):
+    stack = saved(np.stack([GREYS.astype(kind) * i for i in range(3)]), photometric="minisblack")
+    for read in (read_image, look_at):
+        with pytest.raises(UnusableFileError, match="3 pages, of which only the first would be read.*num_channels=3"):
+            read(stack)
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as tiff:
+        tiff.write(GREYS.astype(kind), photometric="minisblack")
+        tiff.write(GREYS[::2, ::2].astype(kind), photometric="minisblack", subfiletype=1)
+    with_thumbnail = {"bytes": file.getvalue(), "path": None}
+    assert (np.asarray(read_image(with_thumbnail)) == GREYS).all()
+    assert look_at(with_thumbnail) == (kind == "uint16", 1, False)
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (16, 16, 1), (1, 16, 16), (16, 16, 5), (5, 16, 16), (3, 16, 16)])
 def test_arrays_come_with_the_channels_last(shape):
     values = np.arange(np.prod(shape)).reshape(shape).astype("uint16")

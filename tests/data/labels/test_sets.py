@@ -81,6 +81,14 @@ def test_a_missing_list_is_unknown_and_some_labels_can_be_chosen(tmp_path):
     assert splits.id2label == {0: "loop", 1: "even"}
 
 
+def test_some_columns_can_be_chosen_and_keep_their_names(tmp_path):
+    folder = str(save_with_metadata(tmp_path, findings))
+    every = load(folder, target_column_names=COLUMNS)
+    chosen = load(folder, target_column_names=COLUMNS, class_names=COLUMNS[:0:-1])
+    assert chosen.class_names == tuple(COLUMNS[:0:-1])
+    assert [list(label) for label in chosen.train["label"]] == [list(label[:0:-1]) for label in every.train["label"]]
+
+
 def test_a_patient_stays_on_one_side(tmp_path):
     folder = save_with_metadata(tmp_path, lambda name, image, row: {**findings(name, image, row), "patient": row // 3})
     (folder / "test").rename(tmp_path.parent / f"{tmp_path.name}-away")

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..layers.groups import check_layer_groups
+from ..tuning.contexts import preserve_random_state
 from .losses import IGNORE_INDEX, resize_logits
 
 NETWORK = "network."
@@ -173,8 +175,12 @@ def wrap_bare_module(
 
 def _columns(dataset: Any) -> Sequence[str]:
     columns = getattr(dataset, "column_names", None)
-    if columns is None and isinstance(dataset, Sequence) and len(dataset) and isinstance(dataset[0], Mapping):
-        columns = list(dataset[0])
+    by_row = hasattr(dataset, "__getitem__") and not isinstance(dataset, (Mapping, IterableDataset))
+    if columns is None and by_row and hasattr(dataset, "__len__") and len(dataset):
+        # A random augmentation of the row is not to change the run.
+        with preserve_random_state():
+            row = dataset[0]
+        columns = list(row) if isinstance(row, Mapping) else None
     return columns or ()
 
 

@@ -254,19 +254,21 @@ class MetaLRTrainingArguments(TrainingArguments):
         given = self.average_weights
         fill_in_schedule(self)
         # A run that stops by itself averages whatever its schedule.
-        self._average_is_default = given is None and self.average_weights is not None and not self.stop_when_converged
+        is_default = given is None and self.average_weights is not None and not self.stop_when_converged
         _refuse_watching_schedules(self)
         prepare_stopping(self)
         super().__post_init__()
+        self._average_is_default = is_default
         self.load_best_model_at_end |= self.stop_when_converged
         _check_tuning_arguments(self)
 
-    def set_lr_scheduler(self, *args: Any, **kwargs: Any) -> MetaLRTrainingArguments:
-        """As [`~transformers.TrainingArguments.set_lr_scheduler`]; the average of the default then makes way."""
-        super().set_lr_scheduler(*args, **kwargs)
-        if self._average_is_default:
-            self.average_weights, self._average_is_default = None, False
-        return self
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # A schedule chosen afterwards, also by `set_lr_scheduler` and by a search, takes the place of the average.
+        if name in ("lr_scheduler_type", "average_weights") and getattr(self, "_average_is_default", False):
+            self._average_is_default = False
+            if name == "lr_scheduler_type":
+                self.average_weights = None
 
     def _apply_preset(self) -> None:
         if self.preset is None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from typing import Any
 
+import datasets
 import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -47,7 +48,15 @@ class AveragingTrainer(Trainer):
 
     def __init__(self, *args: Any, average_weights: str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.average_weights = average_weights or getattr(self.args, "average_weights", None)
+        self._given_average = average_weights
+        self._prepare_average()
+
+    @property
+    def average_weights(self) -> str | None:
+        """Which average there is, as the arguments say by now: a search changes them from trial to trial."""
+        return self._given_average or getattr(self.args, "average_weights", None)
+
+    def _prepare_average(self) -> None:
         if self.average_weights is None:
             return
         if self.is_fsdp_enabled:
@@ -61,7 +70,8 @@ class AveragingTrainer(Trainer):
                 "Leave average_weights out."
             )
         # Before callbacks that look at the end of a step or of the run.
-        self.callback_handler.callbacks.insert(0, _UpdateAverage(self))
+        if not any(isinstance(callback, _UpdateAverage) for callback in self.callback_handler.callbacks):
+            self.callback_handler.callbacks.insert(0, _UpdateAverage(self))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's, with the average of the weights."""
@@ -88,8 +98,9 @@ class AveragingTrainer(Trainer):
                 "'warmup_stable_decay' may do better than the average."
             )
             return
-        # No batch is taken from the training's own order, and no random number.
-        stream = stream_of(self, self.train_dataset, self._train_batch_size, batches_to_shuffle=4)
+        # No batch is taken from the training's own order, and no random number. Every process takes the same ones: it
+        # may be the only one that saves.
+        stream = stream_of(self, self.train_dataset, self._train_batch_size, batches_to_shuffle=4, alone=True)
         with preserve_random_state(self.args.device), suppress(EmptyMetaSetError):
             for batch in islice(stream, STATISTICS_BATCHES):
                 count = None
@@ -98,14 +109,11 @@ class AveragingTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     self.compute_loss(self.model, self._prepare_inputs(batch), num_items_in_batch=count)
                 self.statistics_passes += 1 / 3
-        if self.args.world_size > 1:
-            for buffer in self.model.buffers():
-                if buffer.is_floating_point():
-                    buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
 
     # Of a run's beginning and of checkpoints, Trainer has no public hooks.
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         self.weight_average, self.statistics_passes = None, 0.0
+        self._prepare_average()
         return super()._init_training_state(*args, **kwargs)
 
     def _start_average(self) -> WeightAverage:
@@ -114,7 +122,7 @@ class AveragingTrainer(Trainer):
 
     def _update_average(self) -> None:
         # In float16 a step that overflowed was not taken.
-        if self.accelerator.optimizer_step_was_skipped:
+        if self.average_weights is None or self.accelerator.optimizer_step_was_skipped:
             return
         if self.weight_average is None:
             self.weight_average = self._start_average()
@@ -148,8 +156,8 @@ class AveragingTrainer(Trainer):
 
 
 def _is_read_once(dataset: Any) -> bool:
-    """Whether an iterable data set hands out one iterator, so that a second reader would take batches of the first."""
-    return isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset)
+    """Whether a second reader may take rows of the first. Only those of `datasets` are known to begin anew."""
+    return isinstance(dataset, IterableDataset) and not isinstance(dataset, datasets.IterableDataset)
 
 
 class _UpdateAverage(TrainerCallback):

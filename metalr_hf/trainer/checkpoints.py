@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TrainerState
@@ -158,10 +159,16 @@ def load_renamed_weights(model: PreTrainedModel, folder: str | None) -> None:
     if not os.path.isfile(file):
         return
     with safe_open(file, framework="pt") as saved:
-        renamed = not set(saved.keys()) <= set(model.state_dict())
-    if renamed:
-        whole = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
-        model.load_state_dict(whole.state_dict())
+        kept, own = set(saved.keys()), set(model.state_dict())
+    if not kept <= own:
+        # What has its own name has been loaded: a head that the user made, which from_pretrained knows nothing of.
+        if hasattr(model, "timm_model"):
+            model.get_submodule("timm_model").load_state_dict(load_file(file))
+        else:
+            whole = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype).state_dict()
+            if lost := sorted(own - kept - set(whole)):
+                raise ValueError(f"{folder} does not hold {lost[0]} and {len(lost) - 1} more tensors of the model.")
+            model.load_state_dict({name: whole[name] for name in own - kept}, strict=False)
         logger.info(f"Loaded the weights of {folder} again, under the names of their original release.")
 
 
@@ -171,6 +178,12 @@ class CheckpointingTrainer(Trainer):
     model: Any
     lr_scheduler: Any
     _meta_stream: MetaStream | None = None
+    _streams = False
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Trainer's; whether the length of an epoch is known decides how a run resumes."""
+        self._streams = not has_length(dataloader)
+        return super().set_initial_training_values(args, dataloader)
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
@@ -180,7 +193,7 @@ class CheckpointingTrainer(Trainer):
         )
         # Of a stream Trainer does not know the length, takes the whole run for one epoch and, in a later one, skips as
         # many batches as were ever trained on. How far the epoch has come is in the state. No public hook is there.
-        if batches_trained and not has_length(self.train_dataset):
+        if batches_trained and self._streams:
             epochs_trained = int(self.state.epoch)
             # The saved run's `max_steps`: its epochs were counted in those.
             saved = TrainerState.load_from_json(os.path.join(resume_from_checkpoint or "", TRAINER_STATE_NAME))

@@ -226,7 +226,8 @@ def _has_error(evaluated: Evaluated) -> bool:
 
 def _of_classes(logits: Any, labels: Any) -> Any:
     first = logits[0] if isinstance(logits, tuple) else logits
-    return first if first.ndim == 2 else labels
+    # That of a detector is a dictionary of losses.
+    return first if getattr(first, "ndim", 0) == 2 else labels
 
 
 def _metric(args: Any) -> str:

@@ -37,7 +37,8 @@ def untouched(model: nn.Module, mode: str = "train") -> Iterator[None]:
 
     ```
     """
-    buffers = list(model.buffers())
+    places = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    buffers = [buffer for _, _, buffer in places if buffer is not None]
     training = [module.training for module in model.modules()]
     with torch.no_grad():
         saved = [buffer.clone() for buffer in buffers]
@@ -49,6 +50,9 @@ def untouched(model: nn.Module, mode: str = "train") -> Iterator[None]:
         finally:
             for module, flag in zip(model.modules(), training, strict=True):
                 module.training = flag
+            # A forward may put new tensors in their places.
+            for held, name, buffer in places:
+                held[name] = buffer
             with torch.no_grad():
                 if buffers:
                     torch._foreach_copy_(buffers, saved)

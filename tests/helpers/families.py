@@ -205,6 +205,11 @@ def boxes_for(batch):
     ]
 
 
+def keep_labels_apart(rows):
+    labels = [row["labels"] for row in rows]
+    return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
+
+
 def images_for(name, batch, segmentation=False):
     """Random images and labels that fit a model of this family."""
     size = SIZES.get(name, 32)

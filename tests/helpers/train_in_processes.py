@@ -93,6 +93,14 @@ class Rates(TrainerCallback):
         self.rates.append(lr_scheduler.learning_rates.tolist())
 
 
+class SaveAlone(TrainerCallback):
+    """One process saves, as in many a script."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.global_step == 3:
+            self.trainer.save_model(str(Path(args.output_dir) / "alone"))
+
+
 def run(
     folder,
     model="vit",
@@ -103,6 +111,7 @@ def run(
     slow_to_save=False,
     profiled=False,
     evaluated_on=0,
+    saves_alone=False,
     **arguments,
 ):
     folder = Path(folder)
@@ -125,6 +134,9 @@ def run(
         meta_dataset=META_SETS[meta](),
         callbacks=[rates],
     )
+    if saves_alone:
+        trainer.add_callback(save := SaveAlone())
+        save.trainer = trainer
     trainer.spoiled_step, trainer.slow_to_save = spoiled_step, slow_to_save
     trainer.train_rows, trainer.meta_rows = [], []
     with profile(record_shapes=True) if profiled else nullcontext() as profiler:

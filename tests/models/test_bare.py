@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, Trainer
 
 from metalr_hf import MetaLRTrainer
-from metalr_hf.models.bare import Classifier, needs_loss
+from metalr_hf.models.bare import Classifier, needs_loss, wrap_bare_module
 
 
 class WithLabels(Network):
@@ -123,6 +123,26 @@ def test_a_module_with_a_loss_of_its_own_needs_no_labels(tmp_path):
     run = MetaLRTrainer(model=Autoencoder(), args=arguments(tmp_path, learning_rate=1e-2), train_dataset=data)
     run.train()
     assert type(run.model) is Autoencoder
+    assert losses(run)[-1] < losses(run)[0]
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Rows without a `column_names`, each with noise of its own."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, i):
+        return {"images": images()[i]["pixel_values"] + 0.1 * torch.randn(3, 16, 16)}
+
+
+def test_the_columns_of_a_torch_dataset_are_those_of_its_rows(tmp_path):
+    module = Autoencoder()
+    state = torch.get_rng_state()
+    assert wrap_bare_module(module, None, Pictures()) == (module, None)
+    assert torch.equal(torch.get_rng_state(), state)
+    run = MetaLRTrainer(model=module, args=arguments(tmp_path, learning_rate=1e-2), train_dataset=Pictures())
+    run.train()
     assert losses(run)[-1] < losses(run)[0]
 
 

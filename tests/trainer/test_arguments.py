@@ -76,4 +76,7 @@ def test_a_schedule_chosen_afterwards_takes_the_place_of_the_average(tmp_path):
         return args.average_weights
 
     assert average() is None
+    args = MetaLRTrainingArguments(str(tmp_path))
+    args.lr_scheduler_type = "cosine"
+    assert args.average_weights is None
     assert average(average_weights="polynomial") == average(stop_when_converged=True) == "polynomial"

@@ -205,6 +205,9 @@ def test_a_kind_that_is_none_is_refused_at_once(tmp_path):
         arguments(tmp_path, average_weights="mean")
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
+
+
 class ReadOnce(IterableDataset):
     def __init__(self, rows):
         self.rows = iter(rows)
@@ -227,6 +230,9 @@ def test_rows_that_can_be_read_once_are_all_trained_on(tmp_path, kind):
     run.train()
     assert run.state.global_step == 6
     assert run.statistics_passes == 0
+    run = trainer(tmp_path, resnet(), train_dataset=kind(rows), eval_dataset=images(8), **options, **EVALUATED)
+    run.train()
+    assert run.state.global_step == 6, "an evaluation in the middle takes no rows either"
     assert all(bool(buffer.isfinite().all()) for buffer in run.model.buffers())
 
 
@@ -294,3 +300,23 @@ def test_what_looking_at_it_costs_is_counted(tmp_path):
     plain = trainer(tmp_path, vit(), **AVERAGED)
     plain.train()
     assert plain.statistics_passes == 0
+
+
+def test_a_search_averages_as_each_trial_says(tmp_path):
+    def trained(trial=(), **given):
+        args = arguments(tmp_path, **{"lr_scheduler_type": None, **given})
+        run = MetaLRTrainer(args=args, model_init=lambda: vit(0.0), train_dataset=images())
+        # As the backends of a search set what a trial has drawn.
+        for name, value in trial:
+            setattr(run.args, name, value)
+        run.train()
+        return run.model
+
+    cosine = trained([("lr_scheduler_type", "cosine")])
+    assert same_weights(cosine, trained(lr_scheduler_type="cosine"))
+    assert same_weights(trained([("average_weights", "0.5")]), trained(average_weights="0.5"))
+    both = trained([("average_weights", "0.5"), ("lr_scheduler_type", "cosine")])
+    assert same_weights(both, trained(lr_scheduler_type="cosine", average_weights="0.5"))
+    assert not same_weights(both, cosine)
+    late = trained([("average_weights", "0.5")], lr_scheduler_type="cosine")
+    assert same_weights(both, late)

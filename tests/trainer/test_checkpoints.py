@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
-from small_runs import images, resnet, same_weights, streamed, trainer, vit
+from small_runs import arguments, images, resnet, same_weights, streamed, trainer, vit
+from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.std import TqdmDefaultWriteLock
 from transformers import TrainerCallback
 
+from metalr_hf import MetaLRTrainer
 from metalr_hf.trainer.checkpoints import checkpoints, is_complete, usable_checkpoint
 
 STEPS = 12
@@ -115,6 +119,58 @@ def test_a_longer_run_goes_on_in_a_stream_where_the_saved_one_stood(tmp_path):
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     # The loader reads one batch ahead.
     assert batches[0] <= 4 * (6 + 2)
+
+
+class OwnLoader(MetaLRTrainer):
+    """Images that only the loader knows, whose epochs have a length all the same."""
+
+    def get_train_dataloader(self):
+        rows = images()
+        return DataLoader([dict(rows[i]) for i in range(len(rows))], batch_size=8)
+
+
+def test_a_loader_of_ones_own_goes_on_where_it_stood(tmp_path):
+    def made():
+        return OwnLoader(
+            vit(), arguments(tmp_path, **{**SAVING, "num_train_epochs": 3, "max_steps": -1, "save_steps": 4})
+        )
+
+    whole = made()
+    whole.train()
+    again = made()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert again.state.global_step == 18
+    assert same_weights(whole.model, again.model)
+
+
+def vit_with_own_head():
+    model = vit()
+    model.classifier = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    return model
+
+
+def timm_with_own_head():
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.fc = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.fc.in_features, 3))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*tensors of this network are not those of")
+@pytest.mark.parametrize("make_model", [vit_with_own_head, timm_with_own_head])
+def test_a_head_of_ones_own_is_resumed_and_the_best_loaded(tmp_path, make_model):
+    best = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "eval_dataset": images(24, seed=1),
+    }
+    whole = trainer(tmp_path, make_model(), **SAVING, **best)
+    whole.train()
+    assert whole.evaluate()["eval_loss"] == pytest.approx(whole.state.best_metric)
+    again = trainer(tmp_path, make_model(), **SAVING, **best)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert same_weights(whole.model, again.model)
 
 
 class DiskFull(TrainerCallback):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import DETECTORS, IMAGE_CLASSIFIERS, SEGMENTERS, boxes_for, images_for
+from families import DETECTORS, IMAGE_CLASSIFIERS, SEGMENTERS, boxes_for, images_for, keep_labels_apart
 from torch import nn
 from transformers import TrainerCallback
 
@@ -19,11 +19,6 @@ class BuffersOfValidation(TrainerCallback):
 
     def on_step_end(self, args, state, control, model, **kwargs):
         self.after = {name: value.clone() for name, value in model.named_buffers()}
-
-
-def keep_labels_apart(rows):
-    labels = [row["labels"] for row in rows]
-    return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
 
 
 @pytest.mark.parametrize("name", DETECTORS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import DETECTORS, boxes_for, keep_labels_apart
 from networks import Network
 from small_runs import arguments, images, resnet, same_weights, trainer, vit
 from tqdm.auto import tqdm
@@ -188,6 +189,15 @@ def test_a_task_without_classes_goes_by_its_loss(tmp_path):
     model = Network(2)
     own = {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: (outputs.logits - labels).abs().mean()}
     run = trainer(tmp_path, model, rows, eval_dataset=rows, **{**STOPPING, "max_steps": 60}, **own)
+    run.train()
+    assert evaluations(run) == evaluations(run, "eval_loss") != []
+
+
+def test_a_detector_goes_by_its_loss(tmp_path):
+    torch.manual_seed(0)
+    args = arguments(tmp_path, **{**STOPPING, "max_steps": 12})
+    rows = {"train_dataset": boxes_for(24), "eval_dataset": boxes_for(10)}
+    run = MetaLRTrainer(DETECTORS["YOLOS"](), args, data_collator=keep_labels_apart, **rows)
     run.train()
     assert evaluations(run) == evaluations(run, "eval_loss") != []
 

@@ -363,6 +363,25 @@ def test_targets_are_those_that_label_names_names(tmp_path):
     assert trained.lr_scheduler.calibration is not None
 
 
+class OneTarget(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x, target=None):
+        logits = self.head(self.stem(x).relu())
+        return {"loss": None if target is None else functional.cross_entropy(logits, target), "logits": logits}
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_rows_without_column_names_are_split_by_the_target_that_label_names_names(tmp_path, held_out):
+    rows = [{"x": torch.randn(6), "target": i % 3} for i in range(32)]
+    args = stock_arguments(tmp_path, MetaLRTrainingArguments, label_names=["target"], meta_split=0.25 * held_out)
+    trained = MetaLRTrainer(OneTarget(), args, train_dataset=rows, meta_dataset=None if held_out else rows[:16])
+    trained.train()
+    assert trained.lr_scheduler.meta_source == "stream"
+
+
 def network(outputs=3):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, outputs))

@@ -3,6 +3,7 @@ import random
 
 import numpy as np
 import torch
+from torch import nn
 from tuned_loop import loss_of, make
 
 from metalr_hf.tuning.contexts import preserve_random_state, untouched
@@ -23,6 +24,29 @@ def test_untouched_puts_buffers_modes_and_random_numbers_back():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with untouched(model, "eval"):
         assert not model.training
+
+
+class Counting(nn.Module):
+    """Puts a new tensor in the place of a buffer, as running means written by hand often do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("seen", None)
+
+    def forward(self, values):
+        self.count, self.seen = self.count + 1, values
+        return values
+
+
+def test_buffers_that_a_forward_replaces_are_put_back():
+    model = Counting()
+    count = model.count
+    with untouched(model):
+        model(torch.ones(2))
+    assert model.count is count
+    assert model.count == 0
+    assert model.seen is None
 
 
 def test_random_numbers_drawn_inside_are_drawn_again_outside():

@@ -91,7 +91,12 @@ def own_data_methods(trainer: Any) -> list[str]:
 
 
 def stream_of(
-    trainer: Any, dataset: Any, batch_size: int, seed: int = 0, batches_to_shuffle: int | None = None
+    trainer: Any,
+    dataset: Any,
+    batch_size: int,
+    seed: int = 0,
+    batches_to_shuffle: int | None = None,
+    alone: bool = False,
 ) -> MetaStream:
     """A stream of a trainer's batches: its columns, collator, workers and processes.
 
@@ -102,6 +107,7 @@ def stream_of(
         seed (`int`, *optional*, defaults to 0): Added to that of the run's data.
         batches_to_shuffle (`int`, *optional*): For a few batches only, not worth the wait for workers: how many a
             streamed dataset is shuffled over.
+        alone (`bool`, *optional*, defaults to `False`): Whether every process takes all batches, not its share of them.
 
     Returns:
         [`MetaStream`]
@@ -122,8 +128,8 @@ def stream_of(
         seed=seed + (args.seed if args.data_seed is None else args.data_seed),
         num_workers=num_workers,
         pin_memory=args.dataloader_pin_memory,
-        process_index=args.process_index,
-        num_processes=args.world_size,
+        process_index=0 if alone else args.process_index,
+        num_processes=1 if alone else args.world_size,
         **buffer,
     )
 
@@ -131,4 +137,4 @@ def stream_of(
 def _label_column(trainer: Any, dataset: Any) -> str:
     columns = getattr(dataset, "column_names", None) or []
     candidates = [*(trainer.args.label_names or []), "labels", "label"]
-    return next((name for name in candidates if name in columns), candidates[0] if columns else "labels")
+    return next((name for name in candidates if name in columns), candidates[0])

@@ -13,7 +13,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from ..data.loading import DataArguments, folder_of
+from ..data.files.layout import folder_of
+from ..data.loading import DataArguments
 from ..messages import did_you_mean
 from ..models.loading import ModelArguments
 from ..tasks import TASKS, Task, get_task

@@ -16,7 +16,8 @@ from ..compare.report import write_report
 from ..compare.results import read_results
 from ..compare.runs import Cell, Comparison, compare
 from ..compare.workers import check_backend
-from ..data.loading import DataArguments, folder_of
+from ..data.files.layout import folder_of
+from ..data.loading import DataArguments
 from ..models.loading import ModelArguments
 from ..tasks import get_task
 from ..trainer.arguments import MetaLRTrainingArguments

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 
 from ..messages import first_line
 from ..settings import check_choice
 from .columns import IMAGE, LABEL, find_column
 from .digits import demo_dataset
 from .files import ImageFile
-from .files.folders import holds_other_images, load_folder
+from .files.layout import IMAGE_FOLDER, folder_of, is_image_folder
+from .files.local import load_folder
 from .intensity import VOI, parse_window
-from .labels.classes import class_labels, empty_entry, layout_hint
+from .labels.classes import class_labels, layout_hint
 from .splits import ImageSplits, SplitNames, arrange
 from .splits.patients import with_groups
 
@@ -227,21 +229,6 @@ class DataArguments:
         return self.dataset_name is None and self.data_dir is None
 
 
-def folder_of(dataset_name: str | None, data_dir: str | None = None) -> str | None:
-    """The local folder of a data set.
-
-    Args:
-        dataset_name (`str`, *optional*): As in [`DataArguments`].
-        data_dir (`str`, *optional*): The same.
-
-    Returns:
-        `str`, *optional*: `None` where the data set is not in one.
-    """
-    parts = [part for part in (dataset_name, data_dir) if part and part != "imagefolder"]
-    folder = os.path.join(*parts) if parts else ""
-    return folder if os.path.isdir(folder) else None
-
-
 def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[str] = ()) -> ImageSplits:
     """Loads a data set of labelled images and brings it into one form.
 
@@ -336,14 +323,14 @@ def read_splits(args: DataArguments, demo: Demo = demo_dataset) -> Mapping[str, 
     if args.is_demo:
         splits = demo()
         return {name: split.to_iterable_dataset() for name, split in splits.items()} if args.streaming else splits
-    name = args.dataset_name or "imagefolder"
+    name = args.dataset_name or IMAGE_FOLDER
     if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
         saved = datasets.load_from_disk(name)
         splits = saved if isinstance(saved, datasets.DatasetDict) else {args.train_split: saved}
         return {name: split.to_iterable_dataset() for name, split in splits.items()} if args.streaming else splits
     try:
-        if args.folder is not None and holds_other_images(args.folder):
-            return load_folder(args.folder, args.streaming)
+        if args.folder is not None and (name == IMAGE_FOLDER or is_image_folder(args.folder)):
+            return load_folder(args.folder, args.dataset_config_name, args.streaming)
         return datasets.load_dataset(name, args.dataset_config_name, data_dir=args.data_dir, streaming=args.streaming)
     except (FileNotFoundError, ConnectionError) as error:
         where = f" with data_dir={args.data_dir!r}" if args.data_dir else ""
@@ -352,8 +339,10 @@ def read_splits(args: DataArguments, demo: Demo = demo_dataset) -> Mapping[str, 
             "files nor a data set that can be reached on the Hub. Check the name and the network; private ones need "
             f"`hf auth login`. ({first_line(error)})"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"dataset_name={name!r} could not be loaded: {error}{empty_entry(args.folder)}") from error
+    except (ValueError, DatasetGenerationError) as error:
+        # Of what is wrong with a row, such as the file it names, the cause tells.
+        reason = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
+        raise ValueError(f"dataset_name={name!r} could not be loaded: {first_line(reason)}") from error
 
 
 def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]) -> Any:

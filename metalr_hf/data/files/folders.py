@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import datasets
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import (
     FolderBasedBuilder,
@@ -110,16 +109,3 @@ class FileFolder(FolderBasedBuilder):
 
 # By module and a part of the name of its cache; it changes with what the builder makes of files.
 _PACKAGED_DATASETS_MODULES[FOLDER_BUILDER] = (__name__, "1")
-
-
-def load_folder(folder: str, streaming: bool = False) -> Any:
-    """Loads a folder of image files.
-
-    Args:
-        folder (`str`): With folders of classes, of splits and classes, or a `metadata.csv`.
-        streaming (`bool`, *optional*, defaults to `False`): Read the files while training.
-
-    Returns:
-        `datasets.DatasetDict` or `datasets.IterableDatasetDict`
-    """
-    return datasets.load_dataset(FOLDER_BUILDER, data_dir=folder, streaming=streaming)

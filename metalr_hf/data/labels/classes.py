@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
 
 from ..columns import IMAGE, LABEL, place
+from ..files.layout import refuse_nested_classes
 
 # Of a folder, what is looked at to say what was found in it.
 FILES_LOOKED_AT = 10_000
@@ -34,8 +33,8 @@ def class_labels(
             `datasets.ClassLabel`.
 
     Raises:
-        ValueError: if a row has no label, there are not two classes, the labels are no classes, or the training split
-            does not have those of another split.
+        ValueError: if a row has no label, there are not two classes, the labels are no classes, the training split
+            does not have those of another split, or the folders of classes hold folders.
 
     Example:
 
@@ -52,6 +51,8 @@ def class_labels(
     feature = train.features[LABEL] if train.features else None
     if isinstance(feature, datasets.ClassLabel):
         names = tuple(feature.names)
+        if folder is not None:
+            refuse_nested_classes(folder)
         if not streaming:
             _refuse_missing(splits, folder)
             _refuse_one_class([names[value] for value in train.unique(LABEL)], train_name)
@@ -115,33 +116,6 @@ def layout_hint(folder: str | None) -> str:
         "two or more, where every image lies in one: train/<class>/ and test/<class>/, or <class>/ alone. Take a test "
         "folder without classes away, or give each split a metadata.csv with the columns file_name and label."
     )
-
-
-def empty_entry(folder: str | None) -> str:
-    """Which row of a folder's tables has an empty entry, which makes floats of the whole numbers of one split alone.
-
-    Args:
-        folder (`str`, *optional*): The folder that was given, if it was one.
-
-    Returns:
-        `str`: a sentence, after a space; nothing if no `metadata.csv` has an empty entry.
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.data.labels.classes import empty_entry
-    >>> empty_entry(None)
-    ''
-
-    ```
-    """
-    for table in [] if folder is None else sorted(Path(folder).rglob("metadata.csv")):
-        with table.open(newline="", encoding="utf-8", errors="replace") as lines:
-            for row, entries in enumerate(csv.DictReader(lines)):
-                empty = [column for column, entry in entries.items() if not entry]
-                if empty:
-                    return f" Row {row} of {table} has no {empty[0]}."
-    return ""
 
 
 def _image_endings() -> Sequence[str]:

@@ -64,7 +64,7 @@ def test_a_missing_number_in_one_split_of_several_is_named(tmp_path):
     table(tmp_path / "test", given[:12])
     given[33] = ""
     table(tmp_path / "train", given)
-    with pytest.raises(ValueError, match=r"different features.* Row 33 of .*train/metadata.csv has no label\."):
+    with pytest.raises(ValueError, match=r"Split 'train' has .* label: 1 of 40, the first in row 33 \(.*/033.png\)"):
         load(tmp_path)
 
 

@@ -1,0 +1,70 @@
+"""A local folder of images to the rows of its splits."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from .folders import FOLDER_BUILDER, holds_other_images
+from .layout import IMAGE_FOLDER, folders_of_splits, has_metadata
+
+NUMBERS = ("int", "uint", "float")
+
+
+def load_folder(folder: str, config_name: str | None = None, streaming: bool = False) -> Any:
+    """Loads a folder of image files.
+
+    Args:
+        folder (`str`): With folders of classes, of splits and classes, or a `metadata.csv` a split.
+        config_name (`str`, *optional*): A name for it in the cache of `datasets`.
+        streaming (`bool`, *optional*, defaults to `False`): Read the files while training.
+
+    Returns:
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`
+
+    Raises:
+        ValueError: if the tables of the splits have columns that do not go together.
+    """
+    builder = FOLDER_BUILDER if holds_other_images(folder) else IMAGE_FOLDER
+    splits = folders_of_splits(folder)
+    files = {split: [_pattern(path) for path in paths] for split, paths in splits.items()}
+
+    def load(patterns: Mapping[str, list[str]]) -> Any:
+        return datasets.load_dataset(builder, config_name, data_files=dict(patterns), streaming=streaming)
+
+    if len(files) == 1 or not any(has_metadata(path) for paths in splits.values() for path in paths):
+        return load(files)
+    # Each by itself, for `datasets` refuses whole numbers in one table beside fractions or blanks in that of another.
+    parts = {split: load({split: patterns})[split] for split, patterns in files.items()}
+    container = datasets.IterableDatasetDict if streaming else datasets.DatasetDict
+    return container(_with_common_types(parts))
+
+
+def _pattern(path: Path) -> str:
+    """What `datasets` finds the files of a folder by, whose name may have brackets."""
+    name = glob.escape(path.absolute().as_posix())
+    return f"{name}/**" if path.is_dir() else name
+
+
+def _with_common_types(parts: Mapping[str, Any]) -> dict[str, Any]:
+    common = dict(parts)
+    for column in dict.fromkeys(name for rows in parts.values() for name in rows.features):
+        types = {split: rows.features.get(column) for split, rows in parts.items()}
+        if all(kind == next(iter(types.values())) for kind in types.values()):
+            continue
+        if not all(isinstance(kind, datasets.Value) and kind.dtype.startswith(NUMBERS) for kind in types.values()):
+            found = ", ".join(f"{_described(kind)} in {split}" for split, kind in types.items())
+            raise ValueError(
+                f"The splits have different columns: {column!r} is {found}. Give every folder of a split a "
+                "metadata.csv with the same columns, and a column entries of one kind in all: numbers, or text."
+            )
+        common = {split: rows.cast_column(column, datasets.Value("float64")) for split, rows in common.items()}
+    return common
+
+
+def _described(kind: Any) -> str:
+    return "missing" if kind is None else kind.dtype if isinstance(kind, datasets.Value) else type(kind).__name__

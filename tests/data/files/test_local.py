@@ -1,0 +1,157 @@
+"""Local folders of images: which images are of which split, and tables that do not go together."""
+
+import gc
+import shutil
+from collections import Counter
+
+import datasets
+import pytest
+from digits import digit_images, save_image_folder
+
+from metalr_hf.data import LabelSetArguments, QuantityArguments, load_label_sets, load_quantities
+from metalr_hf.data.files.local import load_folder
+from metalr_hf.data.loading import DataArguments, load_images
+
+pytestmark = [
+    pytest.mark.usefixtures("offline"),
+    # `datasets` leaves tables open.
+    pytest.mark.filterwarnings(
+        "ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def open_files_are_left_here():
+    yield
+    gc.collect()
+
+
+def classes(folder, names=("nil", "one")):
+    """A folder a class, with ten images each."""
+    images, _ = digit_images(10)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i, image in enumerate(images):
+            image.save(folder / name / f"{i}.png")
+    return folder
+
+
+def table(folder, header, *rows):
+    folder.mkdir(parents=True)
+    images, _ = digit_images(len(rows))
+    for i, image in enumerate(images):
+        image.save(folder / f"{i}.png")
+    lines = [f"file_name,{header}", *(f"{i}.png,{row}" for i, row in enumerate(rows))]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+
+
+def counts(rows, names):
+    return Counter(names[label] for label in rows["label"])
+
+
+@pytest.mark.parametrize("how", ["folder", "imagefolder"])
+def test_a_class_named_as_a_split_is_a_class(tmp_path, how):
+    classes(tmp_path / "train", ("test tube", "valid", "invalid"))
+    given = {"dataset_name": str(tmp_path)} if how == "folder" else {"data_dir": str(tmp_path)}
+    splits = load_images(DataArguments(**given))
+    assert counts(splits.train, splits.class_names) == {"test tube": 8, "valid": 8, "invalid": 8}
+    assert counts(splits.test, splits.class_names) == {"test tube": 2, "valid": 2, "invalid": 2}
+    classes(tmp_path / "test", ("test tube", "valid", "invalid"))
+    splits = load_images(DataArguments(**given))
+    assert (len(splits.train), len(splits.test)) == (30, 30)
+
+
+def test_names_of_files_make_no_splits(tmp_path):
+    classes(tmp_path)
+    for path in list(tmp_path.rglob("[0-4].png")):
+        path.rename(path.with_name(f"patient_test_{path.name}"))
+    splits = load_images(DataArguments(dataset_name=str(tmp_path)))
+    assert (len(splits.train), len(splits.test)) == (16, 4)
+
+
+def test_brackets_in_the_names_of_folders(tmp_path):
+    save_image_folder(tmp_path / "scans [2023]")
+    (tmp_path / "scans [2023]" / "train").rename(tmp_path / "scans [2023]" / "train [1]")
+    splits = load_images(DataArguments(dataset_name=str(tmp_path / "scans [2023]")))
+    assert (len(splits.train), len(splits.test)) == (60, 30)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_archives_of_splits(tmp_path, streaming):
+    # `datasets` reads no classes from folders in archives.
+    for split, labels in (("train", "abab"), ("test", "ab")):
+        table(tmp_path / split, "label", *labels)
+        shutil.make_archive(str(tmp_path / "zipped" / split), "zip", tmp_path / split)
+    splits = load_folder(str(tmp_path / "zipped"), streaming=streaming)
+    assert {name: [row["label"] for row in rows] for name, rows in splits.items()} == {
+        "train": list("abab"),
+        "test": list("ab"),
+    }
+
+
+def test_classes_are_numbered_alike_in_all_splits(tmp_path):
+    folder = save_image_folder(tmp_path)
+    shutil.rmtree(folder / "test" / "nil")
+    splits = load_images(DataArguments(dataset_name=str(folder)))
+    assert set(splits.test["label"]) == {1, 2}
+
+
+def test_patients_in_folders_of_classes_are_refused(tmp_path):
+    for name in ("normal", "sick"):
+        classes(tmp_path / "train" / name, (f"{name}0", f"{name}1"))
+    with pytest.raises(ValueError, match="innermost folders: 'normal0', 'normal1'"):
+        load_images(DataArguments(dataset_name=str(tmp_path)))
+
+
+def test_unknown_labels_in_one_split_alone(tmp_path):
+    table(tmp_path / "train", "edema,effusion", ",0", "1,0", "0,1", "1,1")
+    table(tmp_path / "test", "edema,effusion", "0,0", "1,0", "0,1", "1,1")
+    columns = ["edema", "effusion"]
+    splits = load_label_sets(LabelSetArguments(dataset_name=str(tmp_path), target_column_names=columns))
+    assert splits.train[1]["label"] == splits.test[1]["label"] == [1, 0]
+    assert splits.train[0]["label"][0] != 0
+
+
+def test_whole_numbers_in_one_split_and_fractions_in_another(tmp_path):
+    table(tmp_path / "train", "age", *range(40, 50))
+    table(tmp_path / "test", "age", 40.5, 41)
+    splits = load_quantities(QuantityArguments(dataset_name=str(tmp_path), label_column_name="age"))
+    assert [list(splits.train[0]["label"]), *splits.test["label"]] == [[40], [40.5], [41]]
+    stream = load_folder(str(tmp_path), streaming=True)
+    assert isinstance(stream, datasets.IterableDatasetDict)
+    assert [row["age"] for row in stream["test"]] == [40.5, 41.0]
+    assert next(iter(stream["train"]))["age"] == 40.0
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "message"),
+    [
+        ("label,site", ["a,1", "b,2"], "'site' is missing in train, int64 in test"),
+        ("label", [1, 2], "'label' is (large_)?string in train, int64 in test"),
+    ],
+)
+def test_tables_that_do_not_go_together(tmp_path, header, rows, message):
+    table(tmp_path / "train", "label", *"abab")
+    table(tmp_path / "test", header, *rows)
+    with pytest.raises(ValueError, match=f"splits have different columns: {message}. Give every folder"):
+        load_images(DataArguments(dataset_name=str(tmp_path)))
+
+
+def test_a_split_with_a_table_and_one_without(tmp_path):
+    table(tmp_path / "train", "label", *"abab")
+    classes(tmp_path / "test", "ab")
+    with pytest.raises(ValueError, match="'label' is (large_)?string in train, ClassLabel in test. Give every folder"):
+        load_images(DataArguments(dataset_name=str(tmp_path)))
+
+
+def test_files_that_a_table_names_wrongly(tmp_path):
+    table(tmp_path / "missing", "label", *"ababababab")
+    (tmp_path / "missing" / "7.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"Split 'train', row 7 \(.*7.png\): there is no such file. Correct"):
+        load_images(DataArguments(dataset_name=str(tmp_path / "missing")))
+    table(tmp_path / "absolute", "label", *"abab")
+    path = tmp_path / "absolute" / "metadata.csv"
+    path.write_text(path.read_text().replace("0.png", f"{tmp_path}/absolute/0.png"))
+    with pytest.raises(ValueError, match="could not be loaded: .*absolute/0.png.*must be a relative path"):
+        load_images(DataArguments(dataset_name=str(tmp_path / "absolute")))

@@ -28,8 +28,8 @@ def name_broken_image(error: Exception, splits: Mapping[str, Any]) -> None:
         ValueError: if an image cannot be decoded. It names the first: split, row and file.
     """
     cause = error.__cause__ if isinstance(error, UnusableRowError) else error
-    # Errors of the disk or the network have a number, those of Pillow have none.
-    if isinstance(cause, OSError) and cause.errno is not None:
+    # Errors of the disk or the network have a number, those of Pillow have none. A file that is not there can be named.
+    if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError):
         return
     for name, images in splits.items():
         rows = iter(images.cast_column(IMAGE, datasets.Image(decode=False)))

@@ -253,6 +253,7 @@ def find_window(splits: Mapping[str, Any], train: Any, given: IntensityWindow | 
         [`IntensityWindow`], *optional*: `None` where all images are held by 8 bits.
 
     Raises:
+        FileNotFoundError: if the file of an image is not there.
         ValueError: if an image cannot be learned from. It names the first: split, row and file.
     """
     is_needed = False
@@ -283,6 +284,7 @@ def check_image(
         `bool`: whether it has more than 8 bits.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if it cannot be learned from.
     """
     if entry is None:
@@ -304,6 +306,11 @@ def check_image(
         raise ValueError(f"{where}: {error}.") from error
     except ImportError:
         raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where}: there is no such file. Correct its name where the data set lists it, as a metadata.csv does, or "
+            "leave the row out."
+        ) from error
     except Exception:
         # A broken file ends a run where it is read, with what its reader says of it.
         return False

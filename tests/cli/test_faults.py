@@ -70,6 +70,21 @@ def test_a_broken_test_image_is_named_and_costs_no_more_than_the_test(root, tmp_
     gc.collect()
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_image_that_is_listed_and_not_there_is_named(root, tmp_path, capsys):
+    for split in ("train", "test"):
+        shutil.copytree(root / "images" / split, tmp_path / "images" / split)
+        files = sorted((tmp_path / "images" / split).rglob("*.png"))
+        rows = [f"{file.relative_to(tmp_path / 'images' / split)},{file.parent.name}" for file in files]
+        (tmp_path / "images" / split / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    files[3].unlink()
+    assert train(tmp_path, tmp_path / "run", "--max_steps", "2", model=root / "vit") == 2
+    assert not (tmp_path / "run" / "config.json").exists()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"row 3 ({files[3]}): there is no such file" in said
+    gc.collect()
+
+
 def test_a_run_goes_on_with_what_it_can_and_says_what_it_cannot(root, tmp_path, capsys):
     assert train(root, tmp_path / "run", "--max_steps", "4") == 0
     go_on = ["--max_steps", "6", "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4")]

@@ -84,7 +84,7 @@ def list_images(
 
     Raises:
         FileNotFoundError: if there are no images.
-        ValueError: if there is no such split or column.
+        ValueError: if there is no such split or column, or one is named for files and folders.
 
     Example:
 
@@ -102,6 +102,7 @@ def list_images(
     """
     if len(sources) == 1 and is_table(sources[0]):
         return list_rows(sources[0], split, image_column_name, image_columns, lambda _: datasets.Image(decode=False))
+    refuse_for_files(sources, split, image_column_name)
     return list_files(sources, image_files, leave_out)
 
 
@@ -148,6 +149,26 @@ def list_files(
             )
     refuse_twice(names)
     return Files(names, paths)
+
+
+def refuse_for_files(sources: Sequence[str], split: str | None, image_column_name: str | None) -> None:
+    """Raises `ValueError` if a split or a column is named for files and folders, of which all images are listed.
+
+    Args:
+        sources (`Sequence[str]`): Files and folders.
+        split (`str`, *optional*): The split that was named.
+        image_column_name (`str`, *optional*): The column that was named.
+    """
+    if split is not None:
+        raise ValueError(
+            f"split={split!r}: of a folder of images, such as {sources[0]!r}, all are listed. Give the folder of that "
+            f"split in its place, such as {os.path.join(sources[0], split)!r}, and leave out split."
+        )
+    if image_column_name is not None:
+        raise ValueError(
+            f"image_column_name={image_column_name!r}: files and folders, such as {sources[0]!r}, have no columns. "
+            "Leave it out."
+        )
 
 
 def refuse_twice(names: Sequence[str]) -> None:

@@ -160,6 +160,16 @@ def test_a_table_of_another_model_is_left_alone(tmp_path, run, photos, capsys):
     assert len(predict(tmp_path / "run", photos / "test", tmp_path / "p.csv", "--overwrite")) == 30
 
 
+def test_a_split_or_a_column_of_a_folder_is_refused(tmp_path, run, photos, capsys):
+    assert predict(run, photos, tmp_path / "p.csv", "--split", "test") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "split='test': of a folder of images" in said
+    assert f"such as '{photos}/test', and leave out split" in said
+    assert predict(run, photos, tmp_path / "p.csv", "--image_column_name", "scan") == 2
+    assert "image_column_name='scan': files and folders" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
+
+
 def test_files_parquet_and_saved_data_sets_are_predicted_alike(tmp_path, run, photos):
     pictures, _ = digit_images(6, start=60)
     rows = datasets.Dataset.from_dict({"scan": pictures}, features=datasets.Features(scan=datasets.Image()))

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 
 from ..files.folders import image_files
-from ..listing import Files, ImageList, is_table, list_files, list_rows, refuse_twice
+from ..listing import Files, ImageList, is_table, list_files, list_rows, refuse_for_files, refuse_twice
 from ..masks.loading import MASK_NAME
 from .folders import ENDINGS, is_volume_folder
 
@@ -62,7 +62,7 @@ def list_volumes(
 
     Raises:
         FileNotFoundError: if there are no volumes.
-        ValueError: if there is no such split or column.
+        ValueError: if there is no such split or column, or one is named for files and folders.
 
     Example:
 
@@ -80,6 +80,7 @@ def list_volumes(
     """
     if len(sources) == 1 and is_table(sources[0]):
         return list_rows(sources[0], split, image_column_name, _volume_columns, _undecoded)
+    refuse_for_files(sources, split, image_column_name)
     return _by_volume(list_files(sources, _volume_files, leave_out, "NIfTI files"), channels)
 
 

@@ -59,6 +59,13 @@ def test_two_volumes_with_one_mask_are_refused(tmp_path):
         list_volumes(touched(tmp_path / "png", "a.png"), 1)
 
 
+def test_a_split_of_a_folder_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="split='test': of a folder of images, such as .*Give the folder of that split"
+    ):
+        list_volumes(touched(tmp_path, "a.nii"), 1, split="test")
+
+
 def test_a_column_of_nifti_that_is_no_mask_is_taken(tmp_path):
     pairs = [volume(i) for i in range(2)]
     rows = {"scan": [i.to_bytes() for i, _ in pairs], "mask": [m.to_bytes() for _, m in pairs]}

@@ -122,9 +122,9 @@ def test_it_is_compared_over_folds_too(images, tmp_path):
 
 
 def test_faults_are_one_line_before_training(images, tmp_path, capsys):
-    assert train(images, save_vit(tmp_path / "vit"), tmp_path / "run", "--class_names", "even", "loop") == 2
+    assert train(images, save_vit(tmp_path / "vit"), tmp_path / "run", "--class_names", "even", "lop") == 2
     printed = capsys.readouterr().err.strip()
-    assert "has 3 figures for 2 labels" in printed
+    assert "class_names: 'lop' is no label of the split 'train'" in printed
     assert "Traceback" not in printed
     assert train(images, tmp_path / "vit", tmp_path / "run", "--label_smoothing_factor", "0.1") == 2
     assert "label_smoothing_factor=0.1: the loss of this task does not smooth labels" in capsys.readouterr().err

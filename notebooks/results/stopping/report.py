@@ -20,19 +20,19 @@ step whose weights the run went back to.
 
 {means}
 
-**It misses the target in all three cells**, which was to be at most half a point below the best fixed length, at no more
-than 1.5 times its steps. By the means the best length is 240 steps in each, and it is 0.8 points below on EfficientNet-Lite0
-→ digits, 0.8 below on ViT → blood cells and 1.5 below on ViT → digits; of the single runs, three of six are within half
-a point. It takes 0.9 to 1.5 times the steps, so that it hardly stops too early; it has a fifth fewer images to train on.
-Against 60 steps it is 3.1 and 1.1 points better on digits and 0.1 worse on blood cells. An image is 0.25 points.
+**It misses the target in all three cells**, which was to be at most half a point below the best fixed length, at no
+more than 1.5 times its steps. By the means the best length is 240 steps in each, and it is 0.8 points below on
+EfficientNet-Lite0 → digits, 0.8 below on ViT → blood cells and 1.5 below on ViT → digits; of the single runs, three of
+six are within half a point. It takes 0.9 to 1.5 times the steps, so that it hardly stops too early; it has a fifth
+fewer images to train on. Against 60 steps it is 3.1 and 1.1 points better on digits and 0.1 worse on blood cells. An
+image is 0.25 points.
 
-**The rule was chosen on runs of these cells**, with the default before, and so is not confirmed by them: the metric (the
-loss after the best temperature scaling: by the plain loss a run of ViT → digits ended at .87), the earliest step at which a
-run may stop (200), how much better an evaluation has to be (half of its standard error: with a fiftieth of the first loss a
-run of blood cells went on for 1,082 steps, to the same accuracy), and that the last weights within one standard error of
-the best are taken. With that default, whose head started at the whole rate found for it, it was 0.8 and 0.6 points behind
-1,000 steps on the ViT and best on EfficientNet-Lite0.
-"""
+**The rule was chosen on runs of these cells**, with the default before, and so is not confirmed by them: the metric
+(the loss after the best temperature scaling: by the plain loss a run of ViT → digits ended at .87), the earliest step
+at which a run may stop (200), how much better an evaluation has to be (half of its standard error: with a fiftieth of
+the first loss a run of blood cells went on for 1,082 steps, to the same accuracy), and that the last weights within one
+standard error of the best are taken. With that default, whose head started at the whole rate found for it, it was 0.8
+and 0.6 points behind 1,000 steps on the ViT and best on EfficientNet-Lite0. """
 
 
 def means(results: pd.DataFrame, lengths: list[int]) -> str:

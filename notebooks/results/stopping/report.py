@@ -32,7 +32,8 @@ image is 0.25 points.
 at which a run may stop (200), how much better an evaluation has to be (half of its standard error: with a fiftieth of
 the first loss a run of blood cells went on for 1,082 steps, to the same accuracy), and that the last weights within one
 standard error of the best are taken. With that default, whose head started at the whole rate found for it, it was 0.8
-and 0.6 points behind 1,000 steps on the ViT and best on EfficientNet-Lite0. """
+and 0.6 points behind 1,000 steps on the ViT and best on EfficientNet-Lite0.
+"""
 
 
 def means(results: pd.DataFrame, lengths: list[int]) -> str:

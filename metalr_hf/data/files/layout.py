@@ -124,8 +124,6 @@ def refuse_nested_classes(folder: str) -> None:
     Raises:
         ValueError: if an image lies in a folder of a folder.
     """
-    if not is_image_folder(folder):
-        return
     roots = [path for paths in folders_of_splits(folder).values() for path in paths if path.is_dir()]
     if any(map(has_metadata, roots)):
         return
@@ -133,7 +131,8 @@ def refuse_nested_classes(folder: str) -> None:
     # A folder that holds all others, as in train/images/<class>, is no class.
     shared = Path(os.path.commonpath(places)) if places else Path()
     nested = sorted(place for place in places if len(place.relative_to(shared).parts) > 1)
-    if nested:
+    # That walks through the whole folder again, and is asked only where it matters.
+    if nested and is_image_folder(folder):
         names = sorted({place.name for place in nested})[:2]
         raise ValueError(
             f"The folder {folder!r} has images in folders of folders, such as {str(nested[0])!r}. The classes would be "

@@ -195,8 +195,9 @@ def _refuse_lost_bits(image: Image.Image) -> None:
 
 
 def _refuse_lost_pages(image: Image.Image) -> None:
-    pages = getattr(image, "n_frames", 1)
-    if not _is_tiff(image) or pages == 1:
+    # Of other formats, counting the frames may mean to decode them all.
+    pages = getattr(image, "n_frames", 1) if _is_tiff(image) else 1
+    if pages == 1:
         return
     size = image.size
     image.seek(1)

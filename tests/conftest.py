@@ -35,6 +35,13 @@ def offline(tmp_path_factory):
 
 
 @pytest.fixture
+def open_files_are_left_here():
+    """Closes what the test has left open, where the warnings of `LEFT_OPEN` are expected."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
 def keep(monkeypatch):
     """A rule by the name of `keep`."""
     monkeypatch.setitem(RULES, "keep", Keep)

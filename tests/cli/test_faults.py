@@ -1,11 +1,11 @@
 """What a user of the command line sees when an image is broken, or a run goes on with other settings."""
 
-import gc
 import json
 import shutil
 
 import pytest
 from digits import save_image_folder, save_timm, save_vit
+from open_files import LEFT_OPEN
 
 from metalr_hf import LRHistory
 from metalr_hf.cli import main
@@ -35,8 +35,8 @@ def train(root, output, *more, images="images", model="vit"):
     return main(["train", *map(str, names), *COMMON, *more])
 
 
-# Pillow leaves a file open that it cannot read.
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@LEFT_OPEN
+@pytest.mark.usefixtures("open_files_are_left_here")
 @pytest.mark.parametrize("more", ["", "--meta_source stream", "--streaming true", "--dataloader_num_workers 1"])
 def test_a_broken_image_is_named(root, tmp_path, capsys, more):
     shutil.copytree(root / "images", tmp_path / "images")
@@ -47,11 +47,10 @@ def test_a_broken_image_is_named(root, tmp_path, capsys, more):
     said = capsys.readouterr().err.splitlines()[-1]
     file = "" if "streaming" in more else f" ({broken})"
     assert f"Row {row} of the training images{file} cannot be read: image file is truncated" in said
-    # Here, where the file that Pillow leaves open is expected, and not in the middle of another test.
-    gc.collect()
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@LEFT_OPEN
+@pytest.mark.usefixtures("open_files_are_left_here")
 @pytest.mark.parametrize("more", ["", "--streaming true --dataloader_num_workers 1"])
 def test_a_broken_test_image_is_named_and_costs_no_more_than_the_test(root, tmp_path, capsys, more):
     shutil.copytree(root / "images", tmp_path / "images")
@@ -67,10 +66,10 @@ def test_a_broken_test_image_is_named_and_costs_no_more_than_the_test(root, tmp_
     results = json.loads((run / "all_results.json").read_text())
     assert results["train_loss"] > 0
     assert not [name for name in results if name.startswith("test_")]
-    gc.collect()
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@LEFT_OPEN
+@pytest.mark.usefixtures("open_files_are_left_here")
 def test_an_image_that_is_listed_and_not_there_is_named(root, tmp_path, capsys):
     for split in ("train", "test"):
         shutil.copytree(root / "images" / split, tmp_path / "images" / split)
@@ -82,7 +81,6 @@ def test_an_image_that_is_listed_and_not_there_is_named(root, tmp_path, capsys):
     assert not (tmp_path / "run" / "config.json").exists()
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"row 3 ({files[3]}): there is no such file" in said
-    gc.collect()
 
 
 def test_a_run_goes_on_with_what_it_can_and_says_what_it_cannot(root, tmp_path, capsys):

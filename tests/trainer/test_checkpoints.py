@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from small_runs import arguments, images, resnet, same_weights, streamed, trainer, vit
+from small_runs import OwnLoader, arguments, images, resnet, same_weights, streamed, trainer, vit
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.std import TqdmDefaultWriteLock
 from transformers import TrainerCallback
 
@@ -121,17 +120,13 @@ def test_a_longer_run_goes_on_in_a_stream_where_the_saved_one_stood(tmp_path):
     assert batches[0] <= 4 * (6 + 2)
 
 
-class OwnLoader(MetaLRTrainer):
-    """Images that only the loader knows, whose epochs have a length all the same."""
-
-    def get_train_dataloader(self):
-        rows = images()
-        return DataLoader([dict(rows[i]) for i in range(len(rows))], batch_size=8)
+class LoadsItself(OwnLoader, MetaLRTrainer):
+    """Has no training set, and epochs of a known length all the same."""
 
 
 def test_a_loader_of_ones_own_goes_on_where_it_stood(tmp_path):
     def made():
-        return OwnLoader(
+        return LoadsItself(
             vit(), arguments(tmp_path, **{**SAVING, "num_train_epochs": 3, "max_steps": -1, "save_steps": 4})
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import timm
 import torch
-from small_runs import LABELS, images, same_weights, vit
+from small_runs import LABELS, OwnLoader, images, same_weights, vit
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, WeightedRandomSampler
@@ -24,14 +24,6 @@ def stock_arguments(folder, kind=TrainingArguments, **kwargs):
     defaults = {"max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1}
     quiet = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     return kind(str(folder), **{**defaults, **quiet, **kwargs})
-
-
-class OwnLoader:
-    """Images that only the loader knows, as the library's maintainers recommend."""
-
-    def get_train_dataloader(self):
-        rows = images()
-        return DataLoader([dict(rows[i]) for i in range(len(rows))], batch_size=self._train_batch_size)
 
 
 class WeightedSampler:

@@ -1,30 +1,18 @@
 """Local folders of images: which images are of which split, and tables that do not go together."""
 
-import gc
 import shutil
 from collections import Counter
 
 import datasets
 import pytest
 from digits import digit_images, save_image_folder
+from open_files import LEFT_OPEN
 
 from metalr_hf.data import LabelSetArguments, QuantityArguments, load_label_sets, load_quantities
 from metalr_hf.data.files.local import load_folder
 from metalr_hf.data.loading import DataArguments, load_images
 
-pytestmark = [
-    pytest.mark.usefixtures("offline"),
-    # `datasets` leaves tables open.
-    pytest.mark.filterwarnings(
-        "ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-    ),
-]
-
-
-@pytest.fixture(autouse=True)
-def open_files_are_left_here():
-    yield
-    gc.collect()
+pytestmark = [pytest.mark.usefixtures("offline", "open_files_are_left_here"), LEFT_OPEN]
 
 
 def classes(folder, names=("nil", "one")):

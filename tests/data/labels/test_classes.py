@@ -1,28 +1,16 @@
 """Labels as people have them: which are read, and what is said of those that cannot be."""
 
-import gc
 import shutil
 import warnings
 
 import datasets
 import pytest
 from digits import NAMES, digit_images, save_image_folder
+from open_files import LEFT_OPEN
 
 from metalr_hf.data.loading import DataArguments, load_images
 
-pytestmark = [
-    pytest.mark.usefixtures("offline"),
-    # The files that `datasets` leaves open.
-    pytest.mark.filterwarnings(
-        "ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-    ),
-]
-
-
-@pytest.fixture(autouse=True)
-def open_files_are_left_here():
-    yield
-    gc.collect()
+pytestmark = [pytest.mark.usefixtures("offline", "open_files_are_left_here"), LEFT_OPEN]
 
 
 def load(name, **kwargs):

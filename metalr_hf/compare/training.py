@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +20,14 @@ from transformers import PrinterCallback, Trainer, set_seed
 
 from ..data.columns import IMAGE, LABEL
 from ..data.splits import flip_labels, fold_rows, stratified_subset
+from ..data.splits.held_out import hold_out_rows
 from ..models.bare import wrap_bare_module
 from ..models.timm import is_timm_model, wrap_timm_model
 from .results import DIVERGED, DONE, FAILED
-from .strategies import Job, Strategy
+from .strategies import HeldOut, Job, Strategy
+
+# Of the training rows, what a strategy that searches is given to search on.
+SEARCH_SHARE = 0.2
 
 if TYPE_CHECKING:
     from .runs import Cell, Comparison, RowTransform, Run
@@ -175,10 +181,24 @@ def _make_trainer(
             **cell.fit(model, train),
         },
         tuning_arguments=comparison.tuning,
+        learning_rates=comparison.learning_rates,
+        hold_out=partial(_hold_out, train, cell, run, comparison),
     )
     trainer = strategy.make_trainer(job)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _hold_out(train: datasets.Dataset, cell: Cell, run: Run, comparison: Comparison) -> HeldOut:
+    size = round(SEARCH_SHARE * len(train))
+    rest, held = hold_out_rows(train, "strategies", size, run.seed, group_column=comparison.group_column)
+
+    def score(trainer: Trainer) -> tuple[float, float]:
+        scores = cell.task.score(cell.task.measure(trainer, _prepared(held, cell.test_transform)), cell.classes)
+        found = scores[cell.task.metric], scores["test_loss"]
+        return (math.nan, math.nan) if None in found else found
+
+    return HeldOut(_prepared(rest, cell.train_transform), score)
 
 
 class _Watch:

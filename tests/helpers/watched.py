@@ -7,7 +7,7 @@ from small_cells import Network, rows, transform
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from metalr_hf import layer_groups
-from metalr_hf.compare.strategies import Job, get_strategy
+from metalr_hf.compare.strategies import HeldOut, Job, get_strategy
 from metalr_hf.models.bare import Classifier
 
 LAYERS = ["stem", "layer1.0", "layer1.1", "head"]
@@ -26,9 +26,15 @@ class Watch(TrainerCallback):
         self.weights.append({name: p.detach().clone() for name, p in parameters.items()})
 
 
-def run(tmp_path, name, steps=6, learning_rate=1e-2):
+def run(tmp_path, name, steps=6, learning_rate=1e-2, **options):
     torch.manual_seed(0)
+    # Where a strategy tries rates, there is one that it may have.
+    search = {
+        "learning_rates": (learning_rate,),
+        "hold_out": lambda: HeldOut(prepared(12, 0), lambda trained: (1.0, 0.0)),
+    }
     job = Job(
+        **{**search, **options},
         model=Classifier(Network(3)),
         learning_rate=learning_rate,
         arguments={
@@ -42,10 +48,7 @@ def run(tmp_path, name, steps=6, learning_rate=1e-2):
             "use_cpu": True,
             "disable_tqdm": True,
         },
-        trainer_arguments={
-            "train_dataset": rows(16, 0).select_columns(["image", "label"]).with_transform(transform),
-            "data_collator": default_data_collator,
-        },
+        trainer_arguments={"train_dataset": prepared(16, 0), "data_collator": default_data_collator},
     )
     groups = layer_groups(job.model)
     trainer, watch = get_strategy(name).make_trainer(job), Watch()
@@ -62,14 +65,17 @@ def cosine(step, steps=6):
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def prepared(n, seed):
+    return rows(n, seed).select_columns(["image", "label"]).with_transform(transform)
+
+
 def trainer_of(tmp_path, model):
     args = TrainingArguments(
         str(tmp_path), max_steps=2, weight_decay=0.1, report_to="none", use_cpu=True, remove_unused_columns=False
     )
-    data = rows(16, 0).select_columns(["image", "label"]).with_transform(transform)
-    return Trainer(model, args, train_dataset=data, data_collator=default_data_collator)
+    return Trainer(model, args, train_dataset=prepared(16, 0), data_collator=default_data_collator)
 
 
 def batches(n):
-    data = rows(8 * n, 3).select_columns(["image", "label"]).with_transform(transform)
+    data = prepared(8 * n, 3)
     return [default_data_collator([data[8 * i + k] for k in range(8)]) for i in range(n)]

@@ -21,6 +21,21 @@ from ...trainer.metalr import MetaLRTrainer
 from ...tuning.averaging import POLYNOMIAL
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The training rows of a run in two parts, for strategies that try something out before it.
+
+    Args:
+        train (`datasets.Dataset`): Four fifths of them, prepared as the run's own.
+        score (`Callable[[transformers.Trainer], tuple[float, float]]`):
+            After training, to the metric of the task on the other fifth, of which more is better, and the loss there.
+            Both are NaN where the outputs are not finite.
+    """
+
+    train: Any
+    score: Callable[[Trainer], tuple[float, float]]
+
+
 @dataclass
 class Job:
     """Everything that a strategy needs to build the trainer of a run.
@@ -32,6 +47,8 @@ class Job:
         trainer_arguments (`dict`): Keyword arguments of `Trainer`: data sets, collator, callbacks.
         tuning_arguments (`dict`): Keyword arguments of [`MetaLRTrainingArguments`] for the strategies that tune.
         average_weights (`str`, *optional*): An average of the weights, as of `MetaLRTrainingArguments`.
+        learning_rates (`Sequence[float]`): All start learning rates of the comparison, for strategies that search.
+        hold_out (`Callable[[], HeldOut]`, *optional*): Gives what they search on.
 
     Example:
 
@@ -54,6 +71,8 @@ class Job:
     trainer_arguments: dict[str, Any]
     tuning_arguments: dict[str, Any] = field(default_factory=dict)
     average_weights: str | None = None
+    learning_rates: Sequence[float] = ()
+    hold_out: Callable[[], HeldOut] | None = None
 
     def trainer(
         self,

@@ -258,8 +258,9 @@ def load_images(args: DataArguments, *, seed: int = 42, keep_columns: Sequence[s
     """
     splits, names = load_splits(args, demo_dataset)
     kept = args.kept_columns(keep_columns)
-    chosen = {name: _choose_columns(splits[name], args, kept) for name in names.used}
-    class_names, chosen = class_labels(chosen, names.train, args.streaming, args.folder)
+    read = {name: _choose_columns(splits[name], args, kept) for name in names.used}
+    chosen = {name: rows for name, (rows, _) in read.items()}
+    class_names, chosen = class_labels(chosen, names.train, args.streaming, args.folder, read[names.train][1])
     return ImageSplits(class_names=class_names, **arrange(chosen, names, args, seed))
 
 
@@ -345,7 +346,8 @@ def read_splits(args: DataArguments, demo: Demo = demo_dataset) -> Mapping[str, 
         raise ValueError(f"dataset_name={name!r} could not be loaded: {first_line(reason)}") from error
 
 
-def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]) -> Any:
+def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]) -> tuple[Any, str]:
+    """The rows in the form of all data sets, and what the data set itself calls its labels."""
     features = split.features or dict.fromkeys(next(iter(split)))
     images = image_columns(features)
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -357,7 +359,7 @@ def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]
     split = split.select_columns([image, label, *kept]).rename_columns(
         {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old != new}
     )
-    return as_image_files(split, args)
+    return as_image_files(split, args), label
 
 
 def image_columns(features: Mapping[str, Any]) -> list[str]:

@@ -140,7 +140,7 @@ def test_bad_columns(tmp_path):
 
 def test_bad_labels(tmp_path):
     floats = rows().remove_columns("label").add_column("label", [0.5] * 30)
-    with pytest.raises(ValueError, match=r"labels of the training split are no classes: \[0.5\]"):
+    with pytest.raises(ValueError, match=r"training split, in the column 'label', are no classes: \[0.5\]"):
         load_images(DataArguments(dataset_name=saved(tmp_path / "a", train=floats)))
     few = rows().filter(lambda row: row["label"] != "two")
     with pytest.raises(ValueError, match=r"Split 'test' has the labels \['two'\], which the training split does not"):

@@ -18,7 +18,11 @@ FOLDERS_NAMED = 6
 
 
 def class_labels(
-    splits: Mapping[str, Any], train_name: str, streaming: bool = False, folder: str | None = None
+    splits: Mapping[str, Any],
+    train_name: str,
+    streaming: bool = False,
+    folder: str | None = None,
+    column: str = LABEL,
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Gives all splits the same class labels.
 
@@ -27,6 +31,7 @@ def class_labels(
         train_name (`str`): The split that says which classes there are.
         streaming (`bool`, *optional*, defaults to `False`): Whether the splits are streams.
         folder (`str`, *optional*): The local folder that they come from, for the messages.
+        column (`str`, *optional*, defaults to `"label"`): What the data set calls the labels, for the messages.
 
     Returns:
         `tuple[tuple[str, ...], dict[str, Any]]`: the names of class 0, 1, ... and the splits, their labels being
@@ -63,11 +68,13 @@ def class_labels(
         )
     else:
         _refuse_missing(splits, folder)
-        values = train.unique(LABEL)
-        if any(isinstance(value, (float, list, dict)) for value in values):
+        values = [_whole(value) for value in train.unique(LABEL)]
+        others = [value for value in values if isinstance(value, (float, list, dict))]
+        if others:
+            advice = ", or learn the numbers with --task regression" if isinstance(others[0], float) else ""
             raise ValueError(
-                f"The labels of the training split are no classes: {values[:3]}. Name the column of the classes with "
-                "label_column_name."
+                f"The labels of the training split, in the column {column!r}, are no classes: {others[:3]}. Name the "
+                f"column of the classes with label_column_name{advice}."
             )
         _refuse_one_class(values, train_name)
         names = tuple(str(value) for value in sorted(values))
@@ -170,13 +177,18 @@ def _warn_of_unseen_classes(splits: Mapping[str, Any], train_name: str, names: S
             )
 
 
+def _whole(value: Any) -> Any:
+    """Whole numbers are fractions to pandas once their column had a blank, or was joined to another table."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _cast_labels(name: str, split: Any, class_names: tuple[str, ...]) -> Any:
     target = datasets.ClassLabel(names=list(class_names))
     if isinstance(split, datasets.IterableDataset):
         return split
     feature = split.features[LABEL]
     if not isinstance(feature, datasets.ClassLabel):
-        values = {str(value) for value in split.unique(LABEL)}
+        values = {str(_whole(value)) for value in split.unique(LABEL)}
         if values - set(class_names):
             raise ValueError(
                 f"Split {name!r} has the labels {sorted(values - set(class_names))[:5]}, which the training split does "
@@ -185,6 +197,8 @@ def _cast_labels(name: str, split: Any, class_names: tuple[str, ...]) -> Any:
         if feature.dtype == "bool":
             # As strings they would be `true` and `false`; as numbers they are the classes in their order.
             return split.cast_column(LABEL, datasets.Value("int64")).cast_column(LABEL, target)
+        if str(feature.dtype).startswith("float"):
+            split = split.cast_column(LABEL, datasets.Value("int64"))
         return split.cast_column(LABEL, datasets.Value("string")).cast_column(LABEL, target)
     if tuple(feature.names) != class_names:
         raise ValueError(

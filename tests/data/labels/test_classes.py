@@ -39,7 +39,30 @@ def test_true_and_false_are_two_classes(tmp_path):
     assert list(splits.test["label"]) == [int(value) for value in truth[:12]]
 
 
-@pytest.mark.parametrize("labels", [("x", "y"), (0, 1), (True, False)], ids=str)
+@pytest.mark.parametrize("test_labels", [[1, 0, 1], [1.0, 0.0, 1.0]], ids=str)
+def test_whole_numbers_that_a_table_has_as_fractions_are_classes(tmp_path, test_labels):
+    table(tmp_path / "train", [float(i % 2) for i in range(30)])
+    table(tmp_path / "test", test_labels)
+    splits = load(tmp_path)
+    assert splits.class_names == ("0", "1")
+    assert list(splits.train["label"]) == [i % 2 for i in range(30)]
+    assert list(splits.test["label"]) == [1, 0, 1]
+
+
+def test_whole_numbers_that_parquet_has_as_fractions_are_classes(tmp_path):
+    images, _ = digit_images(30)
+    rows = datasets.Dataset.from_dict({"image": images, "labels": [30.0, 2.0, 10.0] * 10})
+    rows.to_parquet(tmp_path / "train.parquet")
+    assert load(tmp_path).class_names == ("2", "10", "30")
+
+
+def test_fractions_are_no_classes(tmp_path):
+    message = r"in the column 'label', are no classes: \[0.5, 1.5\]. .* label_column_name, or .* --task regression"
+    with pytest.raises(ValueError, match=message):
+        load(table(tmp_path / "fractions", [i % 3 / 2 for i in range(12)] + [1.5]))
+
+
+@pytest.mark.parametrize("labels", [("x", "y"), (0, 1), (0.0, 1.0), (True, False)], ids=str)
 def test_a_missing_label_is_named_with_its_row_and_file_however_late(tmp_path, labels):
     given = [labels[i % 2] for i in range(40)]
     given[33] = ""

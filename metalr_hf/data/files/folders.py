@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import (
@@ -48,6 +48,73 @@ def is_image_file(path: str) -> bool:
     return name.endswith(OTHER_ENDINGS) or ending in ImageFolder.EXTENSIONS or _is_dicom_by_content(path)
 
 
+class Level(NamedTuple):
+    """The files of one folder.
+
+    Args:
+        folder (`str`): The folder.
+        files (`list[os.DirEntry]`): What lies in it and is no folder, in alphabetical order.
+        start (`str`): The nearest folder above that is a link, or itself; else the one where the walk began.
+    """
+
+    folder: str
+    files: list[os.DirEntry[str]]
+    start: str
+
+
+def walk(folder: str) -> Iterator[Level]:
+    """A folder and those below it, in alphabetical order, without hidden ones.
+
+    Links to folders are followed, for folders of classes may lie elsewhere. One that leads back to a folder that it
+    lies in is not, for it has no end.
+
+    Args:
+        folder (`str`): The folder.
+
+    Returns:
+        `Iterator[Level]`
+
+    Example:
+
+    ```python
+    >>> import os
+    >>> import tempfile
+    >>> from metalr_hf.data.files.folders import walk
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     os.makedirs(f"{folder}/photos/cat")
+    ...     os.symlink("photos", f"{folder}/train")
+    ...     [os.path.relpath(level.folder, folder) for level in walk(folder)]
+    ['.', 'photos', 'photos/cat', 'train', 'train/cat']
+
+    ```
+    """
+    return _walk(folder, folder, ())
+
+
+def _walk(folder: str, start: str, above: tuple[str, ...]) -> Iterator[Level]:
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError:
+        # As `datasets` does with folders that may not be read, such as `lost+found`.
+        return
+    yield Level(folder, [entry for entry in entries if not _is_folder(entry)], start)
+    for entry in entries:
+        if _is_folder(entry) and not entry.name.startswith((".", "__")):
+            yield from _walk(entry.path, entry.path if entry.is_symlink() else start, (*above, real))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link to itself.
+        return False
+
+
 def image_files(folder: str) -> Iterator[str]:
     """The image files in a folder and those below it, in alphabetical order.
 
@@ -57,9 +124,8 @@ def image_files(folder: str) -> Iterator[str]:
     Returns:
         `Iterator[str]`: their paths.
     """
-    for path, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        yield from (file for name in sorted(files) if is_image_file(file := os.path.join(path, name)))
+    for level in walk(folder):
+        yield from (file.path for file in level.files if is_image_file(file.path))
 
 
 def holds_other_images(folder: str) -> bool:

@@ -13,7 +13,7 @@ from datasets.load import infer_module_for_data_files_list
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import DatasetCard
 
-from .folders import holds_other_images, image_files, is_image_file
+from .folders import holds_other_images, image_files, is_image_file, walk
 
 IMAGE_FOLDER = "imagefolder"
 CARD = "README.md"
@@ -50,7 +50,7 @@ def is_image_folder(folder: str) -> bool:
     card = os.path.join(folder, CARD)
     if os.path.isfile(card) and {"configs", "dataset_info"} & DatasetCard.load(card).data.to_dict().keys():
         return False
-    files: Any = [os.path.join(path, name) for path, _, names in os.walk(folder) for name in names]
+    files: Any = [file.path for level in walk(folder) for file in level.files]
     return infer_module_for_data_files_list(files)[0] == IMAGE_FOLDER
 
 
@@ -109,8 +109,7 @@ def has_metadata(path: Path) -> bool:
     Returns:
         `bool`
     """
-    tables = set(ImageFolder.METADATA_FILENAMES)
-    return any(tables.intersection(files) for _, _, files in os.walk(path))
+    return any(file.name in ImageFolder.METADATA_FILENAMES for level in walk(str(path)) for file in level.files)
 
 
 def refuse_nested_classes(folder: str) -> None:
@@ -161,7 +160,11 @@ def _holds_images(path: Path) -> bool:
     if path.name.startswith((".", "__")):
         return False
     if path.is_dir():
-        return next(image_files(str(path)), None) is not None or any(path.rglob(f"*{ARCHIVE}"))
+        return any(
+            is_image_file(file.path) or file.name.lower().endswith(ARCHIVE)
+            for level in walk(str(path))
+            for file in level.files
+        )
     return path.suffix.lower() == ARCHIVE
 
 

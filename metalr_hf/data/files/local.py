@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.data_files import FILES_TO_IGNORE
 
-from .folders import FOLDER_BUILDER, holds_other_images
+from .folders import FOLDER_BUILDER, NEVER_IMAGES, holds_other_images, walk
 from .layout import IMAGE_FOLDER, folders_of_splits, has_metadata
 
 NUMBERS = ("int", "uint", "float")
@@ -27,11 +29,15 @@ def load_folder(folder: str, config_name: str | None = None, streaming: bool = F
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`
 
     Raises:
-        ValueError: if the tables of the splits have columns that do not go together.
+        ValueError: if the tables of the splits have columns that do not go together, or links lead nowhere.
     """
     builder = FOLDER_BUILDER if holds_other_images(folder) else IMAGE_FOLDER
     splits = folders_of_splits(folder)
-    files = {split: [_pattern(path) for path in paths] for split, paths in splits.items()}
+    for path in (path for paths in splits.values() for path in paths if path.is_dir()):
+        _refuse_dead_links(path)
+    files = {
+        split: [pattern for path in paths for pattern in _patterns(path.absolute())] for split, paths in splits.items()
+    }
 
     def load(patterns: Mapping[str, list[str]]) -> Any:
         return datasets.load_dataset(builder, config_name, data_files=dict(patterns), streaming=streaming)
@@ -44,10 +50,35 @@ def load_folder(folder: str, config_name: str | None = None, streaming: bool = F
     return container(_with_common_types(parts))
 
 
-def _pattern(path: Path) -> str:
+def _refuse_dead_links(folder: Path) -> None:
+    # Of the images that a table lists, each is looked at later.
+    if has_metadata(folder):
+        return
+    dead = [
+        file.path
+        for level in walk(str(folder))
+        for file in level.files
+        if file.is_symlink() and not file.name.lower().endswith(NEVER_IMAGES) and not os.path.exists(file.path)
+    ]
+    if dead:
+        raise ValueError(
+            f"The folder {str(folder)!r} has links to files or folders that are not there: {len(dead)}, the first "
+            f"{os.path.relpath(dead[0], folder)!r} to {os.readlink(dead[0])!r}. Fetch or mount what they stand for, or "
+            "take them away."
+        )
+
+
+def _patterns(path: Path) -> list[str]:
     """What `datasets` finds the files of a folder by, whose name may have brackets."""
-    name = glob.escape(path.absolute().as_posix())
-    return f"{name}/**" if path.is_dir() else name
+    if not path.is_dir():
+        return [glob.escape(path.as_posix())]
+    # It follows no link that it meets further down, and takes no pattern that finds nothing.
+    starts = dict.fromkeys(
+        level.start
+        for level in walk(path.as_posix())
+        if any(not file.name.startswith(".") and file.name not in FILES_TO_IGNORE for file in level.files)
+    )
+    return [f"{glob.escape(start)}/**" for start in starts or [path.as_posix()]]
 
 
 def _with_common_types(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 
 from ..columns import IMAGE, LABEL, place
+from ..files.folders import walk
 from ..files.layout import refuse_nested_classes
 
 # Of a folder, what is looked at to say what was found in it.
@@ -106,13 +107,12 @@ def layout_hint(folder: str | None) -> str:
         return ""
     counts: dict[str, int] = {}
     seen = 0
-    for path, folders, files in os.walk(folder):
-        folders.sort()
-        images = sum(os.path.splitext(file)[1].lower() in _image_endings() for file in files)
+    for level in walk(folder):
+        images = sum(os.path.splitext(file.name)[1].lower() in _image_endings() for file in level.files)
         if images:
-            inside = os.path.relpath(path, folder)
+            inside = os.path.relpath(level.folder, folder)
             counts["the folder itself" if inside == os.curdir else f"{inside}{os.sep}"] = images
-        seen += len(files)
+        seen += len(level.files)
         if seen > FILES_LOOKED_AT:
             break
     if not counts:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from scans import save_dicom, save_dicom_folder, save_nifti
 
-from metalr_hf.data.files.folders import holds_other_images, image_files, is_image_file
+from metalr_hf.data.files.folders import holds_other_images, image_files, is_image_file, walk
 from metalr_hf.data.loading import DataArguments, load_images
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -69,3 +69,17 @@ def test_photographs_alone_are_left_to_datasets(tmp_path):
     np.save(tmp_path / "b.npy", np.zeros((4, 4)))
     assert holds_other_images(str(tmp_path))
     assert not is_image_file(str(tmp_path / "metadata.csv"))
+
+
+def test_links_to_folders_are_walked_through_and_none_for_ever(tmp_path):
+    inside, elsewhere = tmp_path / "inside", tmp_path / "elsewhere"
+    for folder in (inside / "a" / ".hidden", elsewhere / "deeper"):
+        folder.mkdir(parents=True)
+    (elsewhere / "deeper" / "scan.png").touch()
+    (inside / "b").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(inside)
+    (inside / "itself").symlink_to("itself")
+    assert [level.folder.removeprefix(str(inside)) for level in walk(str(inside))] == ["", "/a", "/b", "/b/deeper"]
+    assert [level.start for level in walk(str(inside))][2:] == [str(inside / "b")] * 2
+    assert list(image_files(str(inside))) == [str(inside / "b" / "deeper" / "scan.png")]
+    assert list(walk(str(tmp_path / "nothing"))) == []

@@ -7,6 +7,7 @@ import datasets
 import pytest
 from digits import digit_images, save_image_folder
 from open_files import LEFT_OPEN
+from scans import save_dicom_folder
 
 from metalr_hf.data import LabelSetArguments, QuantityArguments, load_label_sets, load_quantities
 from metalr_hf.data.files.local import load_folder
@@ -76,6 +77,43 @@ def test_archives_of_splits(tmp_path, streaming):
         "train": list("abab"),
         "test": list("ab"),
     }
+
+
+@pytest.mark.parametrize("links", [["c"], ["a", "b", "c"], ["train/c"], ["train"]], ids=str)
+def test_folders_that_are_links_are_followed(tmp_path, links):
+    classes(tmp_path / "elsewhere" / "train", "abc")
+    photos = tmp_path / "photos"
+    if links == ["c"]:
+        classes(photos, "ab")
+    elif links == ["train/c"]:
+        classes(photos / "train", "ab")
+    else:
+        photos.mkdir()
+    for link in links:
+        (photos / link).symlink_to(tmp_path / "elsewhere" / "train" / link.removeprefix("train").strip("/"))
+    splits = load_images(DataArguments(dataset_name=str(photos)))
+    assert counts(splits.train, splits.class_names) == {"a": 8, "b": 8, "c": 8}
+
+
+def test_links_to_folders_of_scans_are_followed(tmp_path):
+    save_dicom_folder(tmp_path / "elsewhere")
+    (tmp_path / "scans" / "train").mkdir(parents=True)
+    for name in ("left", "right"):
+        (tmp_path / "scans" / "train" / name).symlink_to(tmp_path / "elsewhere" / "train" / name)
+    splits = load_images(DataArguments(dataset_name=str(tmp_path / "scans")))
+    assert (splits.class_names, len(splits.train) + len(splits.test)) == (("left", "right"), 24)
+
+
+@pytest.mark.parametrize("link", ["c", "a/11.png"])
+def test_links_that_lead_nowhere_are_refused(tmp_path, link):
+    classes(tmp_path, "ab")
+    (tmp_path / link).symlink_to("not-mounted")
+    with pytest.raises(ValueError, match=f"not there: 1, the first '{link}' to 'not-mounted'. Fetch or mount"):
+        load_images(DataArguments(dataset_name=str(tmp_path)))
+    # A table says which images there are.
+    table(tmp_path / "train", "label", *"ababab")
+    (tmp_path / "train" / "9.png").symlink_to("not-mounted")
+    assert len(load_folder(str(tmp_path / "train"))["train"]) == 6
 
 
 def test_classes_are_numbered_alike_in_all_splits(tmp_path):

@@ -15,7 +15,7 @@ from ..settings import check_choice
 from .columns import IMAGE, LABEL, find_column
 from .digits import demo_dataset
 from .files import ImageFile
-from .files.layout import IMAGE_FOLDER, folder_of, is_image_folder
+from .files.layout import IMAGE_FOLDER, builder_of, folder_of
 from .files.local import load_folder
 from .intensity import VOI, parse_window
 from .labels.classes import class_labels, layout_hint
@@ -330,8 +330,8 @@ def read_splits(args: DataArguments, demo: Demo = demo_dataset) -> Mapping[str, 
         splits = saved if isinstance(saved, datasets.DatasetDict) else {args.train_split: saved}
         return {name: split.to_iterable_dataset() for name, split in splits.items()} if args.streaming else splits
     try:
-        if args.folder is not None and (name == IMAGE_FOLDER or is_image_folder(args.folder)):
-            return load_folder(args.folder, args.dataset_config_name, args.streaming)
+        if args.folder is not None and (builder := builder_of(args.folder, name == IMAGE_FOLDER)) is not None:
+            return load_folder(args.folder, args.dataset_config_name, args.streaming, builder)
         return datasets.load_dataset(name, args.dataset_config_name, data_dir=args.data_dir, streaming=args.streaming)
     except (FileNotFoundError, ConnectionError) as error:
         where = f" with data_dir={args.data_dir!r}" if args.data_dir else ""

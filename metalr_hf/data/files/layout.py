@@ -13,7 +13,7 @@ from datasets.load import infer_module_for_data_files_list
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import DatasetCard
 
-from .folders import holds_other_images, image_files, is_image_file, walk
+from .folders import FOLDER_BUILDER, holds_other_images, image_files, is_image_file, walk
 
 IMAGE_FOLDER = "imagefolder"
 CARD = "README.md"
@@ -36,22 +36,39 @@ def folder_of(dataset_name: str | None, data_dir: str | None = None) -> str | No
     return folder if os.path.isdir(folder) else None
 
 
-def is_image_folder(folder: str) -> bool:
-    """Whether a folder is one of images: `datasets` goes by the ending that most of the files in it have.
+def builder_of(folder: str, is_one_of_images: bool = False) -> str | None:
+    """What reads a folder of images: `datasets` goes by the ending that most of the files in it have.
 
     Args:
         folder (`str`): The folder.
+        is_one_of_images (`bool`, *optional*, defaults to `False`): Whether it was given as one.
 
     Returns:
-        `bool`: `False` too if the card in the folder says what its splits are.
+        `str`, *optional*: `"imagefolder"`, or `FOLDER_BUILDER` where there are images that it does not know. `None` if
+            this is no folder of images, or the card in it says what its splits are.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from metalr_hf.data.files.layout import builder_of
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     (Path(folder) / "photo.png").touch()
+    ...     builder_of(folder)
+    'imagefolder'
+
+    ```
     """
     if holds_other_images(folder):
-        return True
+        return FOLDER_BUILDER
+    if is_one_of_images:
+        return IMAGE_FOLDER
     card = os.path.join(folder, CARD)
     if os.path.isfile(card) and {"configs", "dataset_info"} & DatasetCard.load(card).data.to_dict().keys():
-        return False
+        return None
     files: Any = [file.path for level in walk(folder) for file in level.files]
-    return infer_module_for_data_files_list(files)[0] == IMAGE_FOLDER
+    return IMAGE_FOLDER if infer_module_for_data_files_list(files)[0] == IMAGE_FOLDER else None
 
 
 def folders_of_splits(folder: str) -> dict[str, list[Path]]:
@@ -131,7 +148,7 @@ def refuse_nested_classes(folder: str) -> None:
     shared = Path(os.path.commonpath(places)) if places else Path()
     nested = sorted(place for place in places if len(place.relative_to(shared).parts) > 1)
     # That walks through the whole folder again, and is asked only where it matters.
-    if nested and is_image_folder(folder):
+    if nested and builder_of(folder) is not None:
         names = sorted({place.name for place in nested})[:2]
         raise ValueError(
             f"The folder {folder!r} has images in folders of folders, such as {str(nested[0])!r}. The classes would be "

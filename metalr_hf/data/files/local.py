@@ -11,19 +11,23 @@ from typing import Any
 import datasets
 from datasets.data_files import FILES_TO_IGNORE
 
-from .folders import FOLDER_BUILDER, NEVER_IMAGES, holds_other_images, walk
-from .layout import IMAGE_FOLDER, folders_of_splits, has_metadata
+from .folders import NEVER_IMAGES, walk
+from .layout import builder_of, folders_of_splits, has_metadata
 
 NUMBERS = ("int", "uint", "float")
 
 
-def load_folder(folder: str, config_name: str | None = None, streaming: bool = False) -> Any:
+def load_folder(
+    folder: str, config_name: str | None = None, streaming: bool = False, builder: str | None = None
+) -> Any:
     """Loads a folder of image files.
 
     Args:
         folder (`str`): With folders of classes, of splits and classes, or a `metadata.csv` a split.
         config_name (`str`, *optional*): A name for it in the cache of `datasets`.
         streaming (`bool`, *optional*, defaults to `False`): Read the files while training.
+        builder (`str`, *optional*):
+            What [`~metalr_hf.data.files.layout.builder_of`] says of the folder, where it has been asked before.
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`
@@ -31,7 +35,7 @@ def load_folder(folder: str, config_name: str | None = None, streaming: bool = F
     Raises:
         ValueError: if the tables of the splits have columns that do not go together, or links lead nowhere.
     """
-    builder = FOLDER_BUILDER if holds_other_images(folder) else IMAGE_FOLDER
+    builder = builder or builder_of(folder, is_one_of_images=True)
     splits = folders_of_splits(folder)
     for path in (path for paths in splits.values() for path in paths if path.is_dir()):
         _refuse_dead_links(path)

@@ -3,7 +3,8 @@
 import pytest
 from PIL import Image
 
-from metalr_hf.data.files.layout import folder_of, folders_of_splits, is_image_folder, refuse_nested_classes
+from metalr_hf.data.files.folders import FOLDER_BUILDER
+from metalr_hf.data.files.layout import builder_of, folder_of, folders_of_splits, refuse_nested_classes
 
 
 def made(folder, *places):
@@ -85,16 +86,19 @@ def test_folders_of_classes_are_taken(tmp_path, places):
 
 def test_a_folder_of_images_is_told_from_others(tmp_path):
     folder = made(tmp_path / "images", "a", "b")
-    assert is_image_folder(folder)
+    assert builder_of(folder) == "imagefolder"
     (tmp_path / "images" / "README.md").write_text("---\nlicense: mit\n---\nPhotographs")
-    assert is_image_folder(folder)
+    assert builder_of(folder) == "imagefolder"
     # Its owner has said which files are of which split.
     card = "---\nconfigs:\n- config_name: default\n  data_files: a/*\n---\n"
     (tmp_path / "images" / "README.md").write_text(card)
-    assert not is_image_folder(folder)
+    assert builder_of(folder) is None
+    assert builder_of(folder, is_one_of_images=True) == "imagefolder"
+    (tmp_path / "images" / "b" / "scan.dcm").touch()
+    assert builder_of(folder) == FOLDER_BUILDER
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "train.parquet").touch()
-    assert not is_image_folder(str(tmp_path / "tables"))
+    assert builder_of(str(tmp_path / "tables")) is None
 
 
 def test_the_folder_of_a_data_set(tmp_path):

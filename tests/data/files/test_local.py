@@ -10,6 +10,7 @@ from open_files import LEFT_OPEN
 from scans import save_dicom_folder
 
 from metalr_hf.data import LabelSetArguments, QuantityArguments, load_label_sets, load_quantities
+from metalr_hf.data.files import folders
 from metalr_hf.data.files.local import load_folder
 from metalr_hf.data.loading import DataArguments, load_images
 
@@ -114,6 +115,14 @@ def test_links_that_lead_nowhere_are_refused(tmp_path, link):
     table(tmp_path / "train", "label", *"ababab")
     (tmp_path / "train" / "9.png").symlink_to("not-mounted")
     assert len(load_folder(str(tmp_path / "train"))["train"]) == 6
+
+
+def test_a_folder_is_searched_for_scans_once(tmp_path, monkeypatch):
+    searched = []
+    image_files = folders.image_files
+    monkeypatch.setattr(folders, "image_files", lambda folder: searched.append(folder) or image_files(folder))
+    load_images(DataArguments(dataset_name=str(classes(tmp_path))))
+    assert searched == [str(tmp_path)]
 
 
 def test_classes_are_numbered_alike_in_all_splits(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 from datasets.data_files import FILES_TO_IGNORE
 
+from .checks import check_folder
 from .folders import NEVER_IMAGES, walk
 from .layout import builder_of, folders_of_splits, has_metadata
 
@@ -33,10 +34,12 @@ def load_folder(
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`
 
     Raises:
-        ValueError: if the tables of the splits have columns that do not go together, or links lead nowhere.
+        ValueError: if the tables of the splits have columns that do not go together, or a part of the folder would be
+            left out.
     """
     builder = builder or builder_of(folder, is_one_of_images=True)
     splits = folders_of_splits(folder)
+    check_folder(folder, splits)
     for path in (path for paths in splits.values() for path in paths if path.is_dir()):
         _refuse_dead_links(path)
     files = {

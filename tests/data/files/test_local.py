@@ -180,6 +180,15 @@ def test_a_split_with_a_table_and_one_without(tmp_path):
         load_images(DataArguments(dataset_name=str(tmp_path)))
 
 
+def test_a_table_beside_splits_with_and_without_tables(tmp_path):
+    table(tmp_path / "train", "label", *"abab")
+    classes(tmp_path / "test", "ab")
+    (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/0.png,a\ntest/a/0.png,b\n")
+    for given in ({"dataset_name": str(tmp_path)}, {"data_dir": str(tmp_path)}):
+        with pytest.raises(ValueError, match=r"metadata.csv' is not read, .* take this one away"):
+            load_images(DataArguments(**given))
+
+
 def test_files_that_a_table_names_wrongly(tmp_path):
     table(tmp_path / "missing", "label", *"ababababab")
     (tmp_path / "missing" / "7.png").unlink()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from .folders import is_image_file
+from .layout import TRAIN, has_metadata, holds_images
 
 # Of many folders and files, how many a message names.
 NAMED = 6
 
 
 def check_folder(folder: str, splits: Mapping[str, Sequence[Path]]) -> None:
-    """Refuses a folder of images if not all that lies in it would be read.
+    """Refuses a folder of images, or warns of it, if not all that lies in it would be read.
 
     Args:
         folder (`str`): The folder.
@@ -20,7 +24,7 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]]) -> None:
             What [`~metalr_hf.data.files.layout.folders_of_splits`] found in it.
 
     Raises:
-        ValueError: if a table lies beside the folders of splits.
+        ValueError: if a table lies beside the folders of splits, or a folder may be one of them or a class.
 
     Example:
 
@@ -37,6 +41,7 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]]) -> None:
     parts = [path for paths in splits.values() for path in paths]
     if parts != [Path(folder)]:
         _refuse_table_beside(parts)
+        _check_images_beside(parts, splits.get(TRAIN, ()))
 
 
 def _refuse_table_beside(parts: Sequence[Path]) -> None:
@@ -47,6 +52,37 @@ def _refuse_table_beside(parts: Sequence[Path]) -> None:
                 f"The table {str(table)!r} is not read, for it lies beside the folders of splits ({_listed(parts)}). "
                 f"Give each a {name} of its own, with names of files relative to that folder, and take this one away."
             )
+
+
+def _check_images_beside(parts: Sequence[Path], trains: Sequence[Path]) -> None:
+    root = parts[0].parent
+    beside = [
+        path
+        for path in sorted(root.iterdir())
+        if path not in parts and (holds_images(path) or (path.is_file() and is_image_file(str(path))))
+    ]
+    if any(path.is_dir() for path in beside) and all(map(_may_be_class, trains)):
+        raise ValueError(
+            f"The folder {str(root)!r} has {_listed(trains)}, which is named as a split but has no folders of classes, "
+            f"beside {_listed(beside)}. If all are classes, put them into one more folder called train, as "
+            f"train/{trains[0].name}/ and train/{beside[0].name}/. If {trains[0].name!r} is the split, sort its images "
+            "into folders of their classes, or give it a metadata.csv, and take the others away."
+        )
+    if beside:
+        warnings.warn(
+            f"The folder {str(root)!r} has splits ({_listed(parts)}), so that what lies beside them is not read: "
+            f"{_listed(beside)}. Folders of splits are called train, validation or test.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _may_be_class(path: Path) -> bool:
+    """Whether images lie in a folder, and nothing says of which class they are."""
+    if not path.is_dir() or has_metadata(path):
+        return False
+    inside = list(path.iterdir())
+    return any(is_image_file(str(file)) for file in inside) and not any(map(holds_images, inside))
 
 
 def _listed(paths: Sequence[Path]) -> str:

@@ -103,7 +103,7 @@ def folders_of_splits(folder: str) -> dict[str, list[Path]]:
     """
     root = Path(folder)
     while True:
-        parts = [path for path in sorted(root.iterdir()) if _holds_images(path)]
+        parts = [path for path in sorted(root.iterdir()) if holds_images(path)]
         splits: dict[str, list[Path]] = {split: [] for split in map(str, SPLIT_KEYWORDS)}
         for path in parts:
             if (split := _split_named(path)) is not None:
@@ -115,6 +115,26 @@ def folders_of_splits(folder: str) -> dict[str, list[Path]]:
         if len(parts) != 1 or not parts[0].is_dir() or any(map(_is_image_or_metadata, root.iterdir())):
             return {TRAIN: [Path(folder)]}
         root = parts[0]
+
+
+def holds_images(path: Path) -> bool:
+    """Whether something in a folder is a folder with images, or an archive, which is not opened here.
+
+    Args:
+        path (`pathlib.Path`): What lies in the folder.
+
+    Returns:
+        `bool`
+    """
+    if path.name.startswith((".", "__")):
+        return False
+    if path.is_dir():
+        return any(
+            is_image_file(file.path) or file.name.lower().endswith(ARCHIVE)
+            for level in walk(str(path))
+            for file in level.files
+        )
+    return path.suffix.lower() == ARCHIVE
 
 
 def has_metadata(path: Path) -> bool:
@@ -170,19 +190,6 @@ def _split_named(path: Path) -> str | None:
 
 def _name(path: Path) -> str:
     return (path.name if path.is_dir() else path.stem).lower()
-
-
-def _holds_images(path: Path) -> bool:
-    """Whether something in a folder is a folder with images, or an archive, which is not opened here."""
-    if path.name.startswith((".", "__")):
-        return False
-    if path.is_dir():
-        return any(
-            is_image_file(file.path) or file.name.lower().endswith(ARCHIVE)
-            for level in walk(str(path))
-            for file in level.files
-        )
-    return path.suffix.lower() == ARCHIVE
 
 
 def _is_image_or_metadata(path: Path) -> bool:

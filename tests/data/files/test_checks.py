@@ -1,5 +1,7 @@
 """Of a folder of images nothing is left out without a word."""
 
+import re
+
 import pytest
 from PIL import Image
 
@@ -35,3 +37,45 @@ def test_a_table_of_the_whole_folder_is_beside_no_splits(tmp_path):
     check(tmp_path / "photos")
     (tmp_path / "photos" / "metadata.csv").touch()
     check(tmp_path / "photos")
+
+
+@pytest.mark.parametrize("train", ["train", "Training"])
+@pytest.mark.parametrize("others", [["bus"], ["bus", "car", "test"]], ids=str)
+def test_a_class_called_train(tmp_path, train, others):
+    made(tmp_path, train, *others)
+    named = ", ".join(repr(name) for name in others if name != "test")
+    message = f"has '{train}', which is named as a split .* classes, beside {named}. .* train/{train}/ and train/bus/"
+    with pytest.raises(ValueError, match=message):
+        check(tmp_path)
+    # As the message says.
+    for name in others:
+        (tmp_path / name).rename(tmp_path / train / name)
+    check(made(tmp_path, f"{train}/{train}"))
+
+
+def test_two_classes_that_are_called_train_and_one_that_is_not(tmp_path):
+    with pytest.raises(ValueError, match="has 'train', 'train 2', which is named"):
+        check(made(tmp_path, "train", "train 2", "bus"))
+
+
+@pytest.mark.parametrize("places", [["test", "bus"], ["valid", "invalid"], ["train station", "bus"]], ids=str)
+def test_names_of_splits_that_make_none_alone_are_classes(tmp_path, places):
+    check(made(tmp_path, *places))
+
+
+def test_images_beside_splits_are_warned_of(tmp_path):
+    made(tmp_path, "train/a", "train/b", "test/a", "logs/empty")
+    (tmp_path / "logs" / "empty" / "scan.png").unlink()
+    check(tmp_path)
+    made(tmp_path, "unsorted", ".")
+    (tmp_path / "photos.zip").touch()
+    found = "splits ('train', 'test'), so that what lies beside them is not read: 'photos.zip', 'scan.png', 'unsorted'"
+    with pytest.warns(UserWarning, match=re.escape(found)):
+        check(tmp_path)
+
+
+def test_a_train_with_a_table_is_a_split(tmp_path):
+    made(tmp_path, "train", "unsorted")
+    (tmp_path / "train" / "metadata.csv").touch()
+    with pytest.warns(UserWarning, match="not read: 'unsorted'"):
+        check(tmp_path)

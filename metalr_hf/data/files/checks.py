@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .folders import is_image_file
-from .layout import TRAIN, has_metadata, holds_images
+from .folders import NEVER_IMAGES, Level, is_image_file, walk
+from .layout import ARCHIVE, TRAIN, has_metadata, holds_images
 
 # Of many folders and files, how many a message names.
 NAMED = 6
+READ = (*ImageFolder.METADATA_FILENAMES, ARCHIVE)
 
 
 def check_folder(folder: str, splits: Mapping[str, Sequence[Path]]) -> None:
@@ -24,7 +27,8 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]]) -> None:
             What [`~metalr_hf.data.files.layout.folders_of_splits`] found in it.
 
     Raises:
-        ValueError: if a table lies beside the folders of splits, or a folder may be one of them or a class.
+        ValueError: if a link leads nowhere, a table lies beside the folders of splits, or a folder may be a split or a
+            class.
 
     Example:
 
@@ -39,9 +43,34 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]]) -> None:
     ```
     """
     parts = [path for paths in splits.values() for path in paths]
+    _refuse_dead_links(folder, parts)
     if parts != [Path(folder)]:
         _refuse_table_beside(parts)
         _check_images_beside(parts, splits.get(TRAIN, ()))
+
+
+def _refuse_dead_links(folder: str, parts: Sequence[Path]) -> None:
+    dead = [path for part in parts if part.is_dir() for path in _dead_links(walk(str(part)), has_metadata(part))]
+    if parts != [Path(folder)]:
+        dead += _dead_links(islice(walk(str(parts[0].parent)), 1), False)
+    if dead:
+        raise ValueError(
+            f"The folder {folder!r} has links to files or folders that are not there: {len(dead)}, the first "
+            f"{os.path.relpath(dead[0], folder)!r} to {os.readlink(dead[0])!r}. Fetch or mount what they stand for, or "
+            "take them away."
+        )
+
+
+def _dead_links(levels: Iterable[Level], tabled: bool) -> list[str]:
+    """Those that may stand for what is read. Where a table lists the images, each is looked at later."""
+    return [
+        file.path
+        for level in levels
+        for file in level.files
+        if file.is_symlink()
+        and (file.name.lower().endswith(READ) or not (tabled or file.name.lower().endswith(NEVER_IMAGES)))
+        and not os.path.exists(file.path)
+    ]
 
 
 def _refuse_table_beside(parts: Sequence[Path]) -> None:

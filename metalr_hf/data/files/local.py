@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import datasets
 from datasets.data_files import FILES_TO_IGNORE
 
 from .checks import check_folder
-from .folders import NEVER_IMAGES, walk
+from .folders import walk
 from .layout import builder_of, folders_of_splits, has_metadata
 
 NUMBERS = ("int", "uint", "float")
@@ -40,8 +39,6 @@ def load_folder(
     builder = builder or builder_of(folder, is_one_of_images=True)
     splits = folders_of_splits(folder)
     check_folder(folder, splits)
-    for path in (path for paths in splits.values() for path in paths if path.is_dir()):
-        _refuse_dead_links(path)
     files = {
         split: [pattern for path in paths for pattern in _patterns(path.absolute())] for split, paths in splits.items()
     }
@@ -55,24 +52,6 @@ def load_folder(
     parts = {split: load({split: patterns})[split] for split, patterns in files.items()}
     container = datasets.IterableDatasetDict if streaming else datasets.DatasetDict
     return container(_with_common_types(parts))
-
-
-def _refuse_dead_links(folder: Path) -> None:
-    # Of the images that a table lists, each is looked at later.
-    if has_metadata(folder):
-        return
-    dead = [
-        file.path
-        for level in walk(str(folder))
-        for file in level.files
-        if file.is_symlink() and not file.name.lower().endswith(NEVER_IMAGES) and not os.path.exists(file.path)
-    ]
-    if dead:
-        raise ValueError(
-            f"The folder {str(folder)!r} has links to files or folders that are not there: {len(dead)}, the first "
-            f"{os.path.relpath(dead[0], folder)!r} to {os.readlink(dead[0])!r}. Fetch or mount what they stand for, or "
-            "take them away."
-        )
 
 
 def _patterns(path: Path) -> list[str]:

@@ -79,3 +79,25 @@ def test_a_train_with_a_table_is_a_split(tmp_path):
     (tmp_path / "train" / "metadata.csv").touch()
     with pytest.warns(UserWarning, match="not read: 'unsorted'"):
         check(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["c", "a/11.png", "a/metadata.csv", "more.zip"])
+@pytest.mark.parametrize("split", [".", "train"])
+def test_links_that_lead_nowhere(tmp_path, split, link):
+    made(tmp_path / split, "a", "b")
+    (tmp_path / split / "notes.txt").symlink_to("not-mounted")
+    check(tmp_path)
+    (tmp_path / split / link).symlink_to("not-mounted")
+    named = link if split == "." else f"{split}/{link}"
+    with pytest.raises(ValueError, match=f"not there: 1, the first '{named}' to 'not-mounted'. Fetch or mount"):
+        check(tmp_path)
+
+
+def test_links_that_lead_nowhere_beside_a_table_and_beside_splits(tmp_path):
+    made(tmp_path, "train")
+    (tmp_path / "train" / "metadata.csv").touch()
+    (tmp_path / "train" / "left-out.png").symlink_to("not-mounted")
+    check(tmp_path)
+    (tmp_path / "test").symlink_to("not-mounted")
+    with pytest.raises(ValueError, match="not there: 1, the first 'test' to 'not-mounted'"):
+        check(tmp_path)

@@ -105,18 +105,6 @@ def test_links_to_folders_of_scans_are_followed(tmp_path):
     assert (splits.class_names, len(splits.train) + len(splits.test)) == (("left", "right"), 24)
 
 
-@pytest.mark.parametrize("link", ["c", "a/11.png"])
-def test_links_that_lead_nowhere_are_refused(tmp_path, link):
-    classes(tmp_path, "ab")
-    (tmp_path / link).symlink_to("not-mounted")
-    with pytest.raises(ValueError, match=f"not there: 1, the first '{link}' to 'not-mounted'. Fetch or mount"):
-        load_images(DataArguments(dataset_name=str(tmp_path)))
-    # A table says which images there are.
-    table(tmp_path / "train", "label", *"ababab")
-    (tmp_path / "train" / "9.png").symlink_to("not-mounted")
-    assert len(load_folder(str(tmp_path / "train"))["train"]) == 6
-
-
 def test_a_folder_is_searched_for_scans_once(tmp_path, monkeypatch):
     searched = []
     image_files = folders.image_files

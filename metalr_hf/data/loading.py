@@ -15,7 +15,7 @@ from ..settings import check_choice
 from .columns import IMAGE, LABEL, find_column
 from .digits import demo_dataset
 from .files import ImageFile
-from .files.layout import IMAGE_FOLDER, builder_of, folder_of
+from .files.layout import IMAGE_FOLDER, builder_of, folder_of, refuse_file
 from .files.local import load_folder
 from .intensity import VOI, parse_window
 from .labels.classes import class_labels, layout_hint
@@ -324,6 +324,7 @@ def read_splits(args: DataArguments, demo: Demo = demo_dataset) -> Mapping[str, 
     if args.is_demo:
         splits = demo()
         return {name: split.to_iterable_dataset() for name, split in splits.items()} if args.streaming else splits
+    refuse_file(args.dataset_name, args.data_dir)
     name = args.dataset_name or IMAGE_FOLDER
     if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
         saved = datasets.load_from_disk(name)

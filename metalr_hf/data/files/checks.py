@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .folders import NEVER_IMAGES, Level, is_image_file, walk
+from ...messages import first_line
+from .folders import NEVER_IMAGES, Level, image_files, is_image_file, walk
 from .layout import ARCHIVE, TRAIN, has_metadata, holds_images
 
 # Of many folders and files, how many a message names.
@@ -18,17 +20,18 @@ NAMED = 6
 READ = (*ImageFolder.METADATA_FILENAMES, ARCHIVE)
 
 
-def check_folder(folder: str, splits: Mapping[str, Sequence[Path]]) -> None:
+def check_folder(folder: str, splits: Mapping[str, Sequence[Path]], has_scans: bool = False) -> None:
     """Refuses a folder of images, or warns of it, if not all that lies in it would be read.
 
     Args:
         folder (`str`): The folder.
         splits (`Mapping[str, Sequence[pathlib.Path]]`):
             What [`~metalr_hf.data.files.layout.folders_of_splits`] found in it.
+        has_scans (`bool`, *optional*, defaults to `False`): Whether `datasets` alone does not know all its images.
 
     Raises:
-        ValueError: if a link leads nowhere, a table lies beside the folders of splits, or a folder may be a split or a
-            class.
+        ValueError: if a link leads nowhere, a table lies beside the folders of splits, a folder may be a split or a
+            class, or an archive is not read.
 
     Example:
 
@@ -47,6 +50,8 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]]) -> None:
     if parts != [Path(folder)]:
         _refuse_table_beside(parts)
         _check_images_beside(parts, splits.get(TRAIN, ()))
+    for part in parts:
+        _refuse_archives(part, has_scans)
 
 
 def _refuse_dead_links(folder: str, parts: Sequence[Path]) -> None:
@@ -68,6 +73,7 @@ def _dead_links(levels: Iterable[Level], tabled: bool) -> list[str]:
         for level in levels
         for file in level.files
         if file.is_symlink()
+        and not file.name.startswith(".")
         and (file.name.lower().endswith(READ) or not (tabled or file.name.lower().endswith(NEVER_IMAGES)))
         and not os.path.exists(file.path)
     ]
@@ -88,7 +94,9 @@ def _check_images_beside(parts: Sequence[Path], trains: Sequence[Path]) -> None:
     beside = [
         path
         for path in sorted(root.iterdir())
-        if path not in parts and (holds_images(path) or (path.is_file() and is_image_file(str(path))))
+        if path not in parts
+        and not path.name.startswith(".")
+        and (holds_images(path) or (path.is_file() and is_image_file(str(path))))
     ]
     if any(path.is_dir() for path in beside) and all(map(_may_be_class, trains)):
         raise ValueError(
@@ -112,6 +120,36 @@ def _may_be_class(path: Path) -> bool:
         return False
     inside = list(path.iterdir())
     return any(is_image_file(str(file)) for file in inside) and not any(map(holds_images, inside))
+
+
+def _refuse_archives(part: Path, has_scans: bool) -> None:
+    found = [Path(file.path) for level in walk(str(part)) for file in level.files] if part.is_dir() else [part]
+    archives = [str(path) for path in found if path.suffix.lower() == ARCHIVE and not path.name.startswith(".")]
+    tabled = bool(archives) and has_metadata(part)
+    has_images = bool(archives) and next(image_files(str(part)), None) is not None
+    for archive in archives:
+        if _has_table(archive):
+            reason = "beside DICOM, NIfTI and npy files, and images that no table lists, no archive is"
+            is_read = not has_scans and (tabled or not has_images)
+        else:
+            reason = "it has no metadata.csv, and classes are read from folders, but not from those in an archive"
+            # Nothing is that the table does not list.
+            is_read = tabled
+        if not is_read:
+            raise ValueError(
+                f"The archive {archive!r} is not read: {reason}. Unpack it, and move it out of the folder."
+            )
+
+
+def _has_table(archive: str) -> bool:
+    try:
+        with zipfile.ZipFile(archive) as file:
+            return any(Path(name).name in ImageFolder.METADATA_FILENAMES for name in file.namelist())
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(
+            f"The archive {archive!r} cannot be opened ({first_line(error)}). Fetch it again, or move it out of the "
+            "folder."
+        ) from error
 
 
 def _listed(paths: Sequence[Path]) -> str:

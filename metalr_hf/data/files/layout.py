@@ -31,9 +31,33 @@ def folder_of(dataset_name: str | None, data_dir: str | None = None) -> str | No
     Returns:
         `str`, *optional*: `None` where the data set is not in one.
     """
-    parts = [part for part in (dataset_name, data_dir) if part and part != IMAGE_FOLDER]
-    folder = os.path.join(*parts) if parts else ""
+    folder = _path_of(dataset_name, data_dir)
     return folder if os.path.isdir(folder) else None
+
+
+def refuse_file(dataset_name: str | None, data_dir: str | None = None) -> None:
+    """Raises an error where a file is given in place of a folder, such as an archive.
+
+    Args:
+        dataset_name (`str`, *optional*): As in [`~metalr_hf.data.loading.DataArguments`].
+        data_dir (`str`, *optional*): The same.
+
+    Raises:
+        ValueError: if it is a file.
+    """
+    path = _path_of(dataset_name, data_dir)
+    # A name without an ending may be one of the Hub.
+    if os.path.isfile(path) and os.path.splitext(path)[1]:
+        argument = f"data_dir={data_dir!r}" if data_dir else f"dataset_name={dataset_name!r}"
+        raise ValueError(
+            f"{argument} is a file, not a folder. Give the folder that it lies in. If it is an archive, unpack it and "
+            "give the folder that it is unpacked to."
+        )
+
+
+def _path_of(dataset_name: str | None, data_dir: str | None) -> str:
+    parts = [part for part in (dataset_name, data_dir) if part and part != IMAGE_FOLDER]
+    return os.path.join(*parts) if parts else ""
 
 
 def builder_of(folder: str, is_one_of_images: bool = False) -> str | None:

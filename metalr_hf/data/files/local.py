@@ -11,7 +11,7 @@ import datasets
 from datasets.data_files import FILES_TO_IGNORE
 
 from .checks import check_folder
-from .folders import walk
+from .folders import FOLDER_BUILDER, walk
 from .layout import builder_of, folders_of_splits, has_metadata
 
 NUMBERS = ("int", "uint", "float")
@@ -38,7 +38,7 @@ def load_folder(
     """
     builder = builder or builder_of(folder, is_one_of_images=True)
     splits = folders_of_splits(folder)
-    check_folder(folder, splits)
+    check_folder(folder, splits, has_scans=builder == FOLDER_BUILDER)
     files = {
         split: [pattern for path in paths for pattern in _patterns(path.absolute())] for split, paths in splits.items()
     }

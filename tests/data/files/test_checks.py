@@ -1,6 +1,7 @@
 """Of a folder of images nothing is left out without a word."""
 
 import re
+import zipfile
 
 import pytest
 from PIL import Image
@@ -16,8 +17,15 @@ def made(folder, *places):
     return folder
 
 
-def check(folder):
-    check_folder(str(folder), folders_of_splits(str(folder)))
+def zipped(path, *names):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as file:
+        for name in names:
+            file.writestr(name, "")
+
+
+def check(folder, **how):
+    check_folder(str(folder), folders_of_splits(str(folder)), **how)
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
@@ -68,7 +76,7 @@ def test_images_beside_splits_are_warned_of(tmp_path):
     (tmp_path / "logs" / "empty" / "scan.png").unlink()
     check(tmp_path)
     made(tmp_path, "unsorted", ".")
-    (tmp_path / "photos.zip").touch()
+    zipped(tmp_path / "photos.zip", "a/0.png")
     found = "splits ('train', 'test'), so that what lies beside them is not read: 'photos.zip', 'scan.png', 'unsorted'"
     with pytest.warns(UserWarning, match=re.escape(found)):
         check(tmp_path)
@@ -100,4 +108,50 @@ def test_links_that_lead_nowhere_beside_a_table_and_beside_splits(tmp_path):
     check(tmp_path)
     (tmp_path / "test").symlink_to("not-mounted")
     with pytest.raises(ValueError, match="not there: 1, the first 'test' to 'not-mounted'"):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize("archive", ["photos.zip", "train.zip", "train/more.ZIP", "train/a/more.zip"])
+@pytest.mark.parametrize("names", [["a/0.png", "b/0.png"], ["0.png"]], ids=str)
+def test_folders_of_classes_in_archives(tmp_path, archive, names):
+    zipped(tmp_path / archive, *names)
+    with pytest.raises(ValueError, match=f"{archive}' is not read: it has no metadata.csv, .* Unpack it, and move"):
+        check(tmp_path)
+    # Only what its table lists is read then, of folders too.
+    (tmp_path / "train").mkdir(exist_ok=True)
+    (tmp_path / "train" / "metadata.csv").touch()
+    if archive.startswith("train/"):
+        check(tmp_path)
+
+
+def test_an_archive_beside_what_was_unpacked_from_it(tmp_path):
+    made(tmp_path, "train/a", "train/b")
+    zipped(tmp_path / "train.zip", "a/0.png", "b/0.png")
+    with pytest.raises(ValueError, match="train.zip' is not read: .* Unpack it, and move it out of the folder"):
+        check(tmp_path)
+
+
+def test_archives_with_tables_are_read_but_not_beside_images_without_one(tmp_path):
+    zipped(tmp_path / "train.zip", "images/0.png", "images/metadata.jsonl")
+    check(tmp_path)
+    with pytest.raises(ValueError, match="train.zip' is not read: beside DICOM, NIfTI and npy files"):
+        check(tmp_path, has_scans=True)
+    zipped(made(tmp_path / "photos", "train/a", "train/b") / "train" / "more.zip", "0.png", "metadata.csv")
+    with pytest.raises(ValueError, match="more.zip' is not read: .* and images that no table lists"):
+        check(tmp_path / "photos")
+
+
+def test_hidden_files_are_nothing_that_is_left_out(tmp_path):
+    made(tmp_path, "a", "b")
+    (tmp_path / "a" / "._photos.zip").touch()
+    (tmp_path / "a" / ".#scan.png").symlink_to("user@machine.1234")
+    check(tmp_path)
+    made(tmp_path / "photos", "train/a", "train/b")
+    (tmp_path / "photos" / "._scan.png").touch()
+    check(tmp_path / "photos")
+
+
+def test_an_archive_that_is_broken(tmp_path):
+    (tmp_path / "train.zip").touch()
+    with pytest.raises(ValueError, match=r"train.zip' cannot be opened \(File is not a zip file\). Fetch it again"):
         check(tmp_path)

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from metalr_hf.data.files.folders import FOLDER_BUILDER
-from metalr_hf.data.files.layout import builder_of, folder_of, folders_of_splits, refuse_nested_classes
+from metalr_hf.data.files.layout import builder_of, folder_of, folders_of_splits, refuse_file, refuse_nested_classes
 
 
 def made(folder, *places):
@@ -104,3 +104,14 @@ def test_a_folder_of_images_is_told_from_others(tmp_path):
 def test_the_folder_of_a_data_set(tmp_path):
     assert folder_of("imagefolder", str(tmp_path)) == folder_of(str(tmp_path)) == str(tmp_path)
     assert folder_of("user/name") is folder_of(None) is None
+
+
+def test_a_file_in_place_of_a_folder(tmp_path):
+    archive = tmp_path / "photos.zip"
+    archive.touch()
+    for given in ((str(archive),), ("imagefolder", str(archive)), (str(tmp_path), "photos.zip")):
+        with pytest.raises(ValueError, match=r"photos.zip' is a file, not a folder. .* If it is an archive, unpack it"):
+            refuse_file(*given)
+    refuse_file(str(tmp_path))
+    refuse_file("user/name")
+    refuse_file(None)

@@ -80,6 +80,20 @@ def test_archives_of_splits(tmp_path, streaming):
     }
 
 
+def test_classes_in_archives(tmp_path):
+    classes(tmp_path / "photos")
+    archive = shutil.make_archive(str(tmp_path / "zipped" / "train"), "zip", tmp_path / "photos")
+    with pytest.raises(ValueError, match="train.zip' is not read: it has no metadata.csv"):
+        load_images(DataArguments(dataset_name=str(tmp_path / "zipped")))
+    with pytest.raises(ValueError, match="^data_dir='.*train.zip' is a file, not a folder"):
+        load_images(DataArguments(data_dir=archive))
+    # Beside scans, it was left out.
+    save_dicom_folder(tmp_path / "scans")
+    shutil.copy(archive, tmp_path / "scans" / "train" / "more.zip")
+    with pytest.raises(ValueError, match="more.zip' is not read"):
+        load_images(DataArguments(dataset_name=str(tmp_path / "scans")))
+
+
 @pytest.mark.parametrize("links", [["c"], ["a", "b", "c"], ["train/c"], ["train"]], ids=str)
 def test_folders_that_are_links_are_followed(tmp_path, links):
     classes(tmp_path / "elsewhere" / "train", "abc")

@@ -13,7 +13,6 @@ from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_OBJECT_DETECTION_MAPPING,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
-    AutoConfig,
     AutoModelForImageClassification,
     AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
@@ -22,6 +21,7 @@ from transformers import (
 
 from ..layers.groups import layer_groups
 from ..messages import did_you_mean, first_line
+from ..models.loading import load_config
 from ..settings import LAYER_GRANULARITIES
 
 TASKS: tuple[tuple[Any, Any], ...] = (
@@ -94,7 +94,7 @@ def empty_model(name: str | None, *, trust_remote_code: bool = False) -> nn.Modu
     if name.startswith("timm/") and not os.path.isdir(name):
         return _timm_model(name.removeprefix("timm/"))
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = load_config(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"--model={name!r}: no configuration there. It must be a local folder, a model that can be reached on the "

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
+
 from ..messages import first_line
 
 
@@ -54,3 +56,23 @@ def naming_the_model(name: str | None, what: str) -> Iterator[None]:
             f"model_name_or_path={name!r}: no {what} there. It must be a local folder or a model that can be reached "
             f"on the Hub: check the name and the network; private ones need `hf auth login`. ({first_line(error)})"
         ) from error
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Loads the configuration of a pretrained model, so that the model can be made with it.
+
+    Args:
+        name (`str`): Hub id or local folder.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code that the repository brings along.
+
+    Returns:
+        `transformers.PreTrainedConfig`: of a timm model without `num_classes` among the model's arguments.
+
+    Raises:
+        OSError, ValueError: if there is none.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if isinstance(config, TimmWrapperConfig) and config.model_args:
+        # timm may save it there too. transformers hands timm its own number of labels beside these arguments.
+        config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+    return config

@@ -25,7 +25,7 @@ from ..data.transforms import (
     prepare_splits,
 )
 from ..messages import did_you_mean
-from ..models.loading import ModelArguments, naming_the_model
+from ..models.loading import ModelArguments, load_config, naming_the_model
 from ..models.probe import check_input
 
 # Of a run that names neither a model nor a data set.
@@ -309,7 +309,8 @@ class Task(ABC):
         """
         name, auto_class = str(arguments.model_name_or_path), self.auto_class
         with naming_the_model(name, "model"):
-            model = auto_class.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+            config = load_config(name, trust_remote_code=arguments.trust_remote_code)
+            model = auto_class.from_pretrained(name, config=config, trust_remote_code=arguments.trust_remote_code)
         with naming_the_model(name, "image processor"):
             return model, load_saved_processor(model, name, trust_remote_code=arguments.trust_remote_code)
 

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedModel,
@@ -23,7 +22,7 @@ from ..data.loading import DataArguments, load_images
 from ..data.splits import ImageSplits
 from ..data.transforms import ImageTransform, Transform
 from ..models.channels import RGB, load_with_channels
-from ..models.loading import ModelArguments, naming_the_model
+from ..models.loading import ModelArguments, load_config, naming_the_model
 from ..models.target_losses import ClassLoss
 from .base import Task
 from .metrics import CLASS_SCORES, build_compute_metrics, score_classes
@@ -71,7 +70,7 @@ class Classification(Task):
             model.config.problem_type = self.problem_type
             return model
         with naming_the_model(name, "model"):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+            config = load_config(name, trust_remote_code=arguments.trust_remote_code)
             config.id2label = dict(id2label)
             config.label2id = {label: i for i, label in id2label.items()}
             # The model may come from another task.

@@ -197,10 +197,11 @@ class DataArguments:
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be between 0 and 1.")
         parse_window(self.intensity_window)
-        for name in ("max_train_samples", "image_size", "num_channels"):
+        # Torch cannot resize to a single pixel.
+        for name, least in (("max_train_samples", 1), ("image_size", 2), ("num_channels", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r} must be 1 or more.")
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value!r} must be {least} or more.")
         if self.dataset_name == "imagefolder" and self.data_dir is None:
             raise ValueError("dataset_name='imagefolder' needs data_dir: the folder with a folder of images a class.")
 

@@ -27,6 +27,7 @@ from ..data.intensity import set_window
 from ..data.masks import MaskArguments, MaskSplits, MaskTransform, collate_masks, load_masks
 from ..data.transforms import Transform, load_image_processor, set_channels
 from ..data.volumes.folders import holds_volumes
+from ..messages import first_line
 from ..models.channels import RGB, input_channels, load_with_channels
 from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import resize_logits, segmentation_loss
@@ -182,7 +183,7 @@ def load_segmentation_model(
         `transformers.PreTrainedModel`
 
     Raises:
-        OSError, ValueError: if there is no such model.
+        OSError, ValueError: if there is no such model, or none for such images.
     """
     labels: dict[str, Any] = {"id2label": dict(id2label), "label2id": {label: i for i, label in id2label.items()}}
     config: Any = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -190,12 +191,21 @@ def load_segmentation_model(
         encoder_args = {
             key: value for key, value in (config.model_args or {}).items() if key in ("img_size", "in_chans")
         }
-        if (config.pretrained_cfg or {}).get("fixed_input_size") and image_size is not None:
+        is_built_for_it = bool((config.pretrained_cfg or {}).get("fixed_input_size")) and image_size is not None
+        if is_built_for_it:
             encoder_args["img_size"] = image_size
         if num_channels is not None and num_channels != encoder_args.get("in_chans", RGB):
             encoder_args["in_chans"] = num_channels
         source = "local-dir" if os.path.isdir(name) else "hf-hub"
-        return TimmUNetForSemanticSegmentation.from_encoder(f"{source}:{name}", encoder_args=encoder_args, **labels)
+        try:
+            return TimmUNetForSemanticSegmentation.from_encoder(f"{source}:{name}", encoder_args=encoder_args, **labels)
+        except RuntimeError as error:
+            if not is_built_for_it:
+                raise
+            raise ValueError(
+                f"image_size={image_size}: no encoder for such images can be made of {config.architecture} "
+                f"({first_line(error)}). Leave image_size out, or choose another size or network."
+            ) from error
     config.id2label, config.label2id = labels["id2label"], labels["label2id"]
     if getattr(config, "use_auxiliary_head", False):
         # It only takes part in the model's own loss.

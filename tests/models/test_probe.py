@@ -1,6 +1,6 @@
 import pytest
 import torch
-from digits import save_vit
+from digits import save_timm, save_vit
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from metalr_hf.models.loading import ModelArguments
@@ -20,6 +20,13 @@ def test_a_size_that_the_network_cannot_take_is_refused(tmp_path):
     load(save_vit(tmp_path / "vit"), 16)
     with pytest.raises(ValueError, match=r"image_size=20: ViTFor.* cannot take images of 20 × 20 .*is made for 16"):
         load(tmp_path / "vit", 20)
+
+
+def test_a_size_below_a_patch_of_an_encoder_is_refused(tmp_path):
+    save_timm(tmp_path / "encoder", "test_vit")
+    load(tmp_path / "encoder", 32, "segmentation")
+    with pytest.raises(ValueError, match=r"image_size=8: no encoder for such images can be made of test_vit \(.*\)"):
+        load(tmp_path / "encoder", 8, "segmentation")
 
 
 def test_a_network_for_one_channel_is_refused():

@@ -24,6 +24,10 @@ from . import INTERRUPTED, say
 from .arguments import TrainArguments, parse_train_arguments
 from .broken_images import name_broken_image
 
+VALIDATION_SHARE = 0.2
+# Whether a loss still falls shows on few images, and those held out are missed: trained on the same images, a run of a
+# fixed length was no better than one that had stopped by itself.
+IMAGES_TO_STOP_BY, SMALLEST_SHARE_TO_STOP_BY = 50, 0.1
 RUN_FILES = (SAFE_WEIGHTS_NAME, CONFIG_NAME, IMAGE_PROCESSOR_NAME, *BESIDE_THE_MODEL, TRAINER_STATE_NAME)
 
 
@@ -116,9 +120,8 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         splits = task.load_splits(data, seed=training.seed)
     evaluates = training.eval_strategy != IntervalStrategy.NO or training.stop_when_converged
     if evaluates and splits.validation is None:
-        splits = hold_out(
-            splits, "validation", "validation_share", data.validation_share, training.seed, data.group_column
-        )
+        share = data.validation_share or _validation_share(splits.train, training.stop_when_converged)
+        splits = hold_out(splits, "validation", "validation_share", share, training.seed, data.group_column)
     if training.meta_split and data.group_column:
         splits = hold_out(splits, "meta", "meta_split", training.meta_split, training.seed, data.group_column)
         # They are held out now. The trainer, which knows no groups, need not do it.
@@ -168,6 +171,13 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     if training.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def _validation_share(train: Any, stops_by_itself: bool) -> float:
+    # Streams, which have no length, are refused where it is taken.
+    if not (stops_by_itself and hasattr(train, "__len__")):
+        return VALIDATION_SHARE
+    return min(max(IMAGES_TO_STOP_BY / len(train), SMALLEST_SHARE_TO_STOP_BY), VALIDATION_SHARE)
 
 
 def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:

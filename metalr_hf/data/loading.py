@@ -49,9 +49,10 @@ class DataArguments:
             Share of the training split, stratified by class, to test on where there is no split for it.
         validation_split (`str`, *optional*):
             Split that evaluations during training look at. By default `validation`, where it is not what is tested on.
-        validation_share (`float`, *optional*, defaults to 0.2):
+        validation_share (`float`, *optional*):
             Share of the training split to evaluate on during training where there is no split for it. It is held out
-            only if evaluations are asked for.
+            only if evaluations are asked for. By default a fifth; of a run that stops by itself, which has no use for
+            more, 50 images if they are at most a fifth and at least a tenth.
         group_column (`str`, *optional*):
             Column of the patients, videos or slides, or a tag of DICOM files such as `PatientID`: rows that share a
             value of it stay on one side of every split that is made here, and splits that share one are refused.
@@ -126,11 +127,12 @@ class DataArguments:
             "tested on."
         },
     )
-    validation_share: float = field(
-        default=0.2,
+    validation_share: float | None = field(
+        default=None,
         metadata={
             "help": "Share of the training split to evaluate on during training where there is no split for it. It is "
-            "held out only if evaluations are asked for."
+            "held out only if evaluations are asked for. By default a fifth; of a run that stops by itself, which has "
+            "no use for more, 50 images if they are at most a fifth and at least a tenth."
         },
     )
     group_column: str | None = field(
@@ -194,8 +196,9 @@ class DataArguments:
             self.metrics = [self.metrics]
         self.metrics = self.metrics or list(self.default_metrics)
         for name in ("test_share", "validation_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be between 0 and 1.")
+            share = getattr(self, name)
+            if share is not None and not 0 < share < 1:
+                raise ValueError(f"{name}={share!r} must be between 0 and 1.")
         parse_window(self.intensity_window)
         # Torch cannot resize to a single pixel.
         for name, least in (("max_train_samples", 1), ("image_size", 2), ("num_channels", 1)):

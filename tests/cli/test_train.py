@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from metalr_hf import LRHistory
 from metalr_hf.cli import main
-from metalr_hf.cli.train import RUN_FILES
+from metalr_hf.cli.train import RUN_FILES, _validation_share
 from metalr_hf.data.splits import hold_out
 from metalr_hf.trainer.checkpoints import usable_checkpoint
 
@@ -327,6 +327,14 @@ def test_a_run_without_any_number_stops_by_itself(tmp_path, images, vit, capsys)
     shown = " ".join(capsys.readouterr().out.split())
     assert f"Stopped at step {state['global_step']}, converged." in shown
     assert f"The model is that of step {state['best_global_step']}" in shown
+
+
+@pytest.mark.parametrize(
+    ("images", "stops", "held"),
+    [(100, False, 20), (100, True, 20), (400, True, 50), (500, True, 50), (2000, True, 200)],
+)
+def test_a_run_that_stops_by_itself_holds_out_fifty_images_between_a_tenth_and_a_fifth(images, stops, held):
+    assert round(_validation_share(range(images), stops) * images) == held
 
 
 def test_the_images_it_stops_by_keep_their_groups(tmp_path, vit, monkeypatch):

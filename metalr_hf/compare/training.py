@@ -26,11 +26,11 @@ from ..models.timm import is_timm_model, wrap_timm_model
 from .results import DIVERGED, DONE, FAILED
 from .strategies import HeldOut, Job, Strategy
 
-# Of the training rows, what a strategy that searches is given to search on.
-SEARCH_SHARE = 0.2
-
 if TYPE_CHECKING:
     from .runs import Cell, Comparison, RowTransform, Run
+
+# Of the training rows, what a strategy that searches is given to search on.
+SEARCH_SHARE = 0.2
 
 
 @dataclass

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ...messages import first_line
-from .folders import NEVER_IMAGES, Level, image_files, is_image_file, walk
+from .folders import NEVER_IMAGES, is_image_file, walk
 from .layout import ARCHIVE, TRAIN, has_metadata, holds_images
 
 # Of many folders and files, how many a message names.
@@ -46,18 +45,21 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]], has_scans: b
     ```
     """
     parts = [path for paths in splits.values() for path in paths]
-    _refuse_dead_links(folder, parts)
+    # Walked through once: a folder may be large.
+    files = {part: [file for level in walk(str(part)) for file in level.files] for part in parts}
+    _refuse_dead_links(folder, files)
     if parts != [Path(folder)]:
         _refuse_table_beside(parts)
         _check_images_beside(parts, splits.get(TRAIN, ()))
     for part in parts:
-        _refuse_archives(part, has_scans)
+        _refuse_archives(part, files[part], has_scans)
 
 
-def _refuse_dead_links(folder: str, parts: Sequence[Path]) -> None:
-    dead = [path for part in parts if part.is_dir() for path in _dead_links(walk(str(part)), has_metadata(part))]
-    if parts != [Path(folder)]:
-        dead += _dead_links(islice(walk(str(parts[0].parent)), 1), False)
+def _refuse_dead_links(folder: str, files: Mapping[Path, Sequence[os.DirEntry[str]]]) -> None:
+    dead = [path for inside in files.values() for path in _dead_links(inside, _has_table(inside))]
+    if list(files) != [Path(folder)]:
+        beside = next(walk(str(next(iter(files)).parent)))
+        dead += _dead_links(beside.files, False)
     if dead:
         raise ValueError(
             f"The folder {folder!r} has links to files or folders that are not there: {len(dead)}, the first "
@@ -66,12 +68,11 @@ def _refuse_dead_links(folder: str, parts: Sequence[Path]) -> None:
         )
 
 
-def _dead_links(levels: Iterable[Level], tabled: bool) -> list[str]:
+def _dead_links(files: Sequence[os.DirEntry[str]], tabled: bool) -> list[str]:
     """Those that may stand for what is read. Where a table lists the images, each is looked at later."""
     return [
         file.path
-        for level in levels
-        for file in level.files
+        for file in files
         if file.is_symlink()
         and not file.name.startswith(".")
         and (file.name.lower().endswith(READ) or not (tabled or file.name.lower().endswith(NEVER_IMAGES)))
@@ -122,13 +123,17 @@ def _may_be_class(path: Path) -> bool:
     return any(is_image_file(str(file)) for file in inside) and not any(map(holds_images, inside))
 
 
-def _refuse_archives(part: Path, has_scans: bool) -> None:
-    found = [Path(file.path) for level in walk(str(part)) for file in level.files] if part.is_dir() else [part]
+def _has_table(files: Sequence[os.DirEntry[str]]) -> bool:
+    return any(file.name in ImageFolder.METADATA_FILENAMES for file in files)
+
+
+def _refuse_archives(part: Path, files: Sequence[os.DirEntry[str]], has_scans: bool) -> None:
+    found = [Path(file.path) for file in files] if part.is_dir() else [part]
     archives = [str(path) for path in found if path.suffix.lower() == ARCHIVE and not path.name.startswith(".")]
-    tabled = bool(archives) and has_metadata(part)
-    has_images = bool(archives) and next(image_files(str(part)), None) is not None
+    tabled = _has_table(files)
+    has_images = bool(archives) and any(is_image_file(file.path) for file in files)
     for archive in archives:
-        if _has_table(archive):
+        if _has_table_inside(archive):
             reason = "beside DICOM, NIfTI and npy files, and images that no table lists, no archive is"
             is_read = not has_scans and (tabled or not has_images)
         else:
@@ -141,7 +146,7 @@ def _refuse_archives(part: Path, has_scans: bool) -> None:
             )
 
 
-def _has_table(archive: str) -> bool:
+def _has_table_inside(archive: str) -> bool:
     try:
         with zipfile.ZipFile(archive) as file:
             return any(Path(name).name in ImageFolder.METADATA_FILENAMES for name in file.namelist())

@@ -203,6 +203,8 @@ def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
         console.print(
             "The start rates were calibrated along the first steps; the learning rate given made no difference."
         )
+    if trainer.fresh_head.images:
+        console.print(f"After the third step the head was fitted to {trainer.fresh_head.images} training images.")
     schedule = SchedulerType(trainer.args.lr_scheduler_type).value
     if schedule != "constant":
         console.print(f"The {schedule} schedule multiplies these rates.")

@@ -221,6 +221,8 @@ def _tuning(trainer: HubTrainer) -> dict[str, object]:
     given = " to ".join(dict.fromkeys(f"{rate:.1e}" for rate in (rates.min().item(), rates.max().item())))
     way = "calibrated along the first steps" if scheduler.calibration else "as given"
     settings: dict[str, object] = {"start learning rates": f"{given}, {way}"}
+    if trainer.fresh_head.images:
+        settings["head"] = f"fitted in closed form to {trainer.fresh_head.images} training images after the third step"
     if args.hyper_lr:
         most = f"at most a factor of {trainer.lr_scheduler.max_lr_change:g} a step"
         settings["learning-rate rule"] = f"{args.lr_rule}, η = {args.hyper_lr:g}, {most}"

@@ -31,6 +31,7 @@ class HubTrainer(Trainer):
     lr_scheduler: Any
     train_dataset: Any
     meta_source: str
+    fresh_head: Any
     meta_dataset: Any
     push_in_progress: Any
     hub_model_id: Any

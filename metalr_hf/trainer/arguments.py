@@ -65,6 +65,9 @@ class MetaLRTrainingArguments(TrainingArguments):
         calibrate (`bool`, *optional*):
             Find the start rates along the first three steps, so that `learning_rate` makes no difference. On by
             default, unless `hyper_lr` is 0.
+        fit_head (`bool`, *optional*):
+            After the third step, fit a classifier's fresh linear head in closed form, to up to 512 training images. On
+            by default where the start rates are calibrated.
         meta_source (`str`, *optional*):
             Where the validation gradient comes from: `stream` (validation batches, one more forward and backward) or
             `next_batch` (the next training batch, no extra pass). By default `stream` when there is a `meta_dataset`
@@ -157,6 +160,13 @@ class MetaLRTrainingArguments(TrainingArguments):
         metadata={
             "help": "Find the start rates along the first three steps, so that `learning_rate` makes no difference. On "
             "by default, unless `hyper_lr` is 0."
+        },
+    )
+    fit_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "After the third step, fit a classifier's fresh linear head in closed form, to up to 512 training "
+            "images. On by default where the start rates are calibrated."
         },
     )
     meta_source: str | None = field(

@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from itertools import islice
 from typing import Any
 
-import datasets
 import torch
-from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..tuning.averaging import POLYNOMIAL, WeightAverage
 from ..tuning.contexts import preserve_random_state
-from .meta import EmptyMetaSetError, own_data_methods, stream_of
+from .meta import EmptyMetaSetError, spare_batches
 
 logger = logging.get_logger(__name__)
 
@@ -91,18 +88,17 @@ class AveragingTrainer(Trainer):
             yield
 
     def _statistics_forwards(self) -> None:
-        if self.train_dataset is None or own_data_methods(self) or _is_read_once(self.train_dataset):
+        batches = spare_batches(self, STATISTICS_BATCHES * self._train_batch_size)
+        if batches is None:
             logger.warning_once(
                 "The statistics of batch norm are averaged along with the weights, since batches to estimate them from "
                 "cannot be drawn beside those that are trained on. With batch norm, lr_scheduler_type="
                 "'warmup_stable_decay' may do better than the average."
             )
             return
-        # No batch is taken from the training's own order, and no random number. Every process takes the same ones: it
-        # may be the only one that saves.
-        stream = stream_of(self, self.train_dataset, self._train_batch_size, batches_to_shuffle=4, alone=True)
+        # The same ones in every process: it may be the only one that saves.
         with preserve_random_state(self.args.device), suppress(EmptyMetaSetError):
-            for batch in islice(stream, STATISTICS_BATCHES):
+            for batch in batches:
                 count = None
                 if self.compute_loss_func is not None:
                     _, count = self.get_batch_samples(iter([batch]), 1, self.args.device)
@@ -153,11 +149,6 @@ class AveragingTrainer(Trainer):
         super()._load_best_model()
         # What was loaded is an average already.
         self.weight_average = None
-
-
-def _is_read_once(dataset: Any) -> bool:
-    """Whether a second reader may take rows of the first. Only those of `datasets` are known to begin anew."""
-    return isinstance(dataset, IterableDataset) and not isinstance(dataset, datasets.IterableDataset)
 
 
 class _UpdateAverage(TrainerCallback):

@@ -66,6 +66,18 @@ def calibrates(args: Any) -> bool:
     return args.hyper_lr > 0 if args.calibrate is None else args.calibrate
 
 
+def fits_head(args: Any) -> bool:
+    """Whether a fresh head is fitted before the first step, with the default filled in.
+
+    Args:
+        args ([`MetaLRTrainingArguments`]): The arguments, or others that have the same.
+
+    Returns:
+        `bool`
+    """
+    return calibrates(args) if args.fit_head is None else args.fit_head
+
+
 def lr_change_of(args: Any) -> float:
     """The trust region of one update, with the default filled in.
 

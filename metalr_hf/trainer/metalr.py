@@ -27,8 +27,9 @@ from .arguments import MetaLRTrainingArguments, refuse_deepspeed, with_tuning_ar
 from .averaging import AveragingTrainer
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
 from .collapse import CollapseGuard, guard_for
-from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
+from .defaults import calibrates, fits_head, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
 from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients
+from .fresh_head import FreshHead
 from .meta import MetaStream, create_meta_stream, prepare_meta_dataset
 from .schedules import schedule_shape
 from .step_hooks import StepHooks, calibrate_on, fetch_validation_batch, step_hooks
@@ -131,6 +132,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         self._left_out: dict[str, Tensor] = {}
         self._has_warned = False
         self._collapse_guard: CollapseGuard | None = None
+        self.fresh_head = FreshHead()
         self._step_hooks: StepHooks | None = None
         super().__init__(model, args, *trainer_args, **kwargs)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -257,6 +259,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             if args.hyper_lr > 0 and args.tuning_steps and not (self.is_fsdp_enabled or self._feeds_itself):
                 self._collapse_guard = guard_for(self.model, self.compute_loss_func)
                 scheduler.stateful |= {} if self._collapse_guard is None else {"collapse_guard": self._collapse_guard}
+            self.fresh_head = scheduler.stateful["fresh_head"] = FreshHead()
             held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
             others = {name: p for name, p in self.model.named_parameters() if id(p) not in held}
             # Those that an earlier run left out too: they may have been thawed since.
@@ -266,6 +269,12 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             # Trainer's own mark of a scheduler that a second train() has to make anew.
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _fit_head(self) -> None:
+        if fits_head(self.args) and not (self._feeds_itself or self.is_fsdp_enabled):
+            self.lr_scheduler.count_forwards(self.fresh_head.fit(self))
+            if self.fresh_head.images:
+                self.lr_scheduler.let_go()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Runs Trainer's forward and backward pass, and fetches a validation batch if the coming step is tuned."""

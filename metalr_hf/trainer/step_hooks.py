@@ -11,6 +11,7 @@ import torch
 from accelerate.utils.operations import recursively_apply
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..tuning.calibration import LOOKS
 from ..tuning.contexts import untouched
 
 
@@ -43,6 +44,8 @@ class StepHooks(TrainerCallback):
         if self.coming_batch is not None:
             calibrate_on(self.trainer, self.coming_batch)
         self.coming_batch = None
+        if state.global_step == len(LOOKS):
+            self.trainer._fit_head()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

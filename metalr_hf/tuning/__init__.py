@@ -2,8 +2,9 @@
 
 from .averaging import WeightAverage
 from .contexts import untouched
+from .fresh_head import fit_head
 from .history import LRHistory
 from .rules import Rule, register_rule
 from .scheduler import MetaLRScheduler
 
-__all__ = ["LRHistory", "MetaLRScheduler", "Rule", "WeightAverage", "register_rule", "untouched"]
+__all__ = ["LRHistory", "MetaLRScheduler", "Rule", "WeightAverage", "fit_head", "register_rule", "untouched"]

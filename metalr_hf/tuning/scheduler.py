@@ -218,15 +218,19 @@ class MetaLRScheduler(CalibratedScheduler):
             self._noted = self._look_ahead.inner_products() / scale
             self._noted_loss = loss
 
+    def let_go(self) -> None:
+        """Records the step just taken without tuning by it, where something else is about to change the parameters."""
+        self.settle()
+        self._look_ahead.discard()
+        self._noted = self._noted_loss = None
+
     def restart(self, factor: float) -> None:
         """Forgets the step held open and the optimizer's state, and tunes anew from a factor of the start rates.
 
         Args:
             factor (`float`): What the start rates, calibrated or given, are multiplied by.
         """
-        self.settle()
-        self._look_ahead.discard()
-        self._noted = self._noted_loss = None
+        self.let_go()
         self.optimizer.state.clear()
         self.rule.reset()
         self.guard.restart()

@@ -304,6 +304,12 @@ def calibrated_cosine(job: Job) -> Trainer:
     return job.tuned(calibrate=True, hyper_lr=0.0, lr_scheduler_type="cosine")
 
 
+@register_strategy("fitted_cosine", cost="1, and the forward passes that fit the head")
+def fitted_cosine(job: Job) -> Trainer:
+    """One learning rate and cosine decay to zero, with the head that this package fits after the third step."""
+    return job.tuned(calibrate=False, hyper_lr=0.0, fit_head=True, lr_scheduler_type="cosine")
+
+
 @register_strategy(
     "metalr", uses_learning_rate=False, needs_horizon=False, per_layer=True, averages=True, cost=CALIBRATED
 )
@@ -324,6 +330,14 @@ def metalr_decay(job: Job) -> Trainer:
 def metalr_constant(job: Job) -> Trainer:
     """This package's default without its average: tuned rates that stay up to the end, and the last weights."""
     return job.tuned(lr_scheduler_type="constant")
+
+
+@register_strategy(
+    "metalr_fresh_head", uses_learning_rate=False, needs_horizon=False, per_layer=True, cost=CALIBRATED, averages=True
+)
+def metalr_fresh_head(job: Job) -> Trainer:
+    """This package's default without the head that it fits: a fresh head starts from random numbers."""
+    return job.tuned(fit_head=False)
 
 
 @register_strategy("metalr_uncalibrated", needs_horizon=False, per_layer=True, averages=True)

@@ -1,7 +1,7 @@
 """The validation batches that tune the learning rates: which images they are of, and an endless stream of them."""
 
 from .batches import EmptyMetaSetError, UnusableRowError
-from .sets import create_meta_stream, own_data_methods, prepare_meta_dataset, stream_of
+from .sets import create_meta_stream, own_data_methods, prepare_meta_dataset, spare_batches, stream_of
 from .stream import MetaStream, check_meta_dataset, split_meta_dataset
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "create_meta_stream",
     "own_data_methods",
     "prepare_meta_dataset",
+    "spare_batches",
     "split_meta_dataset",
     "stream_of",
 ]

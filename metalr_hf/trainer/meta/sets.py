@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import datasets
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from .stream import MetaStream, check_meta_dataset, split_meta_dataset
@@ -132,6 +135,27 @@ def stream_of(
         num_processes=1 if alone else args.world_size,
         **buffer,
     )
+
+
+def spare_batches(trainer: Any, images: int) -> Iterator[Any] | None:
+    """A few training batches beside those that are trained on, the same ones in every process.
+
+    None is taken from the training's own order. Random numbers are the caller's.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        images (`int`): How many images, a batch more or less.
+
+    Returns:
+        `Iterator`: batches as the data loader gives them, or `None` if a second reader would take rows of the first.
+    """
+    dataset, batch_size = trainer.train_dataset, trainer._train_batch_size
+    # Only those of `datasets` are known to begin anew.
+    read_once = isinstance(dataset, IterableDataset) and not isinstance(dataset, datasets.IterableDataset)
+    if dataset is None or own_data_methods(trainer) or read_once:
+        return None
+    stream = stream_of(trainer, dataset, batch_size, batches_to_shuffle=4, alone=True)
+    return islice(stream, -(-images // batch_size))
 
 
 def _label_column(trainer: Any, dataset: Any) -> str:

@@ -1,9 +1,10 @@
 """Start learning rates from the validation loss along the first optimizer steps."""
 
 from .scheduler import CalibratedScheduler
-from .search import Calibration, Calibrator, calibrate
+from .search import LOOKS, Calibration, Calibrator, calibrate
 
 __all__ = [
+    "LOOKS",
     "CalibratedScheduler",
     "Calibration",
     "Calibrator",

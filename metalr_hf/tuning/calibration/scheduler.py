@@ -64,8 +64,16 @@ class CalibratedScheduler(LayerRateScheduler):
 
     @property
     def calibration_forwards(self) -> int:
-        """Forward passes that the calibration has taken so far."""
+        """Forward passes that the calibration has taken so far, and those that were counted with it."""
         return self._calibrator.forwards
+
+    def count_forwards(self, forwards: int) -> None:
+        """Counts forward passes that were taken for the start of the run beside those of the calibration.
+
+        Args:
+            forwards (`int`): How many.
+        """
+        self._calibrator.forwards += forwards
 
     @property
     def will_calibrate(self) -> bool:

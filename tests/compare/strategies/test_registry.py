@@ -27,12 +27,35 @@ def test_the_default_is_constant_rates_and_their_average(tmp_path):
         assert torch.equal(one, other)
 
 
+def test_the_fitted_head_alone_with_the_schedule_of_cosine_decay(tmp_path):
+    fitted, _, _ = run(tmp_path / "a", "fitted_cosine", learning_rate=1e-3)
+    plain, _, _ = run(tmp_path / "b", "cosine", learning_rate=1e-3)
+    assert [set(rates.values()) for rates in fitted.rates] == [set(rates.values()) for rates in plain.rates]
+    same = [
+        all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(fitted.weights, plain.weights, strict=True)
+    ]
+    # Until the fourth step they are the same run, to the bit.
+    assert all(same[:3])
+    assert not any(same[3:])
+    assert fitted.trainer.fresh_head.images > 0
+
+
+def test_without_the_fitted_head(tmp_path):
+    ours, _, _ = run(tmp_path / "a", "metalr")
+    fresh, _, _ = run(tmp_path / "b", "metalr_fresh_head")
+    assert ours.trainer.fresh_head.images > 0
+    assert fresh.trainer.fresh_head.images == 0
+    assert list(ours.rates[2].values()) == list(fresh.rates[2].values())
+
+
 @pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items() if not strategy.averages])
 def test_every_strategy_can_have_the_average_of_its_weights(tmp_path, name):
     for module in get_strategy(name).pip_names:
         pytest.importorskip(module)
-    plain, _, _ = run(tmp_path / "a", name)
-    watch, _, _ = run(tmp_path / "b", f"{name}+average")
+    # A head that is fitted between two steps is not among the weights after each.
+    options = {"tuning_arguments": {"fit_head": False}}
+    plain, _, _ = run(tmp_path / "a", name, **options)
+    watch, _, _ = run(tmp_path / "b", f"{name}+average", **options)
     # It takes the same steps.
     assert watch.rates == plain.rates
     for one, other in zip(plain.weights, watch.weights, strict=True):

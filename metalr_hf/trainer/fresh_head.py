@@ -1,0 +1,177 @@
+"""Gives a fresh head weights in closed form, as soon as the start rates are calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from transformers.trainer_utils import has_length
+
+from ..layers.names import head_layers
+from ..models.bare import logits_of
+from ..models.target_losses import ClassLoss
+from ..tuning.contexts import untouched
+from ..tuning.fresh_head import fit_head
+from .meta import EmptyMetaSetError, spare_batches
+
+# Training images that a head is fitted to, at most, and as a share of those that the run will be trained on.
+IMAGES, SHARE_OF_RUN = 512, 0.25
+# A head with a loss below this share of that of the best constant answer is not fresh: it was trained before. After the
+# steps that are calibrated, fresh ones had half of it and more, on the easiest sets too.
+LEARNED = 0.3
+
+
+class FreshHead:
+    """The head of a run, fitted in closed form if it is fresh.
+
+    A fresh head is random numbers. While it learns what the backbone already sees, its gradients move a backbone that
+    had better stay where it is (Kumar et al. 2022, *Fine-Tuning can Distort Pretrained Features and Underperform
+    Out-of-Distribution*). Fitted is the linear layer that gives a classifier's logits, unless its loss says that it was
+    trained before. It is done after the steps that are calibrated: along a step through a head that knows the images
+    already, only the lowest rates do no harm.
+
+    Attributes:
+        images (`int`): How many images the head was fitted to; 0 if it was not.
+
+    Example:
+
+    ```python
+    >>> import timm
+    >>> import torch
+    >>> from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+    >>> _ = torch.manual_seed(0)
+    >>> images = [{"pixel_values": torch.randn(3, 160, 160) + i % 2, "labels": i % 2} for i in range(16)]
+    >>> args = MetaLRTrainingArguments("runs/example", max_steps=8, save_strategy="no", report_to="none", use_cpu=True)
+    >>> trainer = MetaLRTrainer(timm.create_model("test_vit", num_classes=2), args, train_dataset=images)
+    >>> _ = trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...
+    >>> trainer.fresh_head.images
+    16
+
+    ```
+    """
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    @torch.no_grad()
+    def fit(self, trainer: Any) -> int:
+        """Fits the head of a trainer's model, where there is one to fit.
+
+        Args:
+            trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, between two steps.
+
+        Returns:
+            `int`: how many forward passes it took.
+        """
+        model, loss = trainer.model, trainer.compute_loss_func
+        linear = last_linear(model, trainer._layer_groups(model))
+        if linear is None or not (loss is None or isinstance(loss, ClassLoss)):
+            return 0
+        loss, limit = loss or ClassLoss(), _images(trainer)
+        batches, forwards = [], 0
+        for batch in _batches(trainer, linear, limit):
+            forwards += 1
+            if batch is None:
+                return forwards
+            batches.append(batch)
+        if not batches:
+            return 0
+        # The last batch may begin the images anew.
+        features, logits, labels = (torch.cat(parts)[:limit] for parts in zip(*batches, strict=True))
+        classes = logits.shape[1]
+        known = (labels >= 0) & (labels < classes)
+        features, logits, labels = features[known], logits[known], labels[known]
+        fitted = fit_head(features, labels, classes, loss.weights)
+        present = loss.losses(logits.float(), labels).mean()
+        is_fresh = present > LEARNED * loss.constant_loss(labels)
+        is_better = (is_fresh & (fitted.loss < present)).to(linear.weight)
+        parts = [is_better, fitted.weight.to(linear.weight), fitted.bias.to(linear.bias)]
+        if trainer.args.world_size > 1:
+            # Every process has seen the same images, but may have rounded in another way.
+            parts = broadcast(parts)
+        if parts[0] > 0:
+            linear.weight.copy_(parts[1])
+            linear.bias.copy_(parts[2])
+            self.images = len(labels)
+        return forwards
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain containers."""
+        return {"images": self.images}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what [`~FreshHead.state_dict`] gave.
+
+        Args:
+            state_dict (`dict`): The state.
+        """
+        self.images = state_dict["images"]
+
+
+def last_linear(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> nn.Linear | None:
+    """The last linear layer of a model's head, if it is trained and has a bias.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        layers (`Mapping[str, Sequence[str]]`): Layer name to parameter names, the head last.
+
+    Returns:
+        `torch.nn.Linear`, *optional*
+
+    Example:
+
+    ```python
+    >>> import timm
+    >>> from metalr_hf import layer_groups
+    >>> from metalr_hf.trainer.fresh_head import last_linear
+    >>> model = timm.create_model("test_vit", num_classes=2)
+    >>> last_linear(model, layer_groups(model))
+    Linear(in_features=64, out_features=2, bias=True)
+
+    ```
+    """
+    of_head = {name for layer in head_layers(list(layers)) for name in layers[layer]}
+    found = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and {f"{name}.weight", f"{name}.bias"} <= of_head
+    ]
+    # Quantised weights are integers.
+    return found[-1] if found and found[-1].weight.is_floating_point() else None
+
+
+def _images(trainer: Any) -> int:
+    """How many training images to fit a head to."""
+    args, dataset = trainer.args, trainer.train_dataset
+    a_step = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
+    affordable = max(1, int(SHARE_OF_RUN * trainer.state.max_steps * a_step))
+    return min(IMAGES, affordable, len(dataset) if has_length(dataset) else IMAGES)
+
+
+def _batches(trainer: Any, linear: nn.Linear, images: int) -> Iterator[tuple[Tensor, Tensor, Tensor] | None]:
+    """Features, logits and classes of some training images; `None` where they are not those of a linear head."""
+    model, seen = trainer.model, []
+    hook = linear.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    try:
+        with untouched(model), suppress(EmptyMetaSetError):
+            # With dropout, as the head will see the features while it is trained.
+            model.train()
+            for batch in spare_batches(trainer, images) or ():
+                inputs = trainer._prepare_inputs(batch)
+                labels = inputs.get("labels")
+                seen.clear()
+                with trainer.compute_loss_context_manager():
+                    logits = logits_of(model(**inputs))
+                if logits is None or len(seen) != 1 or not ClassLoss().reads(labels):
+                    yield None
+                    return
+                features, output = seen[0]
+                is_last = output.shape == logits.shape and torch.equal(output.float(), logits.float())
+                yield (features, logits, labels) if is_last and logits.shape[1] > 1 else None
+    finally:
+        hook.remove()

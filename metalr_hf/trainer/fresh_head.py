@@ -35,7 +35,8 @@ class FreshHead:
     already, only the lowest rates do no harm.
 
     Attributes:
-        images (`int`): How many images the head was fitted to; 0 if it was not.
+        is_due (`bool`): Whether it is still to be fitted.
+        images (`int`): How many images it was fitted to; 0 if it was not.
 
     Example:
 
@@ -56,6 +57,7 @@ class FreshHead:
     """
 
     def __init__(self) -> None:
+        self.is_due = True
         self.images = 0
 
     @torch.no_grad()
@@ -102,7 +104,7 @@ class FreshHead:
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in plain containers."""
-        return {"images": self.images}
+        return {"is_due": self.is_due, "images": self.images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what [`~FreshHead.state_dict`] gave.
@@ -110,7 +112,7 @@ class FreshHead:
         Args:
             state_dict (`dict`): The state.
         """
-        self.images = state_dict["images"]
+        self.is_due, self.images = state_dict["is_due"], state_dict["images"]
 
 
 def last_linear(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> nn.Linear | None:

@@ -271,10 +271,13 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         return self.lr_scheduler
 
     def _fit_head(self) -> None:
-        if fits_head(self.args) and not (self._feeds_itself or self.is_fsdp_enabled):
-            self.lr_scheduler.count_forwards(self.fresh_head.fit(self))
-            if self.fresh_head.images:
-                self.lr_scheduler.let_go()
+        scheduler, head = self.lr_scheduler, self.fresh_head
+        if head.is_due and scheduler.start_is_known:
+            head.is_due = False
+            if fits_head(self.args) and not (self._feeds_itself or self.is_fsdp_enabled):
+                scheduler.count_forwards(head.fit(self))
+            if head.images:
+                scheduler.let_go()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Runs Trainer's forward and backward pass, and fetches a validation batch if the coming step is tuned."""

@@ -44,7 +44,7 @@ class StepHooks(TrainerCallback):
         if self.coming_batch is not None:
             calibrate_on(self.trainer, self.coming_batch)
         self.coming_batch = None
-        if state.global_step == len(LOOKS):
+        if state.global_step >= len(LOOKS):
             self.trainer._fit_head()
 
     def on_pre_optimizer_step(

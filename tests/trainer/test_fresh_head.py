@@ -31,8 +31,11 @@ class Watched(MetaLRTrainer):
     changed = None
 
     def _fit_head(self):
+        was_due = self.fresh_head.is_due
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         super()._fit_head()
+        if self.fresh_head.is_due or not was_due:
+            return
         after = self.model.state_dict()
         self.changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
         self.fitted_at = self.state.global_step

@@ -207,7 +207,7 @@ def test_the_calibration_reads_no_batch_but_those_that_are_trained_on(tmp_path):
 
     trainer(tmp_path / "a", vit(), rows(), hyper_lr=0.0, max_steps=12).train()
     without = len(read)
-    run = trainer(tmp_path / "b", vit(), rows(), calibrate=True, max_steps=12)
+    run = trainer(tmp_path / "b", vit(), rows(), calibrate=True, fit_head=False, max_steps=12)
     run.train()
     assert run.lr_scheduler.calibration is not None
     assert len(read) == without

@@ -180,7 +180,10 @@ def test_by_default_it_is_calibrated_and_tuned(tmp_path, script, options):
     assert trained.lr_scheduler._calibrator.forwards < 3 * 28
     assert trained.lr_history.steps.tolist() == list(range(STEPS))
     assert trained.lr_scheduler.calibration is not None
-    assert torch.tensor(trained.lr_history.hypergradients[1:]).isfinite().all()
+    # The step before the head is fitted does not tune.
+    measured = torch.tensor(trained.lr_history.hypergradients).isfinite().all(1).tolist()
+    unmeasured = [step for step in range(1, STEPS) if not measured[step]]
+    assert unmeasured in ([[3], [4]] if trained.fresh_head.images else [[]])
 
 
 @pytest.mark.parametrize("script", [OwnLoss, OwnStepAndLoss, StepWithoutLoss])

@@ -76,6 +76,11 @@ class CalibratedScheduler(LayerRateScheduler):
         self._calibrator.forwards += forwards
 
     @property
+    def start_is_known(self) -> bool:
+        """Whether the first steps have been calibrated, if they are to be at all."""
+        return self._calibrator.has_looked
+
+    @property
     def will_calibrate(self) -> bool:
         """Whether the present step is one whose rates are calibrated."""
         return self._calibrator.due(self.last_epoch)

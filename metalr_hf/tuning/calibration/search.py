@@ -247,6 +247,11 @@ class Calibrator:
         """
         return bool(self._steps) and step >= self._steps[0]
 
+    @property
+    def has_looked(self) -> bool:
+        """Whether the first looks have been taken; a backbone in doubt may get further ones."""
+        return len(self._steps) <= len(LATER_LOOKS)
+
     def learning_rates(
         self,
         look_ahead: LookAhead,
@@ -276,7 +281,7 @@ class Calibrator:
             found = calibrate(look_ahead, step_lrs, meta_loss, earlier=earlier, **kwargs)
         self.forwards += found.forwards
         self._steps = self._steps[1:]
-        settled = len(self._steps) <= len(LATER_LOOKS) and not found.backbone_in_doubt
+        settled = self.has_looked and not found.backbone_in_doubt
         if settled or not found.backbone_losses:
             self._steps = []
         if not self._steps:

@@ -20,8 +20,11 @@ from .meta import EmptyMetaSetError, spare_batches
 
 # Training images that a head is fitted to, at most, and as a share of those that the run will be trained on.
 IMAGES, SHARE_OF_RUN = 512, 0.25
-# A head with a loss below this share of that of the best constant answer is not fresh: it was trained before. After the
-# steps that are calibrated, fresh ones had half of it and more, on the easiest sets too.
+# A head is replaced by one whose loss on images that it was not fitted to is at most this share of its own. Where the
+# features say little of the classes, a head that was fitted to them was worse than random numbers that learn.
+CLEARLY_BETTER = 0.8
+# A head with a loss below this share of that of the best constant answer was trained before. After the steps that are
+# calibrated, fresh ones had half of it and more, on the easiest sets too.
 LEARNED = 0.3
 
 
@@ -30,9 +33,9 @@ class FreshHead:
 
     A fresh head is random numbers. While it learns what the backbone already sees, its gradients move a backbone that
     had better stay where it is (Kumar et al. 2022, *Fine-Tuning can Distort Pretrained Features and Underperform
-    Out-of-Distribution*). Fitted is the linear layer that gives a classifier's logits, unless its loss says that it was
-    trained before. It is done after the steps that are calibrated: along a step through a head that knows the images
-    already, only the lowest rates do no harm.
+    Out-of-Distribution*). Fitted is the linear layer that gives a classifier's logits, where that makes it clearly
+    better and it was not trained before. It is done after the steps that are calibrated: along a step through a head
+    that knows the images already, only the lowest rates do no harm.
 
     Attributes:
         is_due (`bool`): Whether it is still to be fitted.
@@ -91,7 +94,7 @@ class FreshHead:
         fitted = fit_head(features, labels, classes, loss.weights)
         present = loss.losses(logits.float(), labels).mean()
         is_fresh = present > LEARNED * loss.constant_loss(labels)
-        is_better = (is_fresh & (fitted.loss < present)).to(linear.weight)
+        is_better = (is_fresh & (fitted.loss <= CLEARLY_BETTER * present)).to(linear.weight)
         parts = [is_better, fitted.weight.to(linear.weight), fitted.bias.to(linear.bias)]
         if trainer.args.world_size > 1:
             # Every process has seen the same images, but may have rounded in another way.

@@ -185,8 +185,7 @@ class MetaLRTrainingArguments(TrainingArguments):
         },
     )
     meta_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Validation images per device at a tuned step; the training batch size by default."},
+        default=None, metadata={"help": "Validation images per device at a tuned step; the training size by default."}
     )
     meta_split: float = field(
         default=0.0,

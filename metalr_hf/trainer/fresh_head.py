@@ -16,6 +16,7 @@ from ..models.bare import logits_of
 from ..models.target_losses import ClassLoss
 from ..tuning.contexts import untouched
 from ..tuning.fresh_head import fit_head
+from .defaults import fits_head
 from .meta import EmptyMetaSetError, spare_batches
 
 # Training images that a head is fitted to, at most, and as a share of those that the run will be trained on.
@@ -62,6 +63,22 @@ class FreshHead:
     def __init__(self) -> None:
         self.is_due = True
         self.images = 0
+
+    def fit_when_due(self, trainer: Any) -> None:
+        """Fits the head once the start rates are calibrated, if it is to be fitted at all.
+
+        Args:
+            trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, before a step.
+        """
+        scheduler = trainer.lr_scheduler
+        if not (self.is_due and scheduler.start_is_known):
+            return
+        self.is_due = False
+        # A loss of the user's own need not be one of classes, and FSDP holds no whole layer.
+        if fits_head(trainer.args) and not (trainer._feeds_itself or trainer.is_fsdp_enabled):
+            scheduler.count_forwards(self.fit(trainer))
+        if self.images:
+            scheduler.let_go()
 
     @torch.no_grad()
     def fit(self, trainer: Any) -> int:

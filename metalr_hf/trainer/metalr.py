@@ -27,7 +27,7 @@ from .arguments import MetaLRTrainingArguments, refuse_deepspeed, with_tuning_ar
 from .averaging import AveragingTrainer
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
 from .collapse import CollapseGuard, guard_for
-from .defaults import calibrates, fits_head, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
+from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
 from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients
 from .fresh_head import FreshHead
 from .meta import MetaStream, create_meta_stream, prepare_meta_dataset
@@ -43,10 +43,10 @@ COLLAPSE_FACTOR = 0.1
 class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, HubTrainer):
     """[`~transformers.Trainer`] with one meta-tuned learning rate per layer.
 
-    The start rates are found along the first steps, so that `args.learning_rate` makes no difference. After each of
-    the first `args.tuning_steps` optimizer steps the learning rate of every layer is tuned by a validation gradient,
-    taken from the next training batch (the default: no extra pass), from `meta_dataset`, or from a held-out share of
-    the training set (`args.meta_split`). Then the schedule alone moves them. `eval_dataset` is never used to tune.
+    The start rates are found along the first steps, so that `args.learning_rate` makes no difference. Then a fresh head
+    is fitted (`args.fit_head`), and after each of the first `args.tuning_steps` steps the learning rate of every layer
+    is tuned by a validation gradient, from the next training batch (the default), `meta_dataset`, or a held-out share
+    of the training set (`args.meta_split`). Then the schedule alone moves them. `eval_dataset` is never used to tune.
 
     Every argument of `Trainer` keeps its meaning, except for a scheduler in `optimizers`, which is refused. `args` may
     be plain `TrainingArguments`, or of a class of your own: their schedule (`linear` by default) then shapes the tuned
@@ -184,8 +184,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         if self._feeds_itself:
             return model
         options: Any = {"own_loss": self._own_loss, "label_names": args.label_names or ()}
-        groups, dataset = self._given_layer_groups, self.train_dataset
-        model, self._own_layer_groups = wrap_bare_module(model, groups, dataset, **options)
+        model, self._own_layer_groups = wrap_bare_module(model, self._given_layer_groups, self.train_dataset, **options)
         return model
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -225,8 +224,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
     ) -> MetaLRScheduler:
         """Creates the [`MetaLRScheduler`]: a stock scheduler would overwrite the tuned rates at each step."""
         if self.lr_scheduler is None:
-            args = self.args
-            optimizer = self.optimizer if optimizer is None else optimizer
+            args, optimizer = self.args, self.optimizer if optimizer is None else optimizer
             # A create_optimizer of a subclass need not have called ours.
             self._split_by_layer(unwrap(optimizer), self.model)
             if self._scheduler is not None:
@@ -269,15 +267,6 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             # Trainer's own mark of a scheduler that a second train() has to make anew.
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _fit_head(self) -> None:
-        scheduler, head = self.lr_scheduler, self.fresh_head
-        if head.is_due and scheduler.start_is_known:
-            head.is_due = False
-            if fits_head(self.args) and not (self._feeds_itself or self.is_fsdp_enabled):
-                scheduler.count_forwards(head.fit(self))
-            if head.images:
-                scheduler.let_go()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Runs Trainer's forward and backward pass, and fetches a validation batch if the coming step is tuned."""

@@ -45,7 +45,7 @@ class StepHooks(TrainerCallback):
             calibrate_on(self.trainer, self.coming_batch)
         self.coming_batch = None
         if state.global_step >= len(LOOKS):
-            self.trainer._fit_head()
+            self.trainer.fresh_head.fit_when_due(self.trainer)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

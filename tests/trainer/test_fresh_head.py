@@ -19,30 +19,37 @@ from transformers import (
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.hub.facts import run_facts
 from metalr_hf.models.target_losses import ClassLoss, LabelSetLoss
+from metalr_hf.trainer.fresh_head import FreshHead
 from metalr_hf.tuning import untouched
 from metalr_hf.tuning.fresh_head import LOGIT_STD
 
 ON = {"calibrate": True}
 
 
-class Watched(MetaLRTrainer):
-    """Notes which weights the fit changes, at which step, and what the model answers then."""
+class NotingHead(FreshHead):
+    """Notes which weights the fit changes, after how many steps, and what the model answers then."""
 
-    changed = None
+    changed = ()
 
-    def _fit_head(self):
-        was_due = self.fresh_head.is_due
-        before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        super()._fit_head()
-        if self.fresh_head.is_due or not was_due:
-            return
-        after = self.model.state_dict()
+    def fit(self, trainer):
+        model, rows = trainer.model, images()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        forwards = super().fit(trainer)
+        after = model.state_dict()
         self.changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
-        self.fitted_at = self.state.global_step
-        rows = images()
-        with untouched(self.model, "eval"), torch.no_grad():
-            self.logits = self.model(pixel_values=rows["pixel_values"][:]).logits
+        self.fitted_at = trainer.state.global_step
+        with untouched(model, "eval"), torch.no_grad():
+            self.logits = model(pixel_values=rows["pixel_values"][:]).logits
         self.accuracy = (self.logits.argmax(1) == rows["labels"][:]).float().mean().item()
+        return forwards
+
+
+class Watched(MetaLRTrainer):
+    def create_scheduler(self, *args, **kwargs):
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if not isinstance(self.fresh_head, NotingHead):
+            self.fresh_head = NotingHead()
+        return scheduler
 
 
 def begun(folder, model, compute_loss_func=None, **options):
@@ -54,11 +61,11 @@ def begun(folder, model, compute_loss_func=None, **options):
 
 def test_the_head_alone_is_fitted_and_knows_the_images(tmp_path):
     run = begun(tmp_path, vit())
-    assert run.changed == ["classifier.weight", "classifier.bias"]
-    assert run.accuracy > 0.9
+    assert run.fresh_head.changed == ["classifier.weight", "classifier.bias"]
+    assert run.fresh_head.accuracy > 0.9
     assert run.fresh_head.images == 48
-    assert run.fitted_at == 3
-    assert (run.logits - run.logits.mean(1, keepdim=True)).std() < 2 * LOGIT_STD
+    assert run.fresh_head.fitted_at == 3
+    assert (run.fresh_head.logits - run.fresh_head.logits.mean(1, keepdim=True)).std() < 2 * LOGIT_STD
     without = begun(tmp_path, vit(), fit_head=False)
     # Six batches of eight.
     assert run.lr_scheduler.calibration_forwards == without.lr_scheduler.calibration_forwards + 6
@@ -110,10 +117,10 @@ def test_heads_of_all_kinds_of_networks_are_fitted(tmp_path, name):
     # So low that after three steps nothing is learned yet.
     run = begun(tmp_path, FITTED[name](), lr_max=1e-4)
     assert run.fresh_head.images == 48
-    assert run.accuracy > 0.5
-    assert len(run.changed) == 2
-    assert run.changed[0].endswith(".weight")
-    assert run.changed[1].endswith(".bias")
+    assert run.fresh_head.accuracy > 0.5
+    assert len(run.fresh_head.changed) == 2
+    assert run.fresh_head.changed[0].endswith(".weight")
+    assert run.fresh_head.changed[1].endswith(".bias")
 
 
 class OwnLoss(MetaLRTrainer):
@@ -142,7 +149,7 @@ def test_other_heads_are_left_alone(tmp_path, name):
     torch.manual_seed(0)
     run = begun(tmp_path, make(), **options)
     assert run.fresh_head.images == 0
-    assert run.changed == []
+    assert run.fresh_head.changed in ((), [])
 
 
 def test_a_loss_and_a_loader_of_a_subclass_are_left_alone(tmp_path):
@@ -172,14 +179,23 @@ def test_a_head_that_does_better_is_kept(tmp_path):
     assert first.fresh_head.images == 48
     again = begun(tmp_path, model)
     assert again.fresh_head.images == 0
-    assert again.changed == []
+    assert again.fresh_head.changed in ((), [])
+
+
+def test_features_that_say_nothing_of_the_classes_leave_it_alone(tmp_path):
+    rows = images().with_format(None)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0)).tolist()
+    mixed = rows.remove_columns("labels").add_column("labels", [rows["labels"][i] for i in order])
+    run = trainer(tmp_path, vit(), train_dataset=mixed.with_format("torch"), **ON, max_steps=24)
+    run.train()
+    assert run.fresh_head.images == 0
 
 
 def test_class_weights_count(tmp_path):
     even = begun(tmp_path, vit(), compute_loss_func=ClassLoss([1.0, 1.0, 1.0]))
     weighted = begun(tmp_path, vit(), compute_loss_func=ClassLoss([0.01, 0.01, 2.98]))
     assert even.fresh_head.images == 48
-    assert (weighted.logits.argmax(1) == 2).float().mean() > 0.4
+    assert (weighted.fresh_head.logits.argmax(1) == 2).float().mean() > 0.4
 
 
 def test_the_images_of_every_step_and_their_random_numbers_stay_the_same(tmp_path):

@@ -148,6 +148,7 @@ def run(
         "rates": rates.rates,
         "steps": [trainer.state.global_step, trainer.state.best_global_step],
         "stopped_because": trainer.stopped_because,
+        "fitted_to": trainer.fresh_head.images,
         "reduced": [event.input_shapes for event in events if event.name == "gloo:all_reduce"],
         "non_finite": trainer.lr_scheduler.guard.non_finite,
         "history": trainer.lr_history.learning_rates.tolist(),

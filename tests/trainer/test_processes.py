@@ -28,7 +28,9 @@ pytestmark = pytest.mark.slow
 
 LAYERS = 5
 # Where a gradient is nothing but rounding (a ViT's key biases), Adam's step is as long as anywhere else.
-EXACT = {"max_steps": 30, "adam_epsilon": 1e-3, "lr_scheduler_type": "warmup_stable_decay"}
+STEADY = {"max_steps": 30, "adam_epsilon": 1e-3, "lr_scheduler_type": "warmup_stable_decay"}
+# The head of an untrained network is fitted to features that hardly differ, and enlarges their rounding.
+EXACT = {**STEADY, "fit_head": False}
 # Images whose number two processes cannot divide evenly.
 STOPS_ITSELF = {"max_steps": -1, "stop_when_converged": True, "save_strategy": "steps", "evaluated_on": 47}
 SOURCES = ("stream", "next_batch")
@@ -96,6 +98,7 @@ def folder(request, tmp_path_factory):
         runs.append({**runs[0], "folder": str(root / "unused"), "max_steps": 12, **unused})
         averaged = {**common, "meta_source": "next_batch", "average_weights": "polynomial"}
         runs.append({"folder": str(root / "averaged"), **EXACT, **averaged})
+        runs.append({"folder": str(root / "fitted"), **STEADY, **common})
         runs += saved_and_resumed("averaged", **averaged, model="resnet")
         runs.append({"folder": str(root / "stopped"), "per_device_train_batch_size": 4, **STOPS_ITSELF})
         for name, sets in STREAMS.items():
@@ -121,6 +124,16 @@ def test_the_average_of_two_processes_is_that_of_one(folder, tmp_path):
     assert far_apart(tmp_path, folder / "averaged") < 1e-6
     # The statistics of batch norm, estimated from batches of all processes, among it.
     assert far_apart(folder / "averaged-whole", folder / "averaged-resumed") == 0.0
+
+
+def test_two_processes_fit_the_head_that_one_does(folder, tmp_path):
+    if not is_ddp(folder):
+        pytest.skip("not with FSDP yet")
+    run(str(tmp_path), per_device_train_batch_size=8, meta_source="stream", **STEADY)
+    fitted_to = [of_process(folder / "fitted", process)["fitted_to"] for process in (0, 1)]
+    assert fitted_to == [48, 48]
+    assert of_process(tmp_path)["fitted_to"] == 48
+    assert far_apart(tmp_path, folder / "fitted") < 1e-3
 
 
 def test_two_processes_stop_at_the_step_at_which_one_does(folder, tmp_path):

@@ -16,7 +16,7 @@ SHOWN = {
     EARLIER: "one look, decay",
     DECAY: "three looks, decay",
     AVERAGED: "three looks, averaged",
-    DEFAULT: "the present default",
+    DEFAULT: "a head at a tenth, fresh",
 }
 TRIED = ("momentum not counted", "momentum counted for the head too", "limit of 2.5 %")
 # Each with what it is compared with, in pairs of runs of the same seed.

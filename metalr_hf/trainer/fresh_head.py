@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -96,11 +96,12 @@ class FreshHead:
             return 0
         loss, limit = loss or ClassLoss(), _images(trainer)
         batches, forwards = [], 0
-        for batch in _batches(trainer, linear, limit):
-            forwards += 1
-            if batch is None:
-                return forwards
-            batches.append(batch)
+        with closing(_batches(trainer, linear, limit)) as found:
+            for batch in found:
+                forwards += 1
+                if batch is None:
+                    return forwards
+                batches.append(batch)
         if not batches:
             return 0
         # The last batch may begin the images anew.
@@ -175,7 +176,7 @@ def _images(trainer: Any) -> int:
     return min(IMAGES, affordable, len(dataset) if has_length(dataset) else IMAGES)
 
 
-def _batches(trainer: Any, linear: nn.Linear, images: int) -> Iterator[tuple[Tensor, Tensor, Tensor] | None]:
+def _batches(trainer: Any, linear: nn.Linear, images: int) -> Generator[tuple[Tensor, Tensor, Tensor] | None]:
     """Features, logits and classes of some training images; `None` where they are not those of a linear head."""
     model, seen = trainer.model, []
     hook = linear.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))

@@ -76,7 +76,7 @@ class MetaLRTrainingArguments(TrainingArguments):
             Tune at every k-th optimizer step. By default every second with `stream`, which finds as good rates for half
             of the cost, and every one with `next_batch`, which costs next to nothing.
         meta_batch_size (`int`, *optional*):
-            Validation images per device at a tuned step; the training batch size by default.
+            Validation images per device and step; the training batch size by default.
         meta_split (`float`, *optional*, defaults to 0.0):
             Share of the training set held out for validation batches, stratified by label; 0 holds nothing out.
         meta_mode (`str`, *optional*, defaults to `"train"`):
@@ -185,7 +185,7 @@ class MetaLRTrainingArguments(TrainingArguments):
         },
     )
     meta_batch_size: int | None = field(
-        default=None, metadata={"help": "Validation images per device at a tuned step; the training size by default."}
+        default=None, metadata={"help": "Validation images per device and step; the training batch size by default."}
     )
     meta_split: float = field(
         default=0.0,

@@ -63,7 +63,7 @@ class MetaLRTrainingArguments(TrainingArguments):
             Tune at the first so many optimizer steps, then keep the rates found and leave them to the schedule; 0 tunes
             to the end.
         calibrate (`bool`, *optional*):
-            Find the start rates along the first three steps, so that `learning_rate` makes no difference. On by
+            Find the start rates along the first two or three steps, so that `learning_rate` makes no difference. On by
             default, unless `hyper_lr` is 0.
         fit_head (`bool`, *optional*):
             After the third step, fit a classifier's fresh linear head in closed form, to up to 512 training images. On
@@ -158,8 +158,8 @@ class MetaLRTrainingArguments(TrainingArguments):
     calibrate: bool | None = field(
         default=None,
         metadata={
-            "help": "Find the start rates along the first three steps, so that `learning_rate` makes no difference. On "
-            "by default, unless `hyper_lr` is 0."
+            "help": "Find the start rates along the first two or three steps, so that `learning_rate` makes no "
+            "difference. On by default, unless `hyper_lr` is 0."
         },
     )
     fit_head: bool | None = field(

@@ -20,7 +20,7 @@ from .defaults import fits_head
 from .meta import EmptyMetaSetError, spare_batches
 
 # Training images that a head is fitted to, at most, and as a share of those that the run will be trained on.
-IMAGES, SHARE_OF_RUN = 512, 0.25
+IMAGES, SHARE_OF_RUN = 512, 0.2
 # A head is replaced by one whose loss on images that it was not fitted to is at most this share of its own. Where the
 # features say little of the classes, a head that was fitted to them was worse than random numbers that learn.
 CLEARLY_BETTER = 0.8

@@ -23,8 +23,9 @@ class TuningGuard:
     """Counts the steps at which nothing could be tuned, and distinguishes harmful steps from noisy ones.
 
     A step did harm if the loss after it is above three times the running mean *and* three times the loss that the run
-    began with: a loss that noise does not reach. Of a loss that can be below zero, twice its size is added instead,
-    which for one above zero is the same. After such a step a few are let pass, for the loss to come down again.
+    began with, which noise does not reach, and still rises along the step: an odd batch has a high loss too, but
+    not by the step. Of a loss that can be below zero, twice its size is added instead, which for one above zero is the
+    same. After such a step a few are let pass, for the loss to come down again.
 
     Args:
         active (`bool`, *optional*, defaults to `True`): Whether any step is called harmful.
@@ -53,6 +54,15 @@ class TuningGuard:
         self.first_loss = self.mean_loss = math.nan
         self.lowest_loss = 0.0
 
+    def begin(self, loss: float) -> None:
+        """Notes the loss before the first step of a run. If it is not noted, that after the first step is taken.
+
+        Args:
+            loss (`float`): The loss on images that the step did not use.
+        """
+        if math.isnan(self.first_loss) and math.isfinite(loss):
+            self.first_loss = loss
+
     def count(self, finite: bool) -> None:
         """Counts a step; warns when many in a row were not finite.
 
@@ -79,11 +89,13 @@ class TuningGuard:
                 "lower the start learning rate, lr_max or hyper_lr."
             )
 
-    def harmful(self, loss: float) -> bool:
+    def harmful(self, loss: float, slope: float = math.inf) -> bool:
         """Whether the last step did harm. If not, its loss is added to the running mean.
 
         Args:
             loss (`float`): The loss after the step, on images that it did not see. NaN if it is not known.
+            slope (`float`, *optional*, defaults to `math.inf`):
+                By how much the loss would rise if the step were taken once more, to first order.
 
         Returns:
             `bool`: always `False` for the first loss and for one that is not finite.
@@ -91,10 +103,11 @@ class TuningGuard:
         if not (self.active and math.isfinite(loss)):
             return False
         if math.isnan(self.mean_loss):
-            self.first_loss = self.mean_loss = loss
+            self.begin(loss)
+            self.mean_loss = loss
         self.lowest_loss = min(self.lowest_loss, loss)
         self.pause -= self.pause > 0
-        if loss > self.limit:
+        if loss > self.limit and not slope <= 0:
             if self.pause:
                 return False
             self.pause = PAUSE

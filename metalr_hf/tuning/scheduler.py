@@ -50,7 +50,7 @@ class MetaLRScheduler(CalibratedScheduler):
         tuning_steps (`int`, *optional*):
             Tunes at the first so many optimizer steps and keeps the rates found. `None` tunes to the end.
         calibrate (`bool`, *optional*, defaults to `False`):
-            Finds the start rates along the first three steps, so that the `lr` of the groups makes no difference; see
+            Finds the start rates along the first two or three steps, whatever the `lr` of the groups; see
             [`~metalr_hf.tuning.calibration.calibrate`]. Needs a `meta_loss` at every `step()` before which
             `will_calibrate` is true, with either source.
         lookahead (`str`, *optional*, defaults to `"optimizer"`):
@@ -299,7 +299,7 @@ class MetaLRScheduler(CalibratedScheduler):
             assert self._noted is not None
             before = self.learning_rates
             tuned = self._tune(self._noted, self._noted_loss)
-            if self.guard.harmful(self._measured_loss):
+            if self.guard.harmful(self._measured_loss, self._slope):
                 self._refuse(before, SHRINK_BLINDLY, LOWER_BLINDLY)
             elif tuned:
                 self.write_learning_rates()
@@ -319,6 +319,11 @@ class MetaLRScheduler(CalibratedScheduler):
             self._found_inf += overflow_flags(optimizer)
             self._look_ahead.after_step()
 
+    def _calibrate(self, meta_loss: Callable[[], Tensor] | None, step: int) -> None:
+        super()._calibrate(meta_loss, step)
+        if self.calibration is not None:
+            self.guard.begin(self.calibration.start_loss)
+
     def _validate_tune_rescale(self, meta_loss: Callable[[], Tensor]) -> None:
         look_ahead, before, shape = self._look_ahead, self.learning_rates, self.shape(self.last_epoch)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -331,7 +336,7 @@ class MetaLRScheduler(CalibratedScheduler):
         self.validations += 1
         tuned = self._tune(products, loss)
         clear_gradients(parameters)
-        if self.guard.harmful(self._measured_loss):
+        if self.guard.harmful(self._measured_loss, self._slope):
             self._shrink(meta_loss, before)
         elif tuned:
             look_ahead.rescale(self.ratios(before))
@@ -358,10 +363,12 @@ class MetaLRScheduler(CalibratedScheduler):
         self._measured_loss, by_layer, overflowed = gather(
             products, loss, self._found_inf, self._look_ahead.sum_by_layer, self.reduce
         )
+        self._slope = math.nan
         if overflowed:
             return False
         if self.lookahead == "optimizer":
             by_layer = torch.where(self.learning_rates > 0, by_layer / self.learning_rates, 0.0)
+        self._slope = float(self.learning_rates @ by_layer)
         self._measured = (self._measured_loss, by_layer.tolist())
         loss_is_fine = self.meta_source == "next_batch" or math.isfinite(self._measured_loss)
         finite = bool(by_layer.isfinite().all()) and loss_is_fine

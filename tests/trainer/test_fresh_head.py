@@ -53,7 +53,7 @@ class Watched(MetaLRTrainer):
 
 
 def begun(folder, model, compute_loss_func=None, **options):
-    args = arguments(folder, **{**ON, "max_steps": 24, **options})
+    args = arguments(folder, **{**ON, "max_steps": 30, **options})
     run = Watched(model, args, train_dataset=images(), compute_loss_func=compute_loss_func)
     run.train()
     return run
@@ -73,7 +73,7 @@ def test_the_head_alone_is_fitted_and_knows_the_images(tmp_path):
     rates, others = run.lr_history.learning_rates, without.lr_history.learning_rates
     assert (rates[:3] == others[:3]).all()
     assert (rates[3] == rates[2]).all()
-    assert len(run.lr_history) == 24
+    assert len(run.lr_history) == 30
     assert "to 48 training images" in str(run_facts(run).settings["head"])
     assert "head" not in run_facts(without).settings
 
@@ -157,7 +157,7 @@ def test_a_loss_and_a_loader_of_a_subclass_are_left_alone(tmp_path):
         pass
 
     for kind in (OwnLoss, Own):
-        args = MetaLRTrainingArguments(str(tmp_path), max_steps=24, report_to="none", use_cpu=True, save_strategy="no")
+        args = MetaLRTrainingArguments(str(tmp_path), max_steps=30, report_to="none", use_cpu=True, save_strategy="no")
         run = kind(vit(), args, train_dataset=images())
         run.train()
         assert run.fresh_head.images == 0
@@ -186,7 +186,7 @@ def test_features_that_say_nothing_of_the_classes_leave_it_alone(tmp_path):
     rows = images().with_format(None)
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0)).tolist()
     mixed = rows.remove_columns("labels").add_column("labels", [rows["labels"][i] for i in order])
-    run = trainer(tmp_path, vit(), train_dataset=mixed.with_format("torch"), **ON, max_steps=24)
+    run = trainer(tmp_path, vit(), train_dataset=mixed.with_format("torch"), **ON, max_steps=30)
     run.train()
     assert run.fresh_head.images == 0
 
@@ -214,7 +214,7 @@ def test_the_images_of_every_step_and_their_random_numbers_stay_the_same(tmp_pat
     runs, states = [], []
     for fit_head in (True, False):
         args = MetaLRTrainingArguments(
-            str(tmp_path), max_steps=24, fit_head=fit_head, report_to="none", use_cpu=True, save_strategy="no"
+            str(tmp_path), max_steps=30, fit_head=fit_head, report_to="none", use_cpu=True, save_strategy="no"
         )
         run = Watching(vit(), args, train_dataset=images(), callbacks=[seen := Seen()])
         run.train()
@@ -226,9 +226,9 @@ def test_the_images_of_every_step_and_their_random_numbers_stay_the_same(tmp_pat
 
 
 def test_streams_that_begin_anew_are_fitted_to_and_others_lose_no_row(tmp_path):
-    run = trainer(tmp_path, vit(), train_dataset=streamed(images()), **ON, max_steps=32)
+    run = trainer(tmp_path, vit(), train_dataset=streamed(images()), **ON, max_steps=40)
     run.train()
-    # It says nothing of its length; more would be more than a quarter of the images that the run sees.
+    # It says nothing of its length; more would be more than a fifth of the images that the run sees.
     assert run.fresh_head.images == 64
 
     class Once(torch.utils.data.IterableDataset):
@@ -243,7 +243,7 @@ def test_streams_that_begin_anew_are_fitted_to_and_others_lose_no_row(tmp_path):
 
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_resumed_run_is_fitted_once_and_goes_on_bit_for_bit(tmp_path, step):
-    options = {**ON, "average_weights": "polynomial", "save_strategy": "steps", "save_steps": 2, "max_steps": 24}
+    options = {**ON, "average_weights": "polynomial", "save_strategy": "steps", "save_steps": 2, "max_steps": 30}
     whole = trainer(tmp_path / "whole", vit(), **options)
     whole.train()
     resumed = trainer(tmp_path / "resumed", vit(), **options)
@@ -255,7 +255,7 @@ def test_a_resumed_run_is_fitted_once_and_goes_on_bit_for_bit(tmp_path, step):
 
 
 def test_plain_training_arguments_fit_it_too(tmp_path):
-    args = TrainingArguments(str(tmp_path), max_steps=24, report_to="none", use_cpu=True, save_strategy="no")
+    args = TrainingArguments(str(tmp_path), max_steps=30, report_to="none", use_cpu=True, save_strategy="no")
     run = MetaLRTrainer(vit(), args, train_dataset=images())
     run.train()
     assert run.fresh_head.images == 48
@@ -265,6 +265,6 @@ def test_images_without_a_class_do_not_count(tmp_path):
     rows = images().with_format(None)
     labels = [-100 if i < 6 else label for i, label in enumerate(rows["labels"])]
     rows = rows.remove_columns("labels").add_column("labels", labels, feature=datasets.Value("int64"))
-    run = trainer(tmp_path, vit(), train_dataset=rows.with_format("torch"), **ON, max_steps=24)
+    run = trainer(tmp_path, vit(), train_dataset=rows.with_format("torch"), **ON, max_steps=30)
     run.train()
     assert run.fresh_head.images == 42

@@ -17,6 +17,24 @@ def test_noise_is_not_harm_and_harm_is_called_once():
     assert not TuningGuard(active=False).harmful(1e9)
 
 
+def test_a_step_that_still_goes_down_at_its_end_is_not_to_blame():
+    guard = TuningGuard()
+    assert not any(guard.harmful(loss, slope=1.0) for loss in (2.3, 2.0, 0.5, 0.1))
+    assert not guard.harmful(20.0, slope=-0.01)
+    # An odd batch counts in the mean, so that the next one is no harm either.
+    assert guard.mean_loss > 4
+    assert guard.harmful(30.0, slope=0.01)
+
+
+def test_a_loss_far_below_that_of_the_beginning_leaves_room_for_noise():
+    guard = TuningGuard()
+    guard.begin(math.nan)
+    guard.begin(0.7)
+    guard.begin(9.0)
+    assert not any(guard.harmful(loss, slope=1.0) for loss in (0.01, 0.05, 2.0))
+    assert guard.harmful(2.2, slope=1.0)
+
+
 def test_the_state_goes_on_where_it_was():
     guard, other = TuningGuard(), TuningGuard()
     for loss in (2.0, 1.0, 9.0):
@@ -71,6 +89,24 @@ def test_a_harmful_step_is_taken_back_by_the_next_batch():
     assert scheduler.guard.refused == 1
     assert norms[2] > 50 * norms[1]
     assert 0.1 < float(scheduler.learning_rates) < 0.26
+
+
+@pytest.mark.parametrize("source", ["stream", "next_batch"])
+def test_no_step_is_taken_back_for_an_odd_batch(source):
+    _, optimizer, scheduler, loss = quadratic(source, 1e-3)
+    for step in range(6):
+        # An image with a wrong label, say, whose loss is large whatever the step before did.
+        odd = 1e6 if step == 3 else 0.0
+        optimizer.zero_grad()
+        value = loss() + odd
+        value.backward()
+        if source == "next_batch":
+            scheduler.note_gradients(loss=value.detach())
+        optimizer.step()
+        scheduler.step(*[lambda odd=odd: loss() + odd] * (source == "stream"))
+    assert scheduler.guard.refused == 0
+    assert scheduler.guard.mean_loss > 1e5
+    assert float(scheduler.learning_rates) > 1e-3
 
 
 def test_nothing_is_refused_when_nothing_is_tuned():

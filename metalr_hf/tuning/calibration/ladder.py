@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 
 # Half a decade apart: what one step says is not finer than that.
 LADDER = tuple(10 ** (k / 2) for k in range(-12, 1))
+# A fresh head learns by rates from 3e-4. Only where that is too much are lower ones tried.
+HEAD_LADDER = tuple(rate for rate in LADDER if rate > 3e-4)
+WHOLE_HEAD_LADDER = (1e-6, 1e-5, 1e-4, *HEAD_LADDER)
 RISE, TOLERANCE = 0.01, 0.003
 # Behind the knee of the loss, and only where it has fallen by enough to have one.
 SHELF, FALL = 0.5, 0.1
@@ -81,3 +84,43 @@ def first_valley(
     lowest_rungs = [rate for rate, loss in walked if loss <= raised(lowest, TOLERANCE)]
     flat = lowest > raised(start_loss, -TOLERANCE) and len(walked) == len(ladder)
     return None if flat or not lowest_rungs else lowest_rungs[-1], losses
+
+
+def head_valley(
+    loss_at: Callable[[float], float], start_loss: float, lr_min: float = 0.0, lr_max: float = math.inf
+) -> tuple[float | None, dict[float, float]]:
+    """The first valley of the loss along the step of a head, fresh or trained before.
+
+    Args:
+        loss_at (`Callable[[float], float]`): The loss after a step of the head with that learning rate.
+        start_loss (`float`): The loss before the step.
+        lr_min (`float`, *optional*, defaults to 0.0), lr_max (`float`, *optional*, defaults to `math.inf`): Rungs
+            outside these bounds are left out.
+
+    Returns:
+        `tuple[float | None, dict[float, float]]`: as [`first_valley`] does.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tuning.calibration.ladder import head_valley
+    >>> rate, losses = head_valley(lambda rate: 2.3 + abs(rate - 1e-2), start_loss=2.31)
+    >>> rate, len(losses)
+    (0.01, 5)
+
+    ```
+    """
+    losses: dict[float, float] = {}
+
+    def once(rate: float) -> float:
+        if rate not in losses:
+            losses[rate] = loss_at(rate)
+        return losses[rate]
+
+    valley = None
+    for whole in (HEAD_LADDER, WHOLE_HEAD_LADDER):
+        ladder = [rate for rate in whole if lr_min <= rate <= lr_max]
+        valley, _ = first_valley(ladder, once, start_loss)
+        if valley is not None and valley > ladder[0]:
+            break
+    return valley, dict(sorted(losses.items()))

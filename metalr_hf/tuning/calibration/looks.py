@@ -117,3 +117,28 @@ def highest_useful(changes: Sequence[dict[float, float]], ladder: Sequence[float
     if lowest > -TOLERANCE:
         return None
     return max(rate for rate, mean in means.items() if mean <= KEPT_GAIN * lowest)
+
+
+def agree(changes: Sequence[dict[float, float]]) -> bool:
+    """Whether several looks find the same learning rate, each by itself.
+
+    Args:
+        changes (`Sequence[dict[float, float]]`): Learning rate to relative change of the loss, a mapping a look.
+
+    Returns:
+        `bool`: `False` for a single look.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.tuning.calibration.looks import agree
+    >>> agree([{1e-4: 0.0, 1e-3: -0.1, 1e-2: 0.4}, {1e-4: -0.01, 1e-3: -0.1, 1e-2: 0.2}])
+    True
+    >>> agree([{1e-4: 0.0, 1e-3: -0.1, 1e-2: 0.4}, {1e-4: 0.01, 1e-3: 0.02, 1e-2: -0.1}])
+    False
+
+    ```
+    """
+    ladder = sorted({rate for look in changes for rate in look})
+    found = {highest_useful([look], ladder) for look in changes}
+    return len(changes) > 1 and len(found) == 1 and None not in found

@@ -11,18 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from ..hypergradient import LookAhead
-from .ladder import LADDER, TOLERANCE, first_valley, raised
-from .looks import highest_useful, largest_backbone_lr, losses_until_hopeless
+from .ladder import LADDER, TOLERANCE, head_valley, raised
+from .looks import agree, highest_useful, largest_backbone_lr, losses_until_hopeless
 
-# One batch of 32 images often says nothing of a backbone, or what is wrong; three batches rarely do.
+# One batch of 32 images often says nothing of a backbone, or what is wrong; three batches rarely do. Where two agree, a
+# third has hardly ever changed what they found.
 LOOKS = (0, 1, 2)
 # A fresh head may say nothing of the backbone, whatever the batch; one that has learned for some steps does.
 LATER_LOOKS = (5, 10)
 # At the same rate Adam's first steps are about three times as long as later ones, whose gradients partly cancel. A rate
 # that suits a later step would be too high by that.
 LONGER_FIRST_STEP = 10**0.5
-# A head learns by rates from 1e-4; only one that was trained before needs less, for which two rungs are enough.
-HEAD_LADDER = (1e-6, 1e-5, *(rate for rate in LADDER if rate > 0.99e-4))
 # The step that is calibrated may have any learning rate, but the same one in every run, so that the learning rate that
 # the user gave makes no difference, not even in the last digit.
 PROBE_LR = 1e-3
@@ -181,8 +180,7 @@ def calibrate(
     head_step = 0.0 if earlier is None else step_lrs[-1]
     start_loss = loss_at(0.0, head_step)
     if earlier is None:
-        ladder = [rate for rate in HEAD_LADDER if lr_min <= rate <= lr_max]
-        valley, head_losses = first_valley(ladder, lambda rate: loss_at(0.0, rate), start_loss)
+        valley, head_losses = head_valley(lambda rate: loss_at(0.0, rate), start_loss, lr_min, lr_max)
         head_lr = None if valley is None else bounded(HEAD_SHARE * valley)
     if head_lr is None:
         doubts.append("the loss does not tell the learning rates of the head apart")
@@ -214,7 +212,7 @@ def calibrate(
 
 
 class Calibrator:
-    """Looks along the first three steps, and along two later ones if the backbone is still in doubt then.
+    """Looks along the first three steps, or two that agree, and along two later ones if the backbone is still in doubt.
 
     Args:
         active (`bool`): Whether to calibrate at all.
@@ -281,6 +279,8 @@ class Calibrator:
             found = calibrate(look_ahead, step_lrs, meta_loss, earlier=earlier, **kwargs)
         self.forwards += found.forwards
         self._steps = self._steps[1:]
+        if not later and agree(found.changes):
+            self._steps = list(LATER_LOOKS)
         settled = self.has_looked and not found.backbone_in_doubt
         if settled or not found.backbone_losses:
             self._steps = []

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from metalr_hf.tuning.calibration.ladder import first_valley
+from metalr_hf.tuning.calibration.ladder import HEAD_LADDER, WHOLE_HEAD_LADDER, first_valley, head_valley
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,20 @@ def test_a_valley_below_zero_is_found(shift):
     losses = dict(zip((1e-4, 1e-3, 1e-2, 1e-1), [2.0, 1.0, 3.0, 0.5], strict=True))
     found, walked = first_valley(list(losses), lambda rate: losses[rate] + shift, 2.3 + shift)
     assert (found, len(walked)) == (1e-3, 3)
+
+
+@pytest.mark.parametrize("best", [*WHOLE_HEAD_LADDER[:8]], ids="{:.0e}".format)
+def test_lower_rates_of_a_head_are_tried_only_where_the_higher_ones_are_too_high(best):
+    def loss(rate):
+        return 2.3 + 0.03 * abs(math.log10(rate / best))
+
+    start = loss(WHOLE_HEAD_LADDER[0]) + 0.05
+    assert head_valley(loss, start)[0] == first_valley(WHOLE_HEAD_LADDER, loss, start)[0] == best
+    _, walked = head_valley(loss, start)
+    assert (min(walked) < HEAD_LADDER[0]) == (best <= HEAD_LADDER[0])
+    assert list(walked) == sorted(walked)
+
+
+def test_the_bounds_hold_for_a_head():
+    found, walked = head_valley(lambda rate: 2.0 - rate, 2.3, lr_min=5e-6, lr_max=2e-4)
+    assert (found, list(walked)) == (1e-4, [1e-5, 1e-4])

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from metalr_hf.tuning.calibration.ladder import LADDER
-from metalr_hf.tuning.calibration.looks import highest_useful, largest_backbone_lr, losses_until_hopeless
+from metalr_hf.tuning.calibration.looks import agree, highest_useful, largest_backbone_lr, losses_until_hopeless
 
 
 def test_the_median_layer_sets_the_limit_and_those_without_a_norm_or_a_step_do_not_count():
@@ -45,3 +45,13 @@ def test_a_hill_before_the_lowest_loss_is_passed_and_the_highest_rate_with_half_
     assert highest_useful([hill], list(hill)) == 1e-1
     assert highest_useful([{1e-4: 0.02, 1e-3: -0.002}], [1e-4, 1e-3]) is None
     assert highest_useful([], [1e-4]) is None
+
+
+def test_looks_agree_where_each_by_itself_finds_the_same_rate():
+    right = {1e-4: -0.1, 1e-3: -0.3, 1e-2: 0.1}
+    assert agree([right, {1e-4: -0.1, 1e-3: -0.11}])
+    # The rung that one of them did not walk was beyond hope there.
+    assert not agree([right, {1e-4: -0.1, 1e-3: 0.2}])
+    assert not agree([right])
+    assert not agree([{1e-4: 0.1}, {1e-4: 0.2}])
+    assert not agree([])

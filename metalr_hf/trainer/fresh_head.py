@@ -50,7 +50,7 @@ class FreshHead:
     >>> from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
     >>> _ = torch.manual_seed(0)
     >>> images = [{"pixel_values": torch.randn(3, 160, 160) + i % 2, "labels": i % 2} for i in range(16)]
-    >>> args = MetaLRTrainingArguments("runs/example", max_steps=8, save_strategy="no", report_to="none", use_cpu=True)
+    >>> args = MetaLRTrainingArguments("runs/example", max_steps=10, save_strategy="no", report_to="none", use_cpu=True)
     >>> trainer = MetaLRTrainer(timm.create_model("test_vit", num_classes=2), args, train_dataset=images)
     >>> _ = trainer.train()  # doctest: +ELLIPSIS
     {'train_runtime': ...

@@ -55,13 +55,16 @@ class TuningGuard:
         self.lowest_loss = 0.0
 
     def begin(self, loss: float) -> None:
-        """Notes the loss before the first step of a run. If it is not noted, that after the first step is taken.
+        """Notes the loss before the first step of a run.
+
+        If it is not noted, as after a restart, the loss after the first step is taken for it.
 
         Args:
             loss (`float`): The loss on images that the step did not use.
         """
         if math.isnan(self.first_loss) and math.isfinite(loss):
             self.first_loss = loss
+            self.lowest_loss = min(self.lowest_loss, loss)
 
     def count(self, finite: bool) -> None:
         """Counts a step; warns when many in a row were not finite.
@@ -95,7 +98,8 @@ class TuningGuard:
         Args:
             loss (`float`): The loss after the step, on images that it did not see. NaN if it is not known.
             slope (`float`, *optional*, defaults to `math.inf`):
-                By how much the loss would rise if the step were taken once more, to first order.
+                By how much the loss would rise if the step were taken once more, to first order. NaN if it is not
+                known, and the step may be to blame.
 
         Returns:
             `bool`: always `False` for the first loss and for one that is not finite.
@@ -107,11 +111,14 @@ class TuningGuard:
             self.mean_loss = loss
         self.lowest_loss = min(self.lowest_loss, loss)
         self.pause -= self.pause > 0
-        if loss > self.limit and not slope <= 0:
+        if loss > self.limit:
             if self.pause:
                 return False
-            self.pause = PAUSE
-            return True
+            if not slope <= 0:
+                self.pause = PAUSE
+                return True
+            # One odd batch is to leave the mean what it can bear.
+            loss = self.limit
         self.mean_loss += 0.2 * (loss - self.mean_loss)
         return False
 

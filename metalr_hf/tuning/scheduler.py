@@ -146,7 +146,7 @@ class MetaLRScheduler(CalibratedScheduler):
         self.guard = TuningGuard(active=self.rule.hyper_lr > 0)
         self._noted: Tensor | None = None
         self._noted_loss: Tensor | None = None
-        self._measured_loss = math.nan
+        self._measured_loss = self._slope = math.nan
         self._unheard = False
 
         check_linear(unwrap(optimizer))
@@ -320,8 +320,9 @@ class MetaLRScheduler(CalibratedScheduler):
             self._look_ahead.after_step()
 
     def _calibrate(self, meta_loss: Callable[[], Tensor] | None, step: int) -> None:
+        first = self.calibration is None
         super()._calibrate(meta_loss, step)
-        if self.calibration is not None:
+        if first and self.calibration is not None:
             self.guard.begin(self.calibration.start_loss)
 
     def _validate_tune_rescale(self, meta_loss: Callable[[], Tensor]) -> None:
@@ -367,8 +368,9 @@ class MetaLRScheduler(CalibratedScheduler):
         if overflowed:
             return False
         if self.lookahead == "optimizer":
+            # Of the step itself; what the other look-ahead looks along is not the step that may have done harm.
+            self._slope = float(by_layer.sum())
             by_layer = torch.where(self.learning_rates > 0, by_layer / self.learning_rates, 0.0)
-        self._slope = float(self.learning_rates @ by_layer)
         self._measured = (self._measured_loss, by_layer.tolist())
         loss_is_fine = self.meta_source == "next_batch" or math.isfinite(self._measured_loss)
         finite = bool(by_layer.isfinite().all()) and loss_is_fine

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 # Half a decade apart: what one step says is not finer than that.
 LADDER = tuple(10 ** (k / 2) for k in range(-12, 1))
-# A fresh head learns by rates from 3e-4. Only where that is too much are lower ones tried.
+# A fresh head learns by rates from 3e-4. Only where the lowest of them is the best, or none is, are lower ones tried.
 HEAD_LADDER = tuple(rate for rate in LADDER if rate > 3e-4)
 WHOLE_HEAD_LADDER = (1e-6, 1e-5, 1e-4, *HEAD_LADDER)
 RISE, TOLERANCE = 0.01, 0.003

@@ -120,7 +120,7 @@ def highest_useful(changes: Sequence[dict[float, float]], ladder: Sequence[float
 
 
 def agree(changes: Sequence[dict[float, float]]) -> bool:
-    """Whether several looks find the same learning rate, each by itself.
+    """Whether several looks find the same learning rate, each by itself and in their mean.
 
     Args:
         changes (`Sequence[dict[float, float]]`): Learning rate to relative change of the loss, a mapping a look.
@@ -140,5 +140,5 @@ def agree(changes: Sequence[dict[float, float]]) -> bool:
     ```
     """
     ladder = sorted({rate for look in changes for rate in look})
-    found = {highest_useful([look], ladder) for look in changes}
+    found = {highest_useful(looks, ladder) for looks in (changes, *([look] for look in changes))}
     return len(changes) > 1 and len(found) == 1 and None not in found

@@ -52,6 +52,9 @@ def test_looks_agree_where_each_by_itself_finds_the_same_rate():
     assert agree([right, {1e-4: -0.1, 1e-3: -0.11}])
     # The rung that one of them did not walk was beyond hope there.
     assert not agree([right, {1e-4: -0.1, 1e-3: 0.2}])
+    # Each by itself finds 1e-3, but both together ten times as much, or nothing.
+    assert not agree([{1e-4: -0.1, 1e-3: -0.05, 1e-2: -0.04}, {1e-4: 0.0, 1e-3: -0.1, 1e-2: -0.049}])
+    assert not agree([{1e-4: -0.0032, 1e-3: -0.0017, 1e-2: 0.1}, {1e-4: 0.0, 1e-3: -0.0032, 1e-2: 0.1}])
     assert not agree([right])
     assert not agree([{1e-4: 0.1}, {1e-4: 0.2}])
     assert not agree([])

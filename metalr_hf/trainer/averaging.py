@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,8 +20,31 @@ from .meta import EmptyMetaSetError, spare_batches
 logger = logging.get_logger(__name__)
 
 AVERAGE_FILE = "weight_average.pt"
-# Training batches that the statistics of batch norm are estimated from.
-STATISTICS_BATCHES = 8
+# Training batches that the statistics of batch norm are estimated from: from fewer or smaller ones they are those of a
+# few images, and cost up to eight points. Without gradients four times as many images fit in at a time.
+STATISTICS_BATCHES, FEWEST_BATCHES, IMAGES_AT_A_TIME, TIMES_AS_MANY = 8, 4, 32, 4
+
+
+def statistics_batches(batch_size: int) -> tuple[int, int]:
+    """How many batches the statistics of batch norm are estimated from, and of how many images.
+
+    Args:
+        batch_size (`int`): Images that are trained on at a time.
+
+    Returns:
+        `tuple[int, int]`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.trainer.averaging import statistics_batches
+    >>> statistics_batches(32), statistics_batches(8), statistics_batches(2)
+    ((8, 32), (4, 32), (4, 8))
+
+    ```
+    """
+    size = max(batch_size, min(IMAGES_AT_A_TIME, TIMES_AS_MANY * batch_size))
+    return max(FEWEST_BATCHES, math.ceil(STATISTICS_BATCHES * batch_size / size)), size
 
 
 class AveragingTrainer(Trainer):
@@ -88,7 +112,8 @@ class AveragingTrainer(Trainer):
             yield
 
     def _statistics_forwards(self) -> None:
-        batches = spare_batches(self, STATISTICS_BATCHES * self._train_batch_size)
+        count, size = statistics_batches(self._train_batch_size)
+        batches = spare_batches(self, count * size, size)
         if batches is None:
             logger.warning_once(
                 "The statistics of batch norm are averaged along with the weights, since batches to estimate them from "
@@ -99,12 +124,12 @@ class AveragingTrainer(Trainer):
         # The same ones in every process: it may be the only one that saves.
         with preserve_random_state(self.args.device), suppress(EmptyMetaSetError):
             for batch in batches:
-                count = None
+                items = None
                 if self.compute_loss_func is not None:
-                    _, count = self.get_batch_samples(iter([batch]), 1, self.args.device)
+                    _, items = self.get_batch_samples(iter([batch]), 1, self.args.device)
                 with self.compute_loss_context_manager():
-                    self.compute_loss(self.model, self._prepare_inputs(batch), num_items_in_batch=count)
-                self.statistics_passes += 1 / 3
+                    self.compute_loss(self.model, self._prepare_inputs(batch), num_items_in_batch=items)
+                self.statistics_passes += size / self._train_batch_size / 3
 
     # Of a run's beginning and of checkpoints, Trainer has no public hooks.
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:

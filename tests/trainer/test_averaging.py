@@ -156,10 +156,9 @@ def test_statistics_of_batch_norm_are_estimated_at_the_average(tmp_path):
             module.momentum, module.num_batches_tracked = None, torch.tensor(0)
             module.train()
     with torch.no_grad():
-        # All images a few times, as the eight batches of the estimate took them: near, for other batches.
-        for _ in range(4):
-            for rows_of_batch in torch.randperm(48).split(8):
-                model(pixels[rows_of_batch])
+        # All images a few times, in batches as large as those of the estimate: near, for other batches.
+        for _ in range(16):
+            model(pixels[torch.randperm(48)[:32]])
     for name, value in model.state_dict().items():
         if "running_mean" in name:
             torch.testing.assert_close(value, run.model.state_dict()[name], rtol=0.1, atol=0.1)
@@ -296,7 +295,8 @@ def test_in_bfloat16_the_average_is_in_float32(tmp_path):
 def test_what_looking_at_it_costs_is_counted(tmp_path):
     run = trainer(tmp_path, resnet(), eval_dataset=images(24, seed=1), **AVERAGED)
     run.train()
-    assert run.statistics_passes == pytest.approx(8 / 3)
+    # Four batches of four times as many images.
+    assert run.statistics_passes == pytest.approx(4 * 4 / 3)
     plain = trainer(tmp_path, vit(), **AVERAGED)
     plain.train()
     assert plain.statistics_passes == 0

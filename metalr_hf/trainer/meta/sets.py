@@ -137,7 +137,7 @@ def stream_of(
     )
 
 
-def spare_batches(trainer: Any, images: int) -> Iterator[Any] | None:
+def spare_batches(trainer: Any, images: int, batch_size: int | None = None) -> Iterator[Any] | None:
     """A few training batches beside those that are trained on, the same ones in every process.
 
     None is taken from the training's own order. Random numbers are the caller's.
@@ -145,11 +145,12 @@ def spare_batches(trainer: Any, images: int) -> Iterator[Any] | None:
     Args:
         trainer (`transformers.Trainer`): The trainer.
         images (`int`): How many images, a batch more or less.
+        batch_size (`int`, *optional*): Images a batch; by default as many as are trained on at a time.
 
     Returns:
         `Iterator`: batches as the data loader gives them, or `None` if a second reader would take rows of the first.
     """
-    dataset, batch_size = trainer.train_dataset, trainer._train_batch_size
+    dataset, batch_size = trainer.train_dataset, batch_size or trainer._train_batch_size
     # Only those of `datasets` are known to begin anew.
     read_once = isinstance(dataset, IterableDataset) and not isinstance(dataset, datasets.IterableDataset)
     if dataset is None or own_data_methods(trainer) or read_once:

@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 AVERAGE_FILE = "weight_average.pt"
 # Training batches that the statistics of batch norm are estimated from: from fewer or smaller ones they are those of a
-# few images, and cost up to eight points. Without gradients four times as many images fit in at a time.
+# few images, and cost up to ten points. Without gradients four times as many images fit in at a time.
 STATISTICS_BATCHES, FEWEST_BATCHES, IMAGES_AT_A_TIME, TIMES_AS_MANY = 8, 4, 32, 4
 
 

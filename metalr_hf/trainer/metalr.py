@@ -224,7 +224,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
     ) -> MetaLRScheduler:
         """Creates the [`MetaLRScheduler`]: a stock scheduler would overwrite the tuned rates at each step."""
         if self.lr_scheduler is None:
-            args, optimizer = self.args, self.optimizer if optimizer is None else optimizer
+            args, optimizer = self.args, optimizer or self.optimizer
             # A create_optimizer of a subclass need not have called ours.
             self._split_by_layer(unwrap(optimizer), self.model)
             if self._scheduler is not None:

@@ -127,9 +127,9 @@ def test_a_stream_a_meta_split_and_a_subset(tmp_path, images, vit, capsys):
         "test",
     ]
     assert main(["train", str(file), *streamed]) == 0
-    # The meta split was used: a validation loss at every second step but the first two or three, which calibrated.
+    # The meta split was used: a validation loss at every second step but the first two, which calibrated and agreed.
     rows = json.loads((tmp_path / "stream" / "trainer_state.json").read_text())["log_history"]
-    assert sum(row.get("meta_loss", 0) > 0 for row in rows) in (1, 2)
+    assert sum(row.get("meta_loss", 0) > 0 for row in rows) == 2
     held_out = ["--output_dir", str(tmp_path / "split"), "--meta_split", "0.3", "--max_train_samples", "30"]
     assert main(["train", str(file), *held_out]) == 0
     assert set(RUN_FILES) <= set(os.listdir(tmp_path / "split"))

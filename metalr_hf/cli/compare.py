@@ -156,10 +156,11 @@ def _unless_given(name: str, fields: Sequence[dataclasses.Field[Any]]) -> type:
     )
 
 
-_STOCK = {f.name for f in dataclasses.fields(TrainingArguments)}
-# Every argument that tuning adds.
+# All runs of a comparison have the same number of steps: none stops by itself.
+_LEFT_OUT = {f.name for f in dataclasses.fields(TrainingArguments)} | {"stop_when_converged", "max_minutes"}
+# Every other argument that tuning adds.
 TuningArguments = _unless_given(
-    "TuningArguments", [f for f in dataclasses.fields(MetaLRTrainingArguments) if f.name not in _STOCK]
+    "TuningArguments", [f for f in dataclasses.fields(MetaLRTrainingArguments) if f.name not in _LEFT_OUT]
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -41,22 +42,25 @@ def main(argv: list[str]) -> int:
         `int`: the exit code.
     """
     arguments = parse_train_arguments(argv)
-    checkpoint = prepare_output_dir(arguments)
+    checkpoint = check_output_dir(arguments)
+    folder = str(arguments.training.output_dir)
+    # With --overwrite_output_dir that of the earlier run is there until this one begins to train.
+    earlier = None if checkpoint else _last_checkpoint(folder)
     try:
         run_training(arguments, checkpoint)
     except KeyboardInterrupt:
-        last = usable_checkpoint(arguments.training.output_dir)
-        if last is None:
+        last = _last_checkpoint(folder)
+        if last is None or last == earlier:
             say("Interrupted before the first checkpoint; --save_strategy and --save_steps say when there is one.")
         else:
             command = shlex.join(["metalr-hf", "train", *_to_resume(argv), "--resume_from_checkpoint", "true"])
-            say(f"Interrupted. The last checkpoint is {last}. Resume with:\n{command}")
+            say(f"Interrupted. The last checkpoint is {last[0]}. Resume with:\n{command}")
         return INTERRUPTED
     return 0
 
 
-def prepare_output_dir(arguments: TrainArguments) -> str | None:
-    """Makes sure that a run starts in a folder of its own, or finds the checkpoint that it goes on from.
+def check_output_dir(arguments: TrainArguments) -> str | None:
+    """Makes sure that a run may have its folder, or finds the checkpoint that it goes on from.
 
     Args:
         arguments ([`TrainArguments`]): The run's arguments.
@@ -65,7 +69,7 @@ def prepare_output_dir(arguments: TrainArguments) -> str | None:
         `str`, *optional*: the checkpoint to resume from.
 
     Raises:
-        FileExistsError: if the folder holds another run.
+        FileExistsError: if the folder holds another run, which may not be deleted.
         FileNotFoundError: if there is no checkpoint to resume from.
     """
     folder, resume = str(arguments.training.output_dir), arguments.training.resume_from_checkpoint
@@ -82,16 +86,13 @@ def prepare_output_dir(arguments: TrainArguments) -> str | None:
         if not is_complete(Path(str(resume))):
             raise FileNotFoundError(f"resume_from_checkpoint={resume!r} is not the folder of a complete checkpoint.")
         return str(resume)
-    with arguments.training.main_process_first(desc="looking at the output folder"):
-        left = _left_by_a_run(Path(folder))
-        if left and not arguments.overwrite_output_dir:
-            raise FileExistsError(
-                f"output_dir={folder!r} holds another run ({', '.join(path.name for path in left[:3])}). Give another "
-                "folder with --output_dir, go on with that run with --resume_from_checkpoint true, or delete its files "
-                "with --overwrite_output_dir."
-            )
-        for path in left:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    left = _left_by_a_run(Path(folder))
+    if left and not arguments.overwrite_output_dir:
+        raise FileExistsError(
+            f"output_dir={folder!r} holds another run ({', '.join(path.name for path in left[:3])}). Give another "
+            "folder with --output_dir, go on with that run with --resume_from_checkpoint true, or delete its files "
+            "with --overwrite_output_dir."
+        )
     return None
 
 
@@ -100,8 +101,22 @@ def _left_by_a_run(folder: Path) -> list[Path]:
     return [path for path in files if path.exists()] + checkpoints(folder)
 
 
+def _delete_earlier_run(arguments: TrainArguments) -> None:
+    with arguments.training.main_process_first(desc="deleting an earlier run"):
+        for path in _left_by_a_run(Path(str(arguments.training.output_dir))):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _last_checkpoint(folder: str) -> tuple[str, int] | None:
+    last = usable_checkpoint(folder)
+    # Another run's may have the same name.
+    return None if last is None else (last, os.stat(last).st_mtime_ns)
+
+
 def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> dict[str, float]:
     """Trains, measures the test split once, writes the run's files and shows what came out.
+
+    With `overwrite_output_dir`, an earlier run is deleted when this one begins to train.
 
     Args:
         arguments ([`TrainArguments`]): The run's arguments.
@@ -151,6 +166,9 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     )
     trainer.task = task
     trainer.dataset_name = task.demo_description if data.is_demo else data.hub_id
+    if arguments.overwrite_output_dir and checkpoint is None:
+        # Not earlier: a run that cannot begin costs no other.
+        _delete_earlier_run(arguments)
     try:
         results = trainer.train(resume_from_checkpoint=checkpoint).metrics
         # It is pushed when it has been tested.
@@ -206,6 +224,8 @@ def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
     if trainer.fresh_head.images:
         console.print(f"After the third step the head was fitted to {trainer.fresh_head.images} training images.")
     schedule = SchedulerType(trainer.args.lr_scheduler_type).value
+    if not trainer.args.warmup_steps:
+        schedule = schedule.removesuffix("_with_warmup")
     if schedule != "constant":
         console.print(f"The {schedule} schedule multiplies these rates.")
     if trainer.args.average_weights is not None:

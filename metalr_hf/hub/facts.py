@@ -180,7 +180,7 @@ def _layers(scheduler: Any) -> list[LayerFacts]:
 
 def _settings(trainer: HubTrainer) -> dict[str, object]:
     args, state, optimizer = trainer.args, trainer.state, unwrap(trainer.lr_scheduler.optimizer)
-    warmup = args.get_warmup_steps(state.max_steps)
+    warmup, schedule = args.get_warmup_steps(state.max_steps), SchedulerType(args.lr_scheduler_type).value
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     loss: Any = trainer.compute_loss_func
     decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
@@ -188,7 +188,7 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
         "optimizer steps": f"{state.global_step} ({state.epoch or 0:.4g} epochs)",
         "images a step": batch,
         "optimizer": f"{type(optimizer).__name__}, weight decay {decay:g}",
-        "schedule": f"{SchedulerType(args.lr_scheduler_type).value}{f', {warmup} warm-up steps' if warmup else ''}",
+        "schedule": f"{schedule}, {warmup} warm-up steps" if warmup else schedule.removesuffix("_with_warmup"),
         **_tuning(trainer),
         **_images(trainer.processing_class),
         **({"loss": loss.description} if isinstance(loss, TargetLoss) else {}),

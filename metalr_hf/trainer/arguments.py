@@ -13,7 +13,7 @@ from transformers.trainer_utils import SchedulerType
 from ..settings import LAYER_GRANULARITIES, META_MODES, check_choice, check_count, check_number, check_settings
 from ..tuning.averaging import averaging_share
 from ..tuning.rules import get_rule
-from .defaults import calibrates, fill_in_schedule
+from .defaults import FILLED_IN, calibrates, fill_in_schedule, leave_out_again
 from .stopping import prepare_stopping
 
 # Chen et al. 2023, section 3.1, and the reference code, with the sign of the paper's equation.
@@ -259,15 +259,14 @@ class MetaLRTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # transformers would want DeepSpeed installed first.
         refuse_deepspeed(self)
+        leave_out_again(self)
         self._apply_preset()
-        given = self.average_weights
         fill_in_schedule(self)
-        # A run that stops by itself averages whatever its schedule.
-        is_default = given is None and self.average_weights is not None and not self.stop_when_converged
         _refuse_watching_schedules(self)
         prepare_stopping(self)
         super().__post_init__()
-        self._average_is_default = is_default
+        # A run that stops by itself averages whatever its schedule.
+        self._average_is_default = self.average_weights is FILLED_IN and not self.stop_when_converged
         self.load_best_model_at_end |= self.stop_when_converged
         _check_tuning_arguments(self)
 

@@ -12,6 +12,8 @@ from ..tuning.averaging import POLYNOMIAL
 
 # `None` means that it was left out.
 NO_AVERAGE = ("none", False)
+# An object of its own: `dataclasses.replace` and `to_dict` hand it on, and what is chosen is at most equal to it.
+FILLED_IN = "".join(POLYNOMIAL)
 # From calibrated rates a large trust region is a random walk of the rates: one batch's hypergradient is mostly noise.
 CALIBRATED_LR_CHANGE, UNCALIBRATED_LR_CHANGE = 1.1, 2.0
 # More often costs a pass each, and found no better rates.
@@ -33,7 +35,7 @@ def fill_in_schedule(args: Any) -> None:
     >>> from metalr_hf import MetaLRTrainingArguments
     >>> args = MetaLRTrainingArguments("runs/example")
     >>> args.lr_scheduler_type.value, args.average_weights
-    ('constant', 'polynomial')
+    ('constant_with_warmup', 'polynomial')
     >>> args = MetaLRTrainingArguments("runs/example", lr_scheduler_type="cosine")
     >>> args.lr_scheduler_type.value, args.average_weights
     ('cosine', None)
@@ -49,9 +51,34 @@ def fill_in_schedule(args: Any) -> None:
     if not averages or args.lr_scheduler_kwargs or sharded:
         args.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
         return
-    args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP if args.warmup_steps else SchedulerType.CONSTANT
+    # Also without a warm-up, which may be set afterwards, by a search for one.
+    args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
     if args.average_weights is None:
-        args.average_weights = POLYNOMIAL
+        args.average_weights = FILLED_IN
+
+
+def leave_out_again(args: Any) -> None:
+    """Undoes [`fill_in_schedule`] where `dataclasses.replace` or `to_dict` has handed on what it had filled in.
+
+    Args:
+        args ([`MetaLRTrainingArguments`]): The arguments, before anything is filled in.
+
+    Example:
+
+    ```python
+    >>> from dataclasses import replace
+    >>> from metalr_hf import MetaLRTrainingArguments
+    >>> args = replace(MetaLRTrainingArguments("runs/example"), lr_scheduler_type="cosine")
+    >>> args.lr_scheduler_type.value, args.average_weights
+    ('cosine', None)
+
+    ```
+    """
+    if args.average_weights is not FILLED_IN:
+        return
+    args.average_weights = None
+    if args.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP:
+        args.lr_scheduler_type = None
 
 
 def calibrates(args: Any) -> bool:
@@ -67,7 +94,7 @@ def calibrates(args: Any) -> bool:
 
 
 def fits_head(args: Any) -> bool:
-    """Whether a fresh head is fitted before the first step, with the default filled in.
+    """Whether a fresh head is fitted after the third step, with the default filled in.
 
     Args:
         args ([`MetaLRTrainingArguments`]): The arguments, or others that have the same.
@@ -153,5 +180,7 @@ def head_hold_steps_of(args: Any, train_dataset: Any, batch_size: int | None = N
             f"head_hold_epochs={args.head_hold_epochs} needs a training set with a length, to know how many steps "
             "an epoch has. Leave it at 0 for a streamed training set."
         )
-    rows = (batch_size or args.train_batch_size) * args.gradient_accumulation_steps * args.world_size
-    return math.ceil(args.head_hold_epochs * math.ceil(len(train_dataset) / rows))
+    batches = len(train_dataset) / ((batch_size or args.train_batch_size) * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(args.head_hold_epochs * steps)

@@ -101,7 +101,9 @@ def test_a_timm_model_reloads_in_both_libraries(tmp_path, images, capsys):
     assert set(RUN_FILES) <= set(os.listdir(tmp_path / "run"))
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert accuracy(tmp_path / "run") == pytest.approx(results["test_accuracy"], abs=0.07)
-    assert "The model holds an average of its weights over the last part of the run." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "The model holds an average of its weights over the last part of the run." in shown
+    assert "schedule" not in shown
     pixels = torch.rand(2, 3, 32, 32)
     ours = AutoModelForImageClassification.from_pretrained(tmp_path / "run").eval()
     theirs = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
@@ -163,6 +165,30 @@ def test_an_output_folder_that_holds_another_run(tmp_path, images, vit, capsys):
     assert len(LRHistory.load(tmp_path / "lr_history.csv")) == 1
     assert [name for name in os.listdir(tmp_path) if name.startswith("checkpoint")] == ["checkpoint-1"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_earlier_run_is_deleted_when_the_new_one_begins_and_not_before(tmp_path, images, vit, capsys, monkeypatch):
+    def files():
+        return {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    steps = ["--max_steps", "2", "--save_steps", "1", "--overwrite_output_dir"]
+    assert run(tmp_path, images, vit, *steps) == 0
+    before = files()
+    assert run(tmp_path, images, vit, *steps, "--data_dir", str(tmp_path / "nowhere")) == 2
+    assert run(tmp_path, images, "no/model", *steps) == 2
+    # Refused by the trainer, when images and model are there.
+    assert run(tmp_path, images, vit, *steps, "--optim", "schedule_free_adamw") == 2
+    assert files() == before
+    capsys.readouterr()
+
+    def interrupt(seed):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metalr_hf.cli.train.set_seed", interrupt)
+    assert run(tmp_path, images, vit, *steps) == 130
+    # A checkpoint of the earlier run is none to resume this one from.
+    assert "Interrupted before the first checkpoint" in capsys.readouterr().err
+    assert files() == before
 
 
 def test_a_checkpoint_whose_writing_was_interrupted_does_not_count(tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import datasets
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification, set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
@@ -89,6 +89,16 @@ class OwnLoader:
     def get_train_dataloader(self):
         rows = images()
         return DataLoader([dict(rows[i]) for i in range(len(rows))], batch_size=self._train_batch_size)
+
+
+class ReadOnce(IterableDataset):
+    """Rows that are gone when they have been read."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self.rows
 
 
 def streamed(rows):

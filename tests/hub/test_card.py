@@ -257,6 +257,15 @@ def test_that_the_weights_are_an_average(tmp_path, kind, told):
     assert f"| weights | {told} |" in (tmp_path / "README.md").read_text()
 
 
+def test_that_rates_are_constant_and_warmed_up_where_they_are(tmp_path):
+    for options, told in (({}, "constant"), ({"warmup_steps": 1}, "constant_with_warmup, 1 warm-up steps")):
+        args = arguments(tmp_path, max_steps=2, lr_scheduler_type=None, **options)
+        run = MetaLRTrainer(vit(), args, train_dataset=images())
+        run.train()
+        run.create_model_card()
+        assert f"| schedule | {told} |" in (tmp_path / "README.md").read_text()
+
+
 def test_the_range_of_a_rate_is_before_the_schedule_also_where_that_was_changed_on_the_way(tmp_path):
     def train(max_steps, resume=None):
         options = {"lr_scheduler_type": "linear", "warmup_steps": 1, "tuning_steps": 0, "calibrate": True}

@@ -1,13 +1,16 @@
+import copy
 import dataclasses
 import inspect
 import math
 import re
 
 import pytest
+from small_runs import images, trainer
 from transformers import HfArgumentParser, TrainingArguments
 
 from metalr_hf import MetaLRTrainingArguments
 from metalr_hf.trainer.defaults import lr_change_of, meta_every_of, meta_source_of
+from metalr_hf.trainer.schedules import schedule_shape
 
 STOCK = {f.name for f in dataclasses.fields(TrainingArguments)}
 ADDED = [f for f in dataclasses.fields(MetaLRTrainingArguments) if f.name not in STOCK]
@@ -80,3 +83,69 @@ def test_a_schedule_chosen_afterwards_takes_the_place_of_the_average(tmp_path):
     args.lr_scheduler_type = "cosine"
     assert args.average_weights is None
     assert average(average_weights="polynomial") == average(stop_when_converged=True) == "polynomial"
+
+
+def test_a_warmup_chosen_afterwards_takes_place(tmp_path):
+    def shape(args):
+        return [schedule_shape(args, 100)(step) for step in (0, 5, 10, 100)]
+
+    for given in ({}, {"average_weights": "0.9"}, {"stop_when_converged": True}):
+        args = MetaLRTrainingArguments(str(tmp_path), **given)
+        assert shape(args) == [1.0, 1.0, 1.0, 1.0]
+        # As a search sets it, from trial to trial.
+        args.warmup_steps = 10
+        assert shape(args) == shape(MetaLRTrainingArguments(str(tmp_path), warmup_steps=10, **given))
+        assert shape(args) == [0.0, 0.5, 1.0, 1.0]
+        assert args.average_weights == given.get("average_weights", "polynomial")
+        args.warmup_steps = 0
+        assert shape(args) == [1.0, 1.0, 1.0, 1.0]
+        assert shape(dataclasses.replace(args, warmup_steps=10)) == [0.0, 0.5, 1.0, 1.0]
+    # One that was chosen is left as it is, which has no warm-up in the stock Trainer either.
+    args = MetaLRTrainingArguments(str(tmp_path), lr_scheduler_type="constant")
+    args.warmup_steps = 10
+    assert shape(args) == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_a_copy_has_what_was_chosen_and_the_defaults_that_follow_from_it(tmp_path):
+    def chosen(args):
+        return args.lr_scheduler_type.value, args.average_weights
+
+    def replaced(given=None, **changes):
+        args = MetaLRTrainingArguments(str(tmp_path), **given or {})
+        assert chosen(dataclasses.replace(args)) == chosen(MetaLRTrainingArguments(**args.to_dict())) == chosen(args)
+        # A copy of a copy too.
+        return chosen(dataclasses.replace(dataclasses.replace(copy.deepcopy(args), seed=1), **changes))
+
+    for changes in (
+        {"lr_scheduler_type": "cosine"},
+        {"lr_scheduler_type": "constant"},
+        {"lr_scheduler_type": "cosine", "average_weights": "polynomial"},
+        {"lr_scheduler_kwargs": {"decay_type": "cosine"}},
+        {"average_weights": "0.9"},
+        {"preset": "paper"},
+        {"warmup_steps": 10},
+    ):
+        assert replaced(**changes) == chosen(MetaLRTrainingArguments(str(tmp_path), **changes)), changes
+    for given in ("polynomial", "0.9"):
+        assert replaced({"average_weights": given}, lr_scheduler_type="cosine") == ("cosine", given)
+    assert replaced({"stop_when_converged": True}, lr_scheduler_type="inverse_sqrt") == ("inverse_sqrt", "polynomial")
+    args = dataclasses.replace(MetaLRTrainingArguments(str(tmp_path)), seed=1)
+    args.lr_scheduler_type = "cosine"
+    assert args.average_weights is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (48, {"per_device_train_batch_size": 32, "dataloader_drop_last": True}),
+        (48, {"per_device_train_batch_size": 32}),
+        (40, {"gradient_accumulation_steps": 2, "dataloader_drop_last": True}),
+        (44, {"gradient_accumulation_steps": 2, "dataloader_drop_last": True}),
+        (44, {"gradient_accumulation_steps": 2}),
+    ],
+)
+def test_the_head_is_held_for_as_many_steps_as_its_epochs_have(tmp_path, rows, options):
+    two_epochs = {"head_hold_epochs": 2.0, "num_train_epochs": 2, "max_steps": -1}
+    run = trainer(tmp_path, train_dataset=images(rows), **two_epochs, **options)
+    run.train()
+    assert run.lr_scheduler.hold_steps == {"head": run.state.global_step}

@@ -107,7 +107,7 @@ def test_limits_are_kept_and_the_last_weights_evaluated(tmp_path):
 def test_what_is_left_out_is_filled_in(tmp_path):
     args = MetaLRTrainingArguments(str(tmp_path), stop_when_converged=True)
     assert args.average_weights == "polynomial"
-    assert args.lr_scheduler_type == SchedulerType.CONSTANT
+    assert args.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP
     assert (args.save_strategy, args.save_total_limit) == (SaveStrategy.BEST, 1)
     assert (args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better) == (
         True,
@@ -125,7 +125,7 @@ def test_what_is_left_out_is_filled_in(tmp_path):
     assert (args.average_weights, args.lr_scheduler_type) == ("0.9", SchedulerType.INVERSE_SQRT)
     assert (args.save_strategy, args.save_total_limit, args.greater_is_better) == (SaveStrategy.EPOCH, None, True)
     warm = MetaLRTrainingArguments(str(tmp_path), stop_when_converged=True, warmup_steps=10)
-    assert warm.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP
+    assert (warm.lr_scheduler_type, warm.warmup_steps) == (SchedulerType.CONSTANT_WITH_WARMUP, 10)
     off = MetaLRTrainingArguments(str(tmp_path))
     assert (off.num_train_epochs, off.save_total_limit, off.load_best_model_at_end) == (3.0, None, False)
 

@@ -57,16 +57,11 @@ def create_meta_stream(trainer: Any) -> MetaStream:
         [`~metalr_hf.trainer.meta.MetaStream`]
 
     Raises:
-        ValueError: if the training batches come from a loader or sampler of the user's own, which it would pass by.
+        ValueError: if the training batches come from a loader or sampler of the user's own, which it would pass by, or
+            from rows that may be read only once, which it would take from the training.
     """
-    own_data = own_data_methods(trainer)
-    if trainer.meta_dataset is None and (own_data or trainer.train_dataset is None):
-        which = own_data[0] if own_data else "train_dataset=None"
-        raise ValueError(
-            f'meta_source="stream": {which} says which training images are drawn, and a stream of validation batches '
-            'would not know. Pass the images to tune on as meta_dataset, or leave out meta_source: "next_batch" takes '
-            "the training batches as they come."
-        )
+    if trainer.meta_dataset is None:
+        _refuse_to_read_beside(trainer)
     own, dataset = trainer.args.meta_batch_size, trainer.meta_dataset
     # What auto_find_batch_size has found, else args.train_batch_size.
     found = trainer._train_batch_size
@@ -78,6 +73,24 @@ def create_meta_stream(trainer: Any) -> MetaStream:
         trainer,
         trainer.train_dataset if dataset is None else dataset,
         found if own is None else own,
+    )
+
+
+def _refuse_to_read_beside(trainer: Any) -> None:
+    own_data, dataset = own_data_methods(trainer), trainer.train_dataset
+    if own_data or dataset is None:
+        which = own_data[0] if own_data else "train_dataset=None"
+        why = f"{which} says which training images are drawn, and a stream of validation batches would not know"
+    elif _may_be_read_once(dataset):
+        why = (
+            f"train_dataset is a {type(dataset).__name__}, which may be read only once, and a stream of validation "
+            "batches would take its rows from the training"
+        )
+    else:
+        return
+    raise ValueError(
+        f'meta_source="stream": {why}. Pass the images to tune on as meta_dataset, or leave out meta_source: '
+        '"next_batch" takes the training batches as they come.'
     )
 
 
@@ -137,8 +150,10 @@ def stream_of(
     )
 
 
-def spare_batches(trainer: Any, images: int, batch_size: int | None = None) -> Iterator[Any] | None:
-    """A few training batches beside those that are trained on, the same ones in every process.
+def spare_batches(
+    trainer: Any, images: int, batch_size: int | None = None, seed: int = 0, alone: bool = True
+) -> Iterator[Any] | None:
+    """A few training batches beside those that are trained on.
 
     None is taken from the training's own order. Random numbers are the caller's.
 
@@ -146,17 +161,22 @@ def spare_batches(trainer: Any, images: int, batch_size: int | None = None) -> I
         trainer (`transformers.Trainer`): The trainer.
         images (`int`): How many images, a batch more or less.
         batch_size (`int`, *optional*): Images a batch; by default as many as are trained on at a time.
+        seed (`int`, *optional*, defaults to 0): Added to that of the run's data.
+        alone (`bool`, *optional*, defaults to `True`): Whether every process takes all of them, not its share.
 
     Returns:
         `Iterator`: batches as the data loader gives them, or `None` if a second reader would take rows of the first.
     """
     dataset, batch_size = trainer.train_dataset, batch_size or trainer._train_batch_size
-    # Only those of `datasets` are known to begin anew.
-    read_once = isinstance(dataset, IterableDataset) and not isinstance(dataset, datasets.IterableDataset)
-    if dataset is None or own_data_methods(trainer) or read_once:
+    if dataset is None or own_data_methods(trainer) or _may_be_read_once(dataset):
         return None
-    stream = stream_of(trainer, dataset, batch_size, batches_to_shuffle=4, alone=True)
+    stream = stream_of(trainer, dataset, batch_size, seed, batches_to_shuffle=4, alone=alone)
     return islice(stream, -(-images // batch_size))
+
+
+def _may_be_read_once(dataset: Any) -> bool:
+    # Only those of `datasets` are known to begin anew.
+    return isinstance(dataset, IterableDataset) and not isinstance(dataset, datasets.IterableDataset)
 
 
 def _label_column(trainer: Any, dataset: Any) -> str:

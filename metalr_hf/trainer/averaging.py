@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..tuning.averaging import POLYNOMIAL, WeightAverage
 from ..tuning.contexts import preserve_random_state
+from .defaults import NO_AVERAGE
 from .meta import EmptyMetaSetError, spare_batches
 
 logger = logging.get_logger(__name__)
@@ -75,7 +76,8 @@ class AveragingTrainer(Trainer):
     @property
     def average_weights(self) -> str | None:
         """Which average there is, as the arguments say by now: a search changes them from trial to trial."""
-        return self._given_average or getattr(self.args, "average_weights", None)
+        chosen = self._given_average or getattr(self.args, "average_weights", None)
+        return None if chosen in NO_AVERAGE else chosen
 
     def _prepare_average(self) -> None:
         if self.average_weights is None:
@@ -123,10 +125,9 @@ class AveragingTrainer(Trainer):
             return
         # The same ones in every process: it may be the only one that saves.
         with preserve_random_state(self.args.device), suppress(EmptyMetaSetError):
+            # What the loss is divided by does not matter here. To count it, Trainer would wait for other processes.
+            items = None if self.compute_loss_func is None else torch.ones((), device=self.args.device)
             for batch in batches:
-                items = None
-                if self.compute_loss_func is not None:
-                    _, items = self.get_batch_samples(iter([batch]), 1, self.args.device)
                 with self.compute_loss_context_manager():
                     self.compute_loss(self.model, self._prepare_inputs(batch), num_items_in_batch=items)
                 self.statistics_passes += size / self._train_batch_size / 3

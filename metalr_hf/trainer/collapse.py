@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
+from ..models.bare import logits_of
 from ..models.target_losses import ClassLoss, TargetLoss
+from ..tuning.contexts import untouched
+from .meta import batches_to_look_at
+
+logger = logging.get_logger(__name__)
 
 # Log-probabilities that differ by less than this from image to image, and by less than this share of what they did at
 # the start, are the same answer to all of them.
 SPREAD, SHARE_OF_SPREAD = 0.02, 0.1
 # A loss this near the one of the best constant answer has learned nothing.
 NOTHING_LEARNED = 0.97
+# Of the start rates, with which a run that has collapsed begins again.
+COLLAPSE_FACTOR = 0.1
 
 
 class CollapseGuard:
@@ -65,7 +73,8 @@ class CollapseGuard:
         self.losses: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.start_spread: float | None = None
-        self._model, self._start = model, _Kept({})
+        self._model = model
+        self._start: _Kept | None = None
 
     def note(self, loss: Tensor, labels: Tensor) -> None:
         """Notes a step, without waiting for the device.
@@ -94,7 +103,8 @@ class CollapseGuard:
                 self.stop()
                 return False
             self.start_spread = float(reduce(self._spread(answers)))
-            self._start = _Kept(self._model.state_dict())
+        if self._start is None:
+            self._start = _Kept(_weights(self._model))
         if len(self.losses) < self.every:
             return False
         device = self.losses[-1].device
@@ -117,12 +127,18 @@ class CollapseGuard:
         Args:
             model (`torch.nn.Module`): The model that the guard was made with.
         """
-        model.load_state_dict(self._start.load())
+        assert self._start is not None
+        # Frozen ones are where they were.
+        model.load_state_dict(self._start.load(), strict=False)
+
+    def measure_anew(self) -> None:
+        """Forgets how far apart the answers were, and the losses: the head is another one, of another scale."""
+        self.start_spread, self.losses, self.labels = None, [], []
 
     def stop(self) -> None:
         """Frees the stored weights and stops watching the run."""
         self.active = False
-        self.losses, self.labels, self._start = [], [], _Kept({})
+        self.losses, self.labels, self._start = [], [], None
 
     def state_dict(self) -> dict[str, Any]:
         """The state, first weights included, in tensors and plain containers."""
@@ -131,7 +147,7 @@ class CollapseGuard:
             "losses": [float(loss) for loss in self.losses],
             "labels": torch.cat(self.labels).cpu() if self.labels else torch.zeros(0, dtype=torch.int64),
             "start_spread": self.start_spread,
-            "start": self._start.load(),
+            "start": {} if self._start is None else self._start.load(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -142,7 +158,7 @@ class CollapseGuard:
         """
         # The first weights are those of the run, not those that it goes on from.
         self.active, self.start_spread = state_dict["active"], state_dict["start_spread"]
-        self._start = _Kept(state_dict["start"])
+        self._start = _Kept(state_dict["start"]) if state_dict["start"] else None
         self.losses = [torch.tensor(loss) for loss in state_dict["losses"]]
         self.labels = [state_dict["labels"]]
 
@@ -171,14 +187,69 @@ def guard_for(model: nn.Module, loss: Any = None) -> CollapseGuard | None:
     return CollapseGuard(model, loss=loss)
 
 
+def undo_collapse(trainer: Any, batches: Sequence[Any]) -> None:
+    """Goes back to the first weights of a run that has collapsed, and on with lower learning rates.
+
+    Args:
+        trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, before a step and not in it, where a scaler waits for its
+            gradients.
+        batches (`Sequence`): Those of the coming step, as the data loader gives them.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+    >>> from metalr_hf.trainer.collapse import undo_collapse
+    >>> images = [{"pixel_values": torch.randn(4), "labels": i % 2} for i in range(8)]
+    >>> args = MetaLRTrainingArguments("runs/example", save_strategy="no", report_to="none", use_cpu=True)
+    >>> trainer = MetaLRTrainer(torch.nn.Linear(4, 2), args, train_dataset=images)
+    >>> undo_collapse(trainer, batches=[])  # It has taken no step yet.
+
+    ```
+    """
+    scheduler, guard, model = trainer.lr_scheduler, trainer.collapse_guard, trainer.model
+    if guard is None or not guard.active:
+        return
+
+    def logits() -> Tensor | None:
+        with torch.no_grad(), untouched(model, "eval"):
+            looked_at = batches_to_look_at(trainer, batches)
+            answers = [logits_of(model(**trainer._prepare_inputs(batch))) for batch in looked_at]
+        found = [answer for answer in answers if answer is not None]
+        return torch.cat(found) if found else None
+
+    if not guard.loss.reads(batches[0].get("labels") if isinstance(batches[0], Mapping) else None):
+        guard.stop()
+    elif guard.collapsed(logits, trainer._mean_over_processes):
+        guard.go_back(model)
+        scheduler.restart(COLLAPSE_FACTOR)
+        guard.stop()
+        trainer.fresh_head.fit_again(trainer)
+        if trainer.weight_average is not None:
+            trainer.weight_average.restart()
+        logger.warning(
+            f"By step {trainer.state.global_step} the model answered every image alike, at the loss of a constant "
+            "answer: its learning rates were too high. Its first weights are back, the learning rates are "
+            f"{COLLAPSE_FACTOR:g} times what they were at the start, and are tuned anew."
+        )
+    elif scheduler.tuning_is_over:
+        guard.stop()
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """What may change during the run: beside adapters, the frozen weights are by far the larger part."""
+    state = model.state_dict(keep_vars=True)
+    frozen = {name for name, value in state.items() if isinstance(value, nn.Parameter) and not value.requires_grad}
+    return {name: value.detach() for name, value in state.items() if name not in frozen and isinstance(value, Tensor)}
+
+
 class _Kept:
     """Tensors by name, in a temporary file."""
 
     def __init__(self, tensors: dict[str, Tensor]):
-        self.in_memory: dict[str, Tensor] | None = tensors
+        self.in_memory: dict[str, Tensor] | None = None
         self._file: Any = None
-        if not tensors:
-            return
         # A copy in memory would be there at the peak of every step, and on a CPU beside the weights themselves.
         try:
             # No buffer of its own: one that is left in a forked process, too, would move the place in the file as it

@@ -27,7 +27,8 @@ def refuse_sparse_gradients(model: nn.Module) -> None:
         if getattr(module, "sparse", False) and any(p.requires_grad for p in module.parameters(recurse=False)):
             raise ValueError(
                 f"{name or type(module).__name__} has sparse gradients (sparse=True), for which there is no "
-                "hypergradient. Make it with sparse=False, freeze it, or set hyper_lr=0."
+                "hypergradient and no calibration. Make it with sparse=False, freeze it, or set hyper_lr=0 and "
+                "calibrate=False."
             )
 
 

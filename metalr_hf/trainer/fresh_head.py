@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.trainer_utils import has_length
 
 from ..layers.names import head_layers
@@ -79,6 +80,17 @@ class FreshHead:
             scheduler.count_forwards(self.fit(trainer))
         if self.images:
             scheduler.let_go()
+            if trainer.collapse_guard is not None:
+                trainer.collapse_guard.measure_anew()
+
+    def fit_again(self, trainer: Any) -> None:
+        """Fits the head once more, after the first weights of the run have been put back.
+
+        Args:
+            trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, before a step.
+        """
+        self.is_due, self.images = True, 0
+        self.fit_when_due(trainer)
 
     @torch.no_grad()
     def fit(self, trainer: Any) -> int:
@@ -189,8 +201,12 @@ def _batches(trainer: Any, linear: nn.Linear, images: int) -> Generator[tuple[Te
                 labels = inputs.get("labels")
                 seen.clear()
                 with trainer.compute_loss_context_manager():
-                    logits = logits_of(model(**inputs))
+                    outputs = model(**inputs)
+                logits = logits_of(outputs)
                 if logits is None or len(seen) != 1 or not ClassLoss().reads(labels):
+                    yield None
+                    return
+                if trainer.compute_loss_func is None and not _is_cross_entropy(outputs, logits, labels):
                     yield None
                     return
                 features, output = seen[0]
@@ -198,3 +214,14 @@ def _batches(trainer: Any, linear: nn.Linear, images: int) -> Generator[tuple[Te
                 yield (features, logits, labels) if is_last and logits.shape[1] > 1 else None
     finally:
         hook.remove()
+
+
+def _is_cross_entropy(outputs: Any, logits: Tensor, labels: Tensor) -> bool:
+    """Whether the loss that a model returned is what a head is fitted for, and not one of the model's own."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    known = (labels >= 0) & (labels < logits.shape[1])
+    if not isinstance(loss, Tensor) or not known.any():
+        return False
+    expected = functional.cross_entropy(logits[known].float(), labels[known])
+    rounding = 1e-3 if logits.dtype == torch.float32 else 1e-2
+    return torch.allclose(loss.float().mean(), expected, rtol=rounding, atol=rounding)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..hub.mixin import HubTrainer
 from ..layers.groups import check_layer_groups, drop_frozen, layer_groups, split_optimizer
 from ..layers.names import head_layers
-from ..models.bare import LossAlone, logits_of, wrap_bare_module
+from ..models.bare import LossAlone, wrap_bare_module
 from ..tuning.contexts import untouched
 from ..tuning.history import LRHistory
 from ..tuning.hypergradient.linearity import check_optimizer_name
@@ -26,7 +26,7 @@ from ..tuning.scheduler import MetaLRScheduler
 from .arguments import MetaLRTrainingArguments, refuse_deepspeed, with_tuning_arguments
 from .averaging import AveragingTrainer
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
-from .collapse import CollapseGuard, guard_for
+from .collapse import CollapseGuard, guard_for, undo_collapse
 from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
 from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients
 from .fresh_head import FreshHead
@@ -36,8 +36,6 @@ from .step_hooks import StepHooks, calibrate_on, fetch_validation_batch, step_ho
 from .stopping import StoppingTrainer
 
 logger = logging.get_logger(__name__)
-
-COLLAPSE_FACTOR = 0.1
 
 
 class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, HubTrainer):
@@ -131,7 +129,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         self._step_loss: Tensor | float = 0.0
         self._left_out: dict[str, Tensor] = {}
         self._has_warned = False
-        self._collapse_guard: CollapseGuard | None = None
+        self.collapse_guard: CollapseGuard | None = None
         self.fresh_head = FreshHead()
         self._step_hooks: StepHooks | None = None
         super().__init__(model, args, *trainer_args, **kwargs)
@@ -196,7 +194,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
                 "of the layers at every step. Return super().create_scheduler(...) in it, and choose the shape that "
                 "multiplies the rates with args.lr_scheduler_type and args.lr_scheduler_kwargs."
             )
-        if self.args.hyper_lr > 0:
+        if self.args.hyper_lr > 0 or calibrates(self.args):
             refuse_sparse_gradients(self.model)
         return prepared
 
@@ -225,6 +223,13 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         """Creates the [`MetaLRScheduler`]: a stock scheduler would overwrite the tuned rates at each step."""
         if self.lr_scheduler is None:
             args, optimizer = self.args, optimizer or self.optimizer
+            # A search changes the arguments from trial to trial.
+            self.meta_source = meta_source_of(args, self.meta_dataset is not None)
+            if args.meta_split > 0 and self.meta_dataset is None:
+                raise ValueError(
+                    f"meta_split={args.meta_split} was set after the trainer was made, which holds the images out. "
+                    "Set it before, in the arguments that the trainer is given."
+                )
             # A create_optimizer of a subclass need not have called ours.
             self._split_by_layer(unwrap(optimizer), self.model)
             if self._scheduler is not None:
@@ -255,8 +260,8 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
                 self._meta_stream = create_meta_stream(self)
                 scheduler.stateful["meta_stream"] = self._meta_stream
             if args.hyper_lr > 0 and args.tuning_steps and not (self.is_fsdp_enabled or self._feeds_itself):
-                self._collapse_guard = guard_for(self.model, self.compute_loss_func)
-                scheduler.stateful |= {} if self._collapse_guard is None else {"collapse_guard": self._collapse_guard}
+                self.collapse_guard = guard_for(self.model, self.compute_loss_func)
+                scheduler.stateful |= {} if self.collapse_guard is None else {"collapse_guard": self.collapse_guard}
             self.fresh_head = scheduler.stateful["fresh_head"] = FreshHead()
             held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
             others = {name: p for name, p in self.model.named_parameters() if id(p) not in held}
@@ -270,9 +275,9 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Runs Trainer's forward and backward pass, and fetches a validation batch if the coming step is tuned."""
-        self._undo_collapse(inputs)
-        # For a get_batch_samples of a subclass that does not call ours.
-        calibrate_on(self, inputs)
+        # For a get_batch_samples of a subclass that does not call ours; else both are done by now.
+        calibrate_on(self, [inputs])
+        undo_collapse(self, [inputs])
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._refuse_thawed()
         # Trainer waits for the loss to look at it next, so that looking here costs nothing.
@@ -280,7 +285,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             self._has_warned = True
             logger.warning(describe_bad_batch(inputs, self.state.global_step))
         self._step_loss = self._step_loss + loss
-        scheduler, guard = self.lr_scheduler, self._collapse_guard
+        scheduler, guard = self.lr_scheduler, self.collapse_guard
         if self.accelerator.sync_gradients:
             if scheduler.awaits_gradients:
                 # Before Trainer clips them.
@@ -299,7 +304,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """As Trainer's; the step before may wait for one of the batches to be calibrated on."""
+        """As Trainer's; the step before is judged on the batches of the coming one."""
         batches, count = super().get_batch_samples(*args, **kwargs)
         if self._step_hooks is not None:
             self._step_hooks.note(batches)
@@ -350,41 +355,19 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
                 "on_train_begin instead, when the optimizer holds all parameters, or train anew with one that does."
             )
 
-    def _undo_collapse(self, inputs: dict[str, Any]) -> None:
-        # Before a step and not in it, where a scaler waits for its gradients. Within one, nothing new is known.
-        scheduler, guard = self.lr_scheduler, self._collapse_guard
-        if guard is None or not guard.active:
-            return
-
-        def logits() -> Any:
-            with torch.no_grad(), untouched(self.model, "eval"):
-                return logits_of(self.model(**self._prepare_inputs(inputs)))
-
-        if not guard.loss.reads(inputs.get("labels")):
-            guard.stop()
-        elif guard.collapsed(logits, self._mean_over_processes):
-            guard.go_back(self.model)
-            scheduler.restart(COLLAPSE_FACTOR)
-            if self.weight_average is not None:
-                self.weight_average.restart()
-            guard.stop()
-            logger.warning(
-                f"By step {self.state.global_step} the model answered every image alike, at the loss of a constant "
-                "answer: its learning rates were too high. Its first weights are back, the learning rates are "
-                f"{COLLAPSE_FACTOR:g} times what they were at the start, and are tuned anew."
-            )
-        elif scheduler.tuning_is_over:
-            guard.stop()
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the learning rates that the last step used, and how tuning goes, to a training row.
 
         `learning_rate` is the geometric mean over the layers. Trackers (`args.report_to`) get every layer's rate, as
         `lr/<layer>`, and at a tuned step its hypergradient, as `hypergradient/<layer>`.
         """
-        if "learning_rate" in logs and isinstance(self.lr_scheduler, MetaLRScheduler) and len(self.lr_history):
+        scheduler = self.lr_scheduler
+        if "learning_rate" in logs and isinstance(scheduler, MetaLRScheduler) and scheduler.calibration_is_late:
+            # The rates that the step will have been taken with are known when the next batch is there.
+            logs.pop("learning_rate")
+        elif "learning_rate" in logs and isinstance(scheduler, MetaLRScheduler) and len(self.lr_history):
             logs |= self.lr_history.last_row(every_layer=bool(self.args.report_to))
-            guard = self.lr_scheduler.guard
+            guard = scheduler.guard
             counts = {"meta_non_finite": guard.non_finite, "meta_refused": guard.refused}
             logs |= {name: count for name, count in counts.items() if count}
         super().log(logs, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from accelerate.utils.operations import recursively_apply
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 
 from ..tuning.calibration import LOOKS
 from ..tuning.contexts import untouched
+from .collapse import undo_collapse
+from .meta import batches_to_look_at
 
 
 class StepHooks(TrainerCallback):
@@ -26,26 +29,27 @@ class StepHooks(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
-        self.coming_batch: Any = None
+        self.coming: list[Any] = []
 
     def note(self, batches: list[Any]) -> None:
-        """Notes the batches of the coming step, if the step before waits for one to be calibrated on.
+        """Notes the batches of the coming step.
 
         Args:
             batches (`list`): As the data loader gives them.
         """
-        if batches and getattr(self.trainer.lr_scheduler, "calibration_is_late", False):
-            self.coming_batch = batches[0]
+        self.coming = batches
 
     # The first moment after the batches are fetched and, in a run that is resumed, random numbers are as they were.
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.coming_batch is not None:
-            calibrate_on(self.trainer, self.coming_batch)
-        self.coming_batch = None
+        trainer, coming, self.coming = self.trainer, self.coming, []
+        if coming:
+            calibrate_on(trainer, coming)
         if state.global_step >= len(LOOKS):
-            self.trainer.fresh_head.fit_when_due(self.trainer)
+            trainer.fresh_head.fit_when_due(trainer)
+        if coming:
+            undo_collapse(trainer, coming)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,27 +77,33 @@ def step_hooks(trainer: Any) -> Iterator[StepHooks]:
         trainer.callback_handler.callbacks.remove(hooks)
 
 
-def calibrate_on(trainer: Any, batch: Any) -> None:
-    """Calibrates the step before on the batch of the coming one: no other batch, loader or collator is needed.
+def calibrate_on(trainer: Any, batches: Sequence[Any]) -> None:
+    """Calibrates the step before on the images of the coming one, or on more where those are few.
 
     Args:
         trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer.
-        batch (`Any`): The batch as the data loader gives it. It is not changed, even by a loss that works in place.
+        batches (`Sequence`): As the data loader gives them. They are not changed, even by a loss that works in place.
     """
     scheduler, model = trainer.lr_scheduler, trainer.model
     if not scheduler.calibration_is_late:
         return
+    looked_at, before = batches_to_look_at(trainer, batches), scheduler.calibration_forwards
+    images = [find_batch_size(batch) or 1 for batch in looked_at]
 
     def loss() -> torch.Tensor:
-        return trainer.compute_meta_loss(recursively_apply(torch.clone, batch))
+        losses = [trainer.compute_meta_loss(recursively_apply(torch.clone, batch)) for batch in looked_at]
+        # The mean over images: batches need not be of one size.
+        return sum(loss * (count / sum(images)) for loss, count in zip(losses, images, strict=True))
 
     if model.training:
         scheduler.calibrate(loss)
-        return
-    # As an evaluation leaves it, and as Trainer's own training step would find it.
-    with untouched(model):
-        model.train()
-        scheduler.calibrate(loss)
+    else:
+        # As an evaluation leaves it, and as Trainer's own training step would find it.
+        with untouched(model):
+            model.train()
+            scheduler.calibrate(loss)
+    times = sum(images) / trainer._train_batch_size - 1
+    scheduler.count_forwards(round(max(0.0, times) * (scheduler.calibration_forwards - before)))
 
 
 def fetch_validation_batch(trainer: Any) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+from metalr_hf.models.target_losses import ClassLoss
 from metalr_hf.tuning.hypergradient.sharding import local, whole
 
 torch.set_num_threads(1)
@@ -112,6 +113,7 @@ def run(
     profiled=False,
     evaluated_on=0,
     saves_alone=False,
+    class_loss=False,
     **arguments,
 ):
     folder = Path(folder)
@@ -133,6 +135,7 @@ def run(
         eval_dataset=images(evaluated_on, seed=1) if evaluated_on else None,
         meta_dataset=META_SETS[meta](),
         callbacks=[rates],
+        compute_loss_func=ClassLoss([1.0, 1.0, 1.0]) if class_loss else None,
     )
     if saves_alone:
         trainer.add_callback(save := SaveAlone())

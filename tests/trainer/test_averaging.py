@@ -6,8 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from small_runs import arguments, images, resnet, same_weights, trainer, vit
-from torch.utils.data import IterableDataset
+from small_runs import ReadOnce, arguments, images, resnet, same_weights, trainer, vit
 from transformers import TrainerCallback, TrainingArguments
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments, WeightAverage
@@ -185,7 +184,7 @@ def test_a_collapse_restarts_it(tmp_path, monkeypatch):
     monkeypatch.setattr(WeightAverage, "restart", lambda self: restarted.append(self.steps))
     monkeypatch.setattr("metalr_hf.trainer.collapse.CollapseGuard.collapsed", lambda self, *args: len(self.losses) == 4)
     monkeypatch.setattr("metalr_hf.trainer.collapse.CollapseGuard.go_back", lambda self, model: None)
-    trainer(tmp_path, **AVERAGED).train()
+    trainer(tmp_path, **AVERAGED, fit_head=False).train()
     assert restarted == [4]
 
 
@@ -199,20 +198,21 @@ def test_a_second_run_begins_its_own_average(tmp_path):
         torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("none", ["none", False])
+def test_it_can_be_left_out_by_a_search(tmp_path, none):
+    run = trainer(tmp_path, vit(), **AVERAGED)
+    run.args.average_weights = none
+    run.add_callback(notes := Notes())
+    run.train()
+    assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in notes.weights[-1].items())
+
+
 def test_a_kind_that_is_none_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"average_weights='mean' must be"):
         arguments(tmp_path, average_weights="mean")
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
-
-
-class ReadOnce(IterableDataset):
-    def __init__(self, rows):
-        self.rows = iter(rows)
-
-    def __iter__(self):
-        return self.rows
 
 
 class SharedFile(ReadOnce):
@@ -252,9 +252,9 @@ def test_it_is_the_default_where_no_schedule_is_chosen(tmp_path, monkeypatch):
         args = MetaLRTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **given)
         return args.lr_scheduler_type.value, args.average_weights
 
-    assert chosen() == chosen(hyper_lr=0.0) == ("constant", "polynomial")
+    assert chosen() == chosen(hyper_lr=0.0) == ("constant_with_warmup", "polynomial")
     assert chosen(warmup_steps=3) == ("constant_with_warmup", "polynomial")
-    assert chosen(average_weights="0.9") == ("constant", "0.9")
+    assert chosen(average_weights="0.9") == ("constant_with_warmup", "0.9")
     for name in ("constant", "cosine", "warmup_stable_decay"):
         assert chosen(lr_scheduler_type=name) == (name, None)
         assert chosen(lr_scheduler_type=name, average_weights="polynomial") == (name, "polynomial")

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from small_runs import arguments, images, resnet, same_weights, vit
 from torch import nn
 
@@ -100,7 +101,7 @@ def test_a_collapse_made_on_purpose_is_noticed_and_undone(tmp_path, source):
     args = arguments(tmp_path, max_steps=30, meta_source=source, learning_rate=1e-2)
     run = MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=2)])
     messages = []
-    transformers.utils.logging.get_logger("metalr_hf.trainer.metalr").addFilter(
+    transformers.utils.logging.get_logger("metalr_hf.trainer.collapse").addFilter(
         lambda record: messages.append(record.getMessage()) or True
     )
     run.train()
@@ -187,4 +188,65 @@ def test_labels_that_are_no_classes_end_the_watch_and_its_weights_are_in_no_chec
 def test_the_watch_ends_with_tuning(tmp_path):
     run = MetaLRTrainer(vit(), arguments(tmp_path, max_steps=6, tuning_steps=3), train_dataset=images())
     run.train()
-    assert not run._collapse_guard.active
+    assert not run.collapse_guard.active
+
+
+class Fitting(transformers.TrainerCallback):
+    """Notes to how many images the head has been fitted, step by step."""
+
+    def __init__(self):
+        self.images = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.images.append(self.trainer.fresh_head.images)
+
+
+def test_the_head_is_fitted_again_after_the_first_weights_are_back(tmp_path):
+    args = arguments(tmp_path, max_steps=30, calibrate=True, meta_source="next_batch")
+    run = MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=6), fitting := Fitting()])
+    fitting.trainer = run
+    run.train()
+    restart = run.lr_scheduler.restarted_at
+    assert restart > 6
+    assert (fitting.images[4], fitting.images[restart]) == (48, 48)
+    start, head = vit(0.0).state_dict(), run.model.classifier.weight
+    # That of the first weights would have moved by a few of its small steps only.
+    assert (head - start["classifier.weight"]).abs().max() > 0.01
+
+
+def test_a_fitted_head_of_a_small_scale_is_no_collapse():
+    guard = CollapseGuard(nn.Linear(4, 3), every=1)
+    noise = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    assert not guard.collapsed(lambda: noise)
+    guard.note(torch.tensor(1.1), LABELS)
+    # Its answers differ by little, and its loss is still that of a constant answer.
+    guard.measure_anew()
+    assert not guard.collapsed(lambda: 0.01 * noise)
+    guard.note(torch.tensor(1.1), LABELS)
+    assert not guard.collapsed(lambda: 0.01 * noise)
+    guard.note(torch.tensor(1.1), LABELS)
+    assert guard.collapsed(lambda: 0.0001 * noise)
+
+
+@pytest.mark.parametrize("setting", [{}, {"gradient_accumulation_steps": 8}], ids=str)
+def test_steps_of_single_images_are_watched_too(tmp_path, setting):
+    options = {"max_steps": 60, "learning_rate": 1e-2, "per_device_train_batch_size": 1, "fit_head": False}
+    args = arguments(tmp_path, **options, **setting)
+    run = MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=2)])
+    run.train()
+    assert run.lr_scheduler.restarted_at > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_what_is_frozen_is_not_kept():
+    model = get_peft_model(vit(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    guard = begun(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert set(guard.state_dict()["start"]) == trained | {name for name, _ in model.named_buffers()}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in trained:
+                p.fill_(1.0)
+    guard.go_back(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

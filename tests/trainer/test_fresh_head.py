@@ -1,4 +1,4 @@
-"""A run whose fresh head is fitted before the first step: which heads are, and what else that changes."""
+"""A run whose fresh head is fitted after the third step: which heads are, and what else that changes."""
 
 import datasets
 import pytest
@@ -161,6 +161,36 @@ def test_a_loss_and_a_loader_of_a_subclass_are_left_alone(tmp_path):
         run = kind(vit(), args, train_dataset=images())
         run.train()
         assert run.fresh_head.images == 0
+
+
+class OneAgainstAll(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = vit(dropout=0.0)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.network(pixel_values=pixel_values).logits
+        targets = nn.functional.one_hot(labels, 3).float()
+        return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, targets), "logits": logits}
+
+
+class Distances(OneAgainstAll):
+    def forward(self, pixel_values, labels=None):
+        logits = self.network(pixel_values=pixel_values).logits
+        return nn.functional.cross_entropy(-logits, labels), logits
+
+
+class Classes(OneAgainstAll):
+    def forward(self, pixel_values, labels=None):
+        logits = self.network(pixel_values=pixel_values).logits
+        return nn.functional.cross_entropy(logits, labels), logits
+
+
+@pytest.mark.parametrize(("kind", "fitted_to"), [(OneAgainstAll, 0), (Distances, 0), (Classes, 48)])
+def test_a_loss_that_a_module_computes_is_left_alone_unless_it_is_cross_entropy(tmp_path, kind, fitted_to):
+    run = trainer(tmp_path, kind(), **ON, max_steps=30)
+    run.train()
+    assert run.fresh_head.images == fitted_to
 
 
 def test_several_labels_an_image_are_left_alone(tmp_path):

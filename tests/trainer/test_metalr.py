@@ -228,6 +228,17 @@ def test_schedule_and_warm_up_multiply_the_tuned_rates_and_the_log_holds_the_rat
     assert rows[-1]["meta_loss"] == pytest.approx(tuned.lr_history.meta_losses[-1])
 
 
+def test_rates_that_are_still_being_calibrated_are_in_no_log(tmp_path):
+    run = trainer(tmp_path, max_steps=8, calibrate=True, meta_source="next_batch")
+    run.train()
+    rows = [row for row in run.state.log_history if "loss" in row]
+    highest = run.lr_history.learning_rates.max(1)
+    logged = {row["step"]: row["learning_rate_max"] for row in rows if "learning_rate" in row}
+    assert 1 not in logged
+    assert 8 in logged
+    assert logged == {step: pytest.approx(highest[step - 1]) for step in logged}
+
+
 def test_trackers_get_every_layer(tmp_path):
     run = trainer(tmp_path, max_steps=2)
     run.args.report_to = ["tracker"]

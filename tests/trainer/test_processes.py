@@ -217,8 +217,10 @@ def test_a_validation_sends_one_figure_a_layer(folder):
     assert set(sent) == {gradient, LAYERS + 1, 2 * LAYERS, 1, 2, len(list(model.parameters()))}
 
 
-def test_one_process_may_save_the_average_alone(tmp_path):
+@pytest.mark.parametrize("class_loss", [False, True])
+def test_one_process_may_save_the_average_alone(tmp_path, class_loss):
     common = {"model": "resnet", "max_steps": 6, "per_device_train_batch_size": 8, "ddp_timeout": 60}
+    common["class_loss"] = class_loss
     launch([{"folder": str(tmp_path / "run"), "saves_alone": True, **common}], tmp_path)
     assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / "alone" / "model.safetensors").values())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import timm
 import torch
-from small_runs import LABELS, OwnLoader, images, same_weights, vit
+from small_runs import LABELS, OwnLoader, ReadOnce, images, same_weights, vit
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, WeightedRandomSampler
@@ -264,6 +264,19 @@ def test_a_stream_that_would_pass_the_users_data_by_is_refused(tmp_path, script)
     args = stock_arguments(tmp_path, MetaLRTrainingArguments, meta_source="stream")
     with pytest.raises(ValueError, match="Pass the images to tune on as meta_dataset"):
         kind(model=vit(), args=args, train_dataset=images()).train()
+
+
+def test_a_stream_does_not_draw_from_rows_that_can_be_read_once(tmp_path):
+    rows = ReadOnce([images()[i] for i in range(48)])
+    args = stock_arguments(tmp_path, MetaLRTrainingArguments, meta_source="stream")
+    with pytest.raises(ValueError, match=r"ReadOnce.*read only once.*Pass the images to tune on as meta_dataset"):
+        MetaLRTrainer(model=vit(), args=args, train_dataset=rows).train()
+    assert len(list(rows)) == 48
+    rows = ReadOnce([images()[i % 48] for i in range(STEPS * 8)])
+    trained = MetaLRTrainer(model=vit(), args=args, train_dataset=rows, meta_dataset=images(16, seed=1))
+    trained.train()
+    assert trained.state.global_step == STEPS
+    assert not list(rows)
 
 
 @dataclass
@@ -567,6 +580,17 @@ def test_the_default_end_of_a_polynomial_does_not_depend_on_the_learning_rate(tm
     assert shapes[0] == shapes[1]
 
 
+def test_where_validation_gradients_come_from_may_be_changed_by_a_search(tmp_path):
+    args = stock_arguments(tmp_path, MetaLRTrainingArguments, max_steps=2)
+    run = MetaLRTrainer(vit(), args, train_dataset=images())
+    args.meta_source = "stream"
+    run.train()
+    assert run.lr_scheduler.meta_source == "stream"
+    args.meta_split = 0.25
+    with pytest.raises(ValueError, match=r"meta_split=0.25 was set after the trainer was made"):
+        run.train()
+
+
 def test_sparse_gradients_are_refused_before_training(tmp_path):
     class Embedded(nn.Module):
         def __init__(self):
@@ -578,9 +602,11 @@ def test_sparse_gradients_are_refused_before_training(tmp_path):
             return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
     rows = [{"codes": i % 5, "labels": i % 2} for i in range(16)]
-    run = MetaLRTrainer(Embedded(), stock_arguments(tmp_path, optim="sgd"), train_dataset=rows)
-    with pytest.raises(ValueError, match=r"table has sparse gradients.*hyper_lr=0"):
-        run.train()
+    for hyper_lr in (0.1, 0.0):
+        args = MetaLRTrainingArguments(str(tmp_path), optim="sgd", hyper_lr=hyper_lr, calibrate=True, report_to="none")
+        run = MetaLRTrainer(Embedded(), args, train_dataset=rows)
+        with pytest.raises(ValueError, match=r"table has sparse gradients.*hyper_lr=0 and calibrate=False"):
+            run.train()
 
 
 def test_sparse_gradients_train_without_tuning(tmp_path):

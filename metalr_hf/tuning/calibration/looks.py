@@ -46,8 +46,8 @@ def losses_until_hopeless(
 ) -> dict[float, float]:
     """Walks up a ladder beyond valleys and hills, to where the loss is far above its start.
 
-    Where a single look has a valley, the mean of several may have none. If the lowest rung does harm, those below it
-    are walked down to the first that does none.
+    Where a single look has a valley, the mean of several may have none. If the lowest rung does harm, or is the best,
+    those below it are walked down to the first that does none, and to the first that is not better.
 
     Args:
         ladder (`Sequence[float]`): Learning rates, in rising order.
@@ -75,7 +75,9 @@ def losses_until_hopeless(
             break
     lowest = losses[ladder[0]] if losses else start_loss
     for rate in reversed(below):
-        if not lowest > raised(start_loss, TOLERANCE):
+        harms = lowest > raised(start_loss, TOLERANCE)
+        is_best = lowest < raised(start_loss, -TOLERANCE) and lowest <= min(losses.values())
+        if not (harms or is_best):
             break
         losses[rate] = lowest = loss_at(rate)
     return dict(sorted(losses.items()))

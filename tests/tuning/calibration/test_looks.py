@@ -19,11 +19,19 @@ def test_a_walk_goes_on_over_hills_until_it_is_hopeless():
 
 
 def test_where_the_lowest_rung_does_harm_the_walk_goes_down_to_the_first_that_does_none():
-    losses = {1e-6: 0.1, 1e-5: 2.2, 1e-4: 2.4, 1e-3: 2.5, 1e-2: 2.3}
+    losses = {1e-6: 0.1, 1e-5: 2.3, 1e-4: 2.4, 1e-3: 2.5, 1e-2: 2.3}
     walked = losses_until_hopeless([1e-3, 1e-2], losses.get, 2.3, below=[1e-6, 1e-5, 1e-4])
     assert list(walked) == [1e-5, 1e-4, 1e-3, 1e-2]
     assert list(losses_until_hopeless([1e-2], losses.get, 2.3, below=[1e-4, 1e-3])) == [1e-2]
     assert losses_until_hopeless([], losses.get, 2.3) == {}
+
+
+def test_where_the_lowest_rung_is_the_best_the_walk_goes_down_to_the_first_that_is_not_better():
+    losses = {1e-6: 0.1, 1e-5: 2.2, 1e-4: 2.0, 1e-3: 2.1, 1e-2: 2.4}
+    walked = losses_until_hopeless([1e-3, 1e-2], losses.get, 2.3, below=[1e-6, 1e-5, 1e-4])
+    assert list(walked) == [1e-5, 1e-4, 1e-3, 1e-2]
+    assert list(losses_until_hopeless([1e-4, 1e-3], losses.get, 2.3, below=[1e-6, 1e-5])) == [1e-5, 1e-4, 1e-3]
+    assert list(losses_until_hopeless([1e-5, 1e-4], losses.get, 2.3, below=[1e-6])) == [1e-5, 1e-4]
 
 
 def test_below_what_a_look_has_walked_its_loss_changes_as_the_rate_does():

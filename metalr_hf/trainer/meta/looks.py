@@ -1,0 +1,87 @@
+"""Which images the start rates are measured on, where those of the coming step are too few."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.trainer_utils import has_length
+
+from ...tuning.contexts import preserve_random_state
+from .sets import spare_batches
+
+# Eight images of ten classes cannot tell a good rate of the head from a thousandth of it. Without gradients four times
+# as many images fit in at a time as are trained on.
+IMAGES, TIMES_AS_MANY = 32, 4
+# A calibration takes 20 to 30 forward passes. This share of the images that a run sees, at most, goes into each.
+SHARE_OF_RUN = 1 / 30
+# A mask answers for every pixel, so that eight images say enough.
+AXES_OF_A_LABEL = 2
+
+
+def images_of_a_look(batch_size: int, images_of_the_run: int) -> int:
+    """How many images the start rates are measured on.
+
+    Args:
+        batch_size (`int`): Images that a step is trained on, in all processes together.
+        images_of_the_run (`int`): Those of all steps.
+
+    Returns:
+        `int`: at least the batch size.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.trainer.meta.looks import images_of_a_look
+    >>> [images_of_a_look(batch_size, 240 * batch_size) for batch_size in (2, 8, 32, 64)]
+    [8, 32, 32, 64]
+    >>> images_of_a_look(8, 60 * 8)
+    16
+
+    ```
+    """
+    return max(batch_size, min(IMAGES, TIMES_AS_MANY * batch_size, int(SHARE_OF_RUN * images_of_the_run)))
+
+
+def batches_to_look_at(trainer: Any, coming: Sequence[Any]) -> list[Any]:
+    """The batches that the step before is judged on: those of the coming step, or others where they are too few.
+
+    They are too few with small batches, and where an epoch ends with the few images that are left. With gradient
+    accumulation no more of them are taken than it needs.
+
+    Args:
+        trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, before a step.
+        coming (`Sequence`): The batches of the coming step, at least one, as the data loader gives them.
+
+    Returns:
+        `list`: as the data loader gives them. Neither the order of the training images nor random numbers change.
+    """
+    args, own = trainer.args, trainer._train_batch_size
+    if any(_images(batch) is None for batch in coming):
+        return list(coming[:1])
+    of_a_step = args.gradient_accumulation_steps * args.world_size * own
+    images = images_of_a_look(of_a_step, trainer.state.max_steps * of_a_step)
+    # Of larger steps one batch is enough.
+    images = min(images, max(IMAGES, own * args.world_size))
+    if has_length(trainer.train_dataset):
+        images = min(images, len(trainer.train_dataset))
+    size, taken, found = math.ceil(images / args.world_size), list[Any](), 0
+    for batch in coming:
+        # A collator may have left out all of one.
+        taken += [batch] * (_images(batch) != 0)
+        found += _images(batch) or 0
+        if found >= size:
+            return taken
+    with preserve_random_state(args.device):
+        # Another seed at every step: each look has images of its own, and a resumed run the same ones.
+        at_a_time = min(size, TIMES_AS_MANY * own)
+        spare = spare_batches(trainer, size, at_a_time, seed=trainer.state.global_step, alone=False)
+        return (taken or list(coming[:1])) if spare is None else list(spare)
+
+
+def _images(batch: Any) -> int | None:
+    """How many images a batch has; `None` if that cannot be told, or if one of them is enough."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return len(labels) if isinstance(labels, Tensor) and 0 < labels.dim() <= AXES_OF_A_LABEL else None

@@ -10,6 +10,8 @@ META_SOURCES = ("stream", "next_batch")
 LOOKAHEADS = ("optimizer", "sgd")
 META_MODES = ("train", "eval")
 LAYER_GRANULARITIES = ("block", "stage", "tensor")
+# Of NumPy.
+LARGEST_SEED = 2**32 - 1
 
 
 def check_settings(
@@ -103,6 +105,17 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
     if value < 1:
         raise ValueError(f"{name}={value!r} must be 1 or more.")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raises `ValueError` if a number is no seed.
+
+    Args:
+        name (`str`): The setting, for the message.
+        value (`int`): What was given.
+    """
+    if not 0 <= value <= LARGEST_SEED:
+        raise ValueError(f"{name}={value!r} must be a whole number from 0 to {LARGEST_SEED}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from ..data.files.layout import folder_of
 from ..data.loading import DataArguments
 from ..messages import did_you_mean
 from ..models.loading import ModelArguments
+from ..settings import check_seed
 from ..tasks import TASKS, Task, get_task
 from ..trainer.arguments import PRESETS, MetaLRTrainingArguments
 from ..trainer.stopping import SETS_ITSELF
@@ -197,6 +198,7 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
         _, model, data, training, output = parser.parse(argv)
     except (ValueError, TypeError) as error:
         raise ValueError(str(error)) from error
+    check_seed("seed", training.seed)
     if data.streaming and training.max_steps <= 0:
         raise ValueError("A stream does not say how long it is: set how many steps to train with --max_steps.")
     # The columns of images are needed until they are prepared, which happens when they are read.

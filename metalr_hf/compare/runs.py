@@ -13,7 +13,7 @@ import datasets
 from torch import nn
 
 from ..data.columns import LABEL
-from ..settings import check_count, check_number
+from ..settings import check_count, check_number, check_seed
 from ..tasks import Task, get_task
 from .results import FAILED, RESULTS, TIMINGS, append_line, keep_settings, mend_lines, only_process, sort_lines
 from .strategies import get_strategy
@@ -115,6 +115,8 @@ class Comparison:
             check_number("learning_rates", rate)
             if not 0 < rate < float("inf"):
                 raise ValueError(f"learning_rates={rate!r} is not a positive number.")
+        for seed in self.seeds:
+            check_seed("seeds", seed)
         check_count("steps", self.steps)
         check_count("batch_size", self.batch_size)
         if not 0 <= self.noise < 1:

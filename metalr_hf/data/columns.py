@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import datasets
 from PIL import Image
 
+from ..messages import first_line
+
 # The columns of every data set once it is loaded.
 IMAGE, LABEL = "image", "label"
+# Which of them a table's text becomes depends on the version of pandas.
+TEXT_TYPES = ("string", "large_string", "string_view")
 
 
 def find_column(
@@ -54,6 +58,28 @@ def find_column(
     return candidates[0]
 
 
+def is_text(feature: Any) -> bool:
+    """Whether a column holds text.
+
+    Args:
+        feature (`Any`): The type of the column.
+
+    Returns:
+        `bool`
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from metalr_hf.data.columns import is_text
+    >>> is_text(datasets.Value("large_string")), is_text(datasets.Value("int64")), is_text(datasets.Image())
+    (True, False, False)
+
+    ```
+    """
+    return getattr(feature, "dtype", None) in TEXT_TYPES
+
+
 def place(where: str, entry: Mapping[str, Any] | None) -> str:
     """A place with the path of a file, where that is known.
 
@@ -75,6 +101,41 @@ def place(where: str, entry: Mapping[str, Any] | None) -> str:
     """
     path = None if entry is None else entry.get("path")
     return f"{where} ({path})" if path else where
+
+
+def read_at(where: str, read: Callable[[Any], Any], entry: Any) -> Any:
+    """Reads a file, and names it if that fails.
+
+    Args:
+        where (`str`): Which file, for the message.
+        read (`Callable`): What reads it.
+        entry (`Any`): What it takes.
+
+    Returns:
+        `Any`: what it returns.
+
+    Raises:
+        ValueError: if it raises a `ValueError`, or an `OSError` as of files that are broken.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.columns import read_at
+    >>> read_at("row 3 (scan.png)", int, "x")
+    Traceback (most recent call last):
+        ...
+    ValueError: row 3 (scan.png): invalid literal for int() with base 10: 'x'.
+
+    ```
+    """
+    try:
+        return read(entry)
+    except OSError as error:
+        raise ValueError(
+            f"{where}: the file cannot be read ({first_line(error)}). Repair it, or leave out its row."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from error
 
 
 def open_image(entry: Mapping[str, Any]) -> Image.Image:

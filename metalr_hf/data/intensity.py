@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
+from ..messages import first_line
 from .columns import IMAGE, place
 from .eight_bits import fits_8_bits, refuse_hidden_content, to_rgb
 from .files import UnusableFileError, look_at, read_image
+from .files.contents import BrokenFileError
 from .files.pictures import DEEP_MODES
+from .files.reading import may_be_cut_short
 
 VOI = "voi"
 PERCENTILES = (0.5, 99.5)
@@ -24,6 +28,7 @@ IMAGES_LOOKED_AT = 1000
 PIXELS_LOOKED_AT = 10_000
 WHITE = 255.0
 CHANNELS = 3
+BROKEN_NAMED = 10
 ADVICE = "Give one for all images with --intensity_window LOW HIGH"
 
 
@@ -254,13 +259,28 @@ def find_window(splits: Mapping[str, Any], train: Any, given: IntensityWindow | 
 
     Raises:
         FileNotFoundError: if the file of an image is not there.
-        ValueError: if an image cannot be learned from. It names the first: split, row and file.
+        ValueError: if an image cannot be learned from. It names split, row and file, of files that are broken all.
     """
-    is_needed = False
+    is_needed, broken = False, []
     for name, rows in splits.items():
         for row, entry in enumerate(_undecoded(rows)):
-            is_needed |= check_image(place(f"Split {name!r}, row {row}", entry), entry, channels, given, is_needed)
+            where = place(f"Split {name!r}, row {row}", entry)
+            try:
+                is_needed |= check_image(where, entry, channels, given, is_needed)
+            except BrokenFileError as error:
+                broken.append(str(error))
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of the images cannot be read: {'; '.join(broken[:BROKEN_NAMED])}"
+            f"{'; ...' if len(broken) > BROKEN_NAMED else ''}. Repair these files or leave them out."
+        )
     if not is_needed:
+        if given is not None:
+            warnings.warn(
+                "intensity_window makes no difference: all images have 8 bits, and a window is for images of more.",
+                UserWarning,
+                stacklevel=2,
+            )
         return None
     if given is not None:
         return given
@@ -285,6 +305,7 @@ def check_image(
 
     Raises:
         FileNotFoundError: if there is no such file.
+        BrokenFileError: if its header cannot be read, or it lacks its end.
         ValueError: if it cannot be learned from.
     """
     if entry is None:
@@ -297,10 +318,11 @@ def check_image(
                 f"the image has {contents.channels} channels, and the model takes {channels or CHANNELS}. Train with "
                 f"--num_channels {contents.channels}, or save images of {channels or CHANNELS}"
             )
-        if not contents.deep and not contents.transparent:
-            return False
-        if contents.deep and is_windowed and not voi:
-            return True
+        if not may_be_cut_short(entry):
+            if not contents.deep and not contents.transparent:
+                return False
+            if contents.deep and is_windowed and not voi:
+                return True
         image = read_image(entry, voi=voi, channels=channels)
     except UnusableFileError as error:
         raise ValueError(f"{where}: {error}.") from error
@@ -311,9 +333,11 @@ def check_image(
             f"{where}: there is no such file. Correct its name where the data set lists it, as a metadata.csv does, or "
             "leave the row out."
         ) from error
-    except Exception:
-        # A broken file ends a run where it is read, with what its reader says of it.
-        return False
+    except Exception as error:
+        # Of a disk or a network that fails, which have a number, the file is not to blame.
+        if isinstance(error, OSError) and error.errno is not None:
+            return False
+        raise BrokenFileError(f"{where}: {first_line(error)}") from error
     try:
         if isinstance(image, np.ndarray) and image.dtype != np.uint8:
             return not (window is None and fits_8_bits(image))
@@ -331,7 +355,8 @@ def _as_8_bits(values: np.ndarray) -> np.ndarray:
     kind = "" if (numbers == numbers.round()).all() else " with fractions"
     raise ValueError(
         f"the image has values from {low} to {high}{kind} ({values.dtype}), which 8 bits do not hold, and there is no "
-        f"window of intensities. {ADVICE}"
+        "window of intensities. Train with one, as with --intensity_window LOW HIGH, or, for a model that was trained "
+        "on images of 8 bits, save these with 8 bits as well"
     )
 
 

@@ -10,6 +10,7 @@ from open_files import LEFT_OPEN
 from metalr_hf import LRHistory
 from metalr_hf.cli import main
 from metalr_hf.cli.train import RUN_FILES
+from metalr_hf.trainer.checkpoints import checkpoints
 
 COMMON = [
     *("--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none", "--image_size", "16", "--seed", "1"),
@@ -30,6 +31,12 @@ def root(tmp_path_factory):
     return root
 
 
+def damaged(file):
+    """Broken between its beginning and its end, which are all that is looked at before training."""
+    content = file.read_bytes()
+    file.write_bytes(content[:60] + content[-12:])
+
+
 def train(root, output, *more, images="images", model="vit"):
     names = ["--output_dir", output, "--dataset_name", root / images, "--model_name_or_path", root / model]
     return main(["train", *map(str, names), *COMMON, *more])
@@ -41,7 +48,7 @@ def train(root, output, *more, images="images", model="vit"):
 def test_a_broken_image_is_named(root, tmp_path, capsys, more):
     shutil.copytree(root / "images", tmp_path / "images")
     broken = sorted((tmp_path / "images" / "train" / "one").iterdir())[3]
-    broken.write_bytes(broken.read_bytes()[:60])
+    damaged(broken)
     row = len(list((tmp_path / "images" / "train" / "nil").iterdir())) + 3
     assert train(tmp_path, tmp_path / "run", "--max_steps", "20", *more.split(), model=root / "vit") == 2
     said = capsys.readouterr().err.splitlines()[-1]
@@ -55,7 +62,7 @@ def test_a_broken_image_is_named(root, tmp_path, capsys, more):
 def test_a_broken_test_image_is_named_and_costs_no_more_than_the_test(root, tmp_path, capsys, more):
     shutil.copytree(root / "images", tmp_path / "images")
     broken = sorted((tmp_path / "images" / "test" / "nil").iterdir())[2]
-    broken.write_bytes(broken.read_bytes()[:60])
+    damaged(broken)
     run = tmp_path / "run"
     assert train(tmp_path, run, "--max_steps", "4", *more.split(), model=root / "vit") == 2
     said = capsys.readouterr().err.splitlines()[-1]
@@ -66,6 +73,17 @@ def test_a_broken_test_image_is_named_and_costs_no_more_than_the_test(root, tmp_
     results = json.loads((run / "all_results.json").read_text())
     assert results["train_loss"] > 0
     assert not [name for name in results if name.startswith("test_")]
+    if "streaming" in more:
+        return
+    shutil.copy(root / "images" / "test" / "nil" / broken.name, broken)
+    left = {name: (run / name).read_bytes() for name in ("model.safetensors", "lr_history.csv")}
+    go_on = ["--max_steps", "4", "--resume_from_checkpoint", "true"]
+    assert train(tmp_path, run, *go_on, model=root / "vit") == 0
+    assert left == {name: (run / name).read_bytes() for name in left}
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    tested = json.loads((run / "all_results.json").read_text())
+    assert tested["train_loss"] == results["train_loss"]
+    assert tested["test_loss"] > 0
 
 
 @LEFT_OPEN

@@ -223,3 +223,52 @@ def test_other_channels_than_the_model_takes_are_refused():
         to_input(np.zeros((4, 6, 5), "uint8"))
     with pytest.raises(ValueError, match="the image has 3 channels, and the model takes 4"):
         to_input(Image.new("RGB", (6, 4)), None, 4)
+
+
+def test_a_window_that_changes_nothing_is_told_of(tmp_path):
+    shades = [np.full((4, 4), 10 * i, "uint8") for i in range(10)]
+    folder = saved({"train": columns_of_images(shades), "test": columns_of_images(shades)}, tmp_path)
+    with pytest.warns(UserWarning, match="intensity_window makes no difference: all images have 8 bits"):
+        splits = load_images(DataArguments(dataset_name=folder, intensity_window=["0", "100"]))
+    assert splits.window is None
+
+
+def test_deep_images_of_a_model_without_a_window_come_with_advice_that_can_be_followed():
+    with pytest.raises(
+        ValueError, match="Train with one, as with --intensity_window LOW HIGH, or, .*save these with 8"
+    ):
+        to_input(np.full((4, 4), 1000, "uint16"))
+
+
+def noise(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), "uint8"))
+
+
+def image_folder(folder):
+    for i in range(20):
+        file = folder / "ab"[i % 2] / f"{i}.{('png', 'jpg')[i // 10]}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noise(i).save(file)
+    return folder
+
+
+def test_files_that_are_broken_are_named_before_training_all_at_once(tmp_path):
+    image_folder(tmp_path)
+    short = [tmp_path / "a" / "4.png", tmp_path / "b" / "15.jpg"]
+    for file in short:
+        file.write_bytes(file.read_bytes()[:-300])
+    (tmp_path / "b" / "19.jpg").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match="^3 of the images cannot be read: Split 'train', row .* Repair these"
+    ) as error:
+        load_images(DataArguments(dataset_name=str(tmp_path)))
+    for file in (*short, tmp_path / "b" / "19.jpg"):
+        assert f"({file}): " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_camera_writes_behind_an_image_does_not_break_it(tmp_path):
+    image_folder(tmp_path)
+    for length, file in zip((10, 5000), sorted(tmp_path.rglob("*.jpg")), strict=False):
+        file.write_bytes(file.read_bytes() + b"x" * length)
+    assert len(load_images(DataArguments(dataset_name=str(tmp_path))).train) == 16

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ...messages import first_line
@@ -17,6 +19,12 @@ from .layout import ARCHIVE, TRAIN, has_metadata, holds_images
 # Of many folders and files, how many a message names.
 NAMED = 6
 READ = (*ImageFolder.METADATA_FILENAMES, ARCHIVE)
+TABLE = "metadata.csv"
+NAMES_FILES = re.compile("(.*_)?file_names?")
+HOW_A_TABLE_IS = (
+    "The columns of a metadata.csv are divided by commas, an entry with a comma in it is put in double quotes, and its "
+    "text is UTF-8."
+)
 
 
 def check_folder(folder: str, splits: Mapping[str, Sequence[Path]], has_scans: bool = False) -> None:
@@ -29,8 +37,8 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]], has_scans: b
         has_scans (`bool`, *optional*, defaults to `False`): Whether `datasets` alone does not know all its images.
 
     Raises:
-        ValueError: if a link leads nowhere, a table lies beside the folders of splits, a folder may be a split or a
-            class, or an archive is not read.
+        ValueError: if a link leads nowhere, a table lies beside the folders of splits or cannot be read, a folder may
+            be a split or a class, or an archive is not read.
 
     Example:
 
@@ -51,6 +59,8 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]], has_scans: b
     if parts != [Path(folder)]:
         _refuse_table_beside(parts)
         _check_images_beside(parts, splits.get(TRAIN, ()))
+    for path in (file.path for inside in files.values() for file in inside if file.name == TABLE):
+        _refuse_bad_table(path)
     for part in parts:
         _refuse_archives(part, files[part], has_scans)
 
@@ -88,6 +98,18 @@ def _refuse_table_beside(parts: Sequence[Path]) -> None:
                 f"The table {str(table)!r} is not read, for it lies beside the folders of splits ({_listed(parts)}). "
                 f"Give each a {name} of its own, with names of files relative to that folder, and take this one away."
             )
+
+
+def _refuse_bad_table(path: str) -> None:
+    try:
+        columns = list(pd.read_csv(path, dtype=str).columns)
+    except ValueError as error:
+        raise ValueError(f"The table {path!r} cannot be read ({first_line(error)}). {HOW_A_TABLE_IS}") from error
+    if not any(map(NAMES_FILES.fullmatch, columns)):
+        raise ValueError(
+            f"The table {path!r} has no column file_name, which names the image of each row. Its columns: "
+            f"{', '.join(map(repr, columns))}. {'Call one of them so.' if len(columns) > 1 else HOW_A_TABLE_IS}"
+        )
 
 
 def _check_images_beside(parts: Sequence[Path], trains: Sequence[Path]) -> None:

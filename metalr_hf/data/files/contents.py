@@ -12,6 +12,10 @@ class UnusableFileError(ValueError):
     """A file that is whole and can still not be learned from, such as a DICOM report without pixels."""
 
 
+class BrokenFileError(ValueError):
+    """A file that its reader cannot read, such as one that a copy has left short."""
+
+
 class Contents(NamedTuple):
     """What an image file holds, as its header says.
 

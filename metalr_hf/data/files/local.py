@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 from datasets.data_files import FILES_TO_IGNORE
 
+from ..columns import is_text
 from .checks import check_folder
 from .folders import FOLDER_BUILDER, walk
 from .layout import builder_of, folders_of_splits, has_metadata
@@ -73,15 +74,23 @@ def _with_common_types(parts: Mapping[str, Any]) -> dict[str, Any]:
         types = {split: rows.features.get(column) for split, rows in parts.items()}
         if all(kind == next(iter(types.values())) for kind in types.values()):
             continue
-        if not all(isinstance(kind, datasets.Value) and kind.dtype.startswith(NUMBERS) for kind in types.values()):
+        if all(map(is_text, types.values())):
+            kind = datasets.Value("string")
+        elif all(isinstance(kind, datasets.Value) and kind.dtype.startswith(NUMBERS) for kind in types.values()):
+            kind = datasets.Value("float64")
+        else:
             found = ", ".join(f"{_described(kind)} in {split}" for split, kind in types.items())
             raise ValueError(
                 f"The splits have different columns: {column!r} is {found}. Give every folder of a split a "
                 "metadata.csv with the same columns, and a column entries of one kind in all: numbers, or text."
             )
-        common = {split: rows.cast_column(column, datasets.Value("float64")) for split, rows in common.items()}
+        common = {split: rows.cast_column(column, kind) for split, rows in common.items()}
     return common
 
 
 def _described(kind: Any) -> str:
-    return "missing" if kind is None else kind.dtype if isinstance(kind, datasets.Value) else type(kind).__name__
+    if kind is None:
+        return "missing"
+    if is_text(kind):
+        return "text"
+    return kind.dtype if isinstance(kind, datasets.Value) else type(kind).__name__

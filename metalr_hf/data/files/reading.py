@@ -24,6 +24,10 @@ DICOM_ENDINGS = (".dcm", ".dicom", ".dic", ".ima")
 DICOM_MARK = slice(128, 132)
 HEAD_BYTES = 352
 NIFTI_MARKS = (b"n+1", b"ni1")
+# How files of these formats begin, and what stands near the end of those that are whole.
+ENDS = ((b"\x89PNG", b"IEND"), (b"\xff\xd8", b"\xff\xd9"))
+# Some cameras write notes of their own behind the image.
+TAIL_BYTES = 4096
 
 
 def format_of(head: bytes, name: str = "") -> str:
@@ -71,6 +75,40 @@ def file_bytes(entry: Mapping[str, Any]) -> bytes:
         return entry["bytes"]
     with xopen(str(entry["path"]), "rb") as file:
         return file.read()
+
+
+def may_be_cut_short(entry: Mapping[str, Any]) -> bool:
+    """Whether a PNG or JPEG file lacks its end, as after a copy that broke off; decoding it tells for certain.
+
+    Args:
+        entry (`Mapping`): What an undecoded image column holds: `bytes` and `path`.
+
+    Returns:
+        `bool`: never of files in an archive or on the Hub, which would be fetched a second time.
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from PIL import Image
+    >>> from metalr_hf.data.files.reading import may_be_cut_short
+    >>> entry = datasets.Image().encode_example(Image.new("L", (4, 2)))
+    >>> may_be_cut_short(entry), may_be_cut_short({"bytes": entry["bytes"][:-20]})
+    (False, True)
+
+    ```
+    """
+    content, path = entry.get("bytes"), str(entry.get("path") or "")
+    if content is not None:
+        head, tail = content[:4], content[-TAIL_BYTES:]
+    elif os.path.isfile(path):
+        with open(path, "rb") as file:
+            head = file.read(4)
+            file.seek(max(0, os.path.getsize(path) - TAIL_BYTES))
+            tail = file.read()
+    else:
+        return False
+    return any(head.startswith(start) and end not in tail for start, end in ENDS)
 
 
 def look_at(entry: Mapping[str, Any], channels: int | None = None) -> Contents:

@@ -170,8 +170,9 @@ def _warn_of_unseen_classes(splits: Mapping[str, Any], train_name: str, names: S
         if unseen := sorted(set(split.unique(LABEL)) - known):
             shown = ", ".join(repr(names[value]) for value in unseen[:5])
             warnings.warn(
-                f"The split {name!r} has images of {len(unseen)} classes that the split {train_name!r} has none of "
-                f"({shown}{', ...' if len(unseen) > 5 else ''}). They cannot be learned and count as wrong.",
+                f"The split {name!r} has images of {len(unseen)} class{'es' if len(unseen) > 1 else ''} that the split "
+                f"{train_name!r} has none of ({shown}{', ...' if len(unseen) > 5 else ''}). They cannot be learned and "
+                "count as wrong.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -223,9 +223,12 @@ def warn_of_rare_labels(figures: np.ndarray, names: Sequence[str], weights: Sequ
 
 def _warn(said: str, counts: Sequence[int], weights: Sequence[Any] | None) -> None:
     if said:
+        # A class without images has nothing that could be weighted.
+        there = [count for count in counts if count]
         # Of classes that are all as rare, weights would change nothing.
-        advised = weights is None and max(counts) >= 2 * min(counts)
-        advice = " --class_weights balanced makes all count the same in the loss." if advised else ""
+        advised = weights is None and max(counts) >= 2 * min(there, default=1)
+        which = "all" if len(there) == len(counts) else "all that have images"
+        advice = f" --class_weights balanced makes {which} count the same in the loss." if advised else ""
         logger.warning(said + advice)
 
 

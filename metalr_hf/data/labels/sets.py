@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import datasets
 import numpy as np
 
+from ..columns import is_text
 from ..digits import demo_label_sets
 from ..splits import ImageSplits
 from .imbalance import ClassArguments
@@ -99,7 +100,7 @@ def load_label_sets(args: LabelSetArguments, *, seed: int = 42, keep_columns: Se
 
 def _candidates(features: Any, args: LabelSetArguments) -> list[str]:
     if args.label_separator is not None:
-        text = [name for name, feature in features.items() if getattr(feature, "dtype", None) == "string"]
+        text = [name for name, feature in features.items() if is_text(feature)]
         return [name for name in text if name in ("label", "labels")] or text
     return [name for name, feature in features.items() if is_list(feature)]
 
@@ -124,7 +125,7 @@ def _read(targets: Targets, args: LabelSetArguments) -> _Lists:
     if is_list(feature):
         return _Lists(targets, column, values, feature.feature)
     separator = args.label_separator
-    if separator and getattr(feature, "dtype", None) == "string":
+    if separator and is_text(feature):
         lists = [None if v is None else [part for p in v.split(separator) if (part := p.strip())] for v in values]
         return _Lists(targets, column, lists, datasets.Value("string"))
     shown = next((value for value in values if value is not None), None)

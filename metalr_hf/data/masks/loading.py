@@ -13,7 +13,7 @@ from PIL import ExifTags
 
 from ...models.losses import IGNORE_INDEX
 from ..cells import CLASS_NAMES, demo_cells
-from ..columns import IMAGE, LABEL, find_column, open_image, place
+from ..columns import IMAGE, LABEL, find_column, open_image, place, read_at
 from ..files import read_image
 from ..files.nifti import check_place
 from ..files.reading import file_bytes, format_of
@@ -299,18 +299,18 @@ def _check_masks(splits: Mapping[str, Any], train_name: str, args: MaskArguments
     for name, split in splits.items():
         first[name] = {}
         for row, entry in enumerate(split.cast_column(IMAGE, datasets.Image(decode=False))):
-            where = place(f"Split {name!r}, row {row}", entry[LABEL])
+            where, of_image = (place(f"Split {name!r}, row {row}", entry[column]) for column in (LABEL, IMAGE))
             if entry[LABEL] is None or entry[IMAGE] is None:
                 raise ValueError(f"{where}: there is no {'mask' if entry[LABEL] is None else 'image'}.")
-            mask = _named(where, read_mask, entry[LABEL])
-            check_size(where, mask.shape, _named(where, _size, entry[IMAGE]))
+            mask = read_at(where, read_mask, entry[LABEL])
+            check_size(where, mask.shape, read_at(of_image, _size, entry[IMAGE]))
             if "nifti" == _kind(entry[LABEL]) == _kind(entry[IMAGE]):
                 check_place(where, file_bytes(entry[LABEL]), file_bytes(entry[IMAGE]))
             first[name] = dict.fromkeys(_values(mask), where) | first[name]
     classes = named_classes(args, set(first[train_name]), first[train_name])
     for seen in first.values():
         for value, where in seen.items():
-            _named(where, classes.ids, np.array([[value]]))
+            read_at(where, classes.ids, np.array([[value]]))
     return classes
 
 
@@ -326,7 +326,7 @@ def _first_values(stream: Any, name: str, args: MaskArguments) -> set[int]:
         where = place(f"Split {name!r}, row {row}", entry[LABEL])
         if entry[LABEL] is None:
             raise ValueError(f"{where}: there is no mask.")
-        values.update(_values(_named(where, read_mask, entry[LABEL])))
+        values.update(_values(read_at(where, read_mask, entry[LABEL])))
     if args.ignore_index is None and len(values) == 1 and values < set(BLACK_AND_WHITE):
         raise ValueError(
             f"The first masks of the stream hold the value {values.pop()} only, which leaves open whether {WHITE} is a "
@@ -391,10 +391,3 @@ def check_size(where: str, mask: tuple[int, ...], image: tuple[int, ...]) -> Non
         raise ValueError(
             f"{where}: the mask is {mask[1]} × {mask[0]} pixels (width × height), its image {image[1]} × {image[0]}."
         )
-
-
-def _named(where: str, read: Any, argument: Any) -> Any:
-    try:
-        return read(argument)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{where}: {error}.") from error

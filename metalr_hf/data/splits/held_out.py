@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -12,11 +13,13 @@ import numpy as np
 from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold
 
 from ...messages import first_line
+from ...settings import check_seed
 from ..columns import LABEL
 from ..intensity import IntensityWindow, find_window, parse_window
 from .folds import strata_of
 from .several_labels import divide_rows
 
+SHARES = ("test_share", "validation_share", "meta_split")
 Splits = TypeVar("Splits", bound="ImageSplits")
 
 
@@ -178,6 +181,7 @@ def hold_out_rows(
 
     ```
     """
+    check_seed("seed", seed)
     strata = strata_of(rows)
     try:
         groups = None if group_column is None else groups_of(rows, group_column, "training")
@@ -198,9 +202,23 @@ def hold_out_rows(
         kept = "every class" if group_column is None else f"each value of {group_column!r} on one side and every class"
         raise ValueError(
             f"{argument}: {size} of {len(rows)} training images cannot be taken with {kept} in both parts "
-            f"({first_line(error)})."
+            f"({first_line(error)}).{_enough(argument, size, strata) if group_column is None else ''}"
         ) from error
     return rows.select(rest), rows.select(held)
+
+
+def _enough(argument: str, size: int, strata: np.ndarray | None) -> str:
+    """The least that has an image of every class, where too few were asked for and so many can be spared."""
+    if strata is None:
+        return ""
+    counts = np.unique(strata, return_counts=True)[1]
+    if not size < len(counts) <= len(strata) / 2 or counts.min() < 2:
+        return ""
+    if argument == "max_train_samples":
+        return f" Take more, as with --{argument} {len(counts)}."
+    if argument not in SHARES:
+        return ""
+    return f" Take a larger share, as with --{argument} {math.ceil(100 * len(counts) / len(strata)) / 100:g}."
 
 
 def groups_of(rows: datasets.Dataset, column: str, name: str) -> np.ndarray:

@@ -49,6 +49,19 @@ def is_volume_folder(folder: str | None) -> bool:
     return folder is not None and all(os.path.exists(os.path.join(folder, n)) for n in (DATASET_FILE, "imagesTr"))
 
 
+def refuse_missing_file(folder: str | None) -> None:
+    """Raises `FileNotFoundError` if a folder is in nnU-Net's layout but for its `dataset.json`.
+
+    Args:
+        folder (`str`, *optional*): A folder.
+    """
+    if folder is not None and os.path.isdir(os.path.join(folder, "imagesTr")) and not is_volume_folder(folder):
+        raise FileNotFoundError(
+            f"{os.path.join(folder, DATASET_FILE)} is missing: nnU-Net's layout has it beside imagesTr and labelsTr, "
+            'and it names the classes, as in {"labels": {"background": 0, "lesion": 1}}. Add it.'
+        )
+
+
 def holds_volumes(folder: str | None) -> bool:
     """Whether a folder holds volumes: nnU-Net's layout, or NIfTI files or columns, the first of them no single slice.
 

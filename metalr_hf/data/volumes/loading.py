@@ -10,14 +10,14 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ..columns import IMAGE, LABEL, find_column
+from ..columns import IMAGE, LABEL, find_column, is_text
 from ..loading import load_splits
 from ..masks.loading import MASK_NAME, MaskSplits, named_classes, named_columns
 from ..splits import divide
 from .arguments import VolumeArguments
 from .checks import check_volumes
 from .demo import CLASS_NAMES, demo_volumes
-from .folders import FolderFacts, is_volume_folder, read_volume_folder
+from .folders import FolderFacts, is_volume_folder, read_volume_folder, refuse_missing_file
 from .plan import VolumePlan, make_plan
 
 PACKAGES = ("monai", "nibabel")
@@ -68,6 +68,7 @@ def load_volumes(args: VolumeArguments, *, seed: int = 42, keep_columns: Sequenc
         raise ImportError(f'Volumes need {" and ".join(missing)}: pip install "metalr-hf[medical]"')
     facts = FolderFacts(list(CLASS_NAMES) if args.is_demo else None, None, False)
     read = None
+    refuse_missing_file(args.folder)
     if is_volume_folder(args.folder):
         found, facts = read_volume_folder(str(args.folder))
         read = lambda *given: found  # noqa: E731
@@ -91,6 +92,12 @@ def load_volumes(args: VolumeArguments, *, seed: int = 42, keep_columns: Sequenc
     return VolumeSplits(class_names=classes.names, classes=classes, plan=plan, **divided)
 
 
+def _described(feature: Any) -> str:
+    if isinstance(feature, datasets.Image):
+        return "images"
+    return "text" if is_text(feature) else str(getattr(feature, "dtype", type(feature).__name__))
+
+
 def _choose_columns(rows: Any, args: VolumeArguments, keep_columns: Sequence[str]) -> Any:
     def is_nifti(feature: Any) -> bool:
         return isinstance(getattr(feature, "feature", feature), datasets.Nifti)
@@ -100,6 +107,12 @@ def _choose_columns(rows: Any, args: VolumeArguments, keep_columns: Sequence[str
     there = [name for name, feature in features.items() if is_nifti(feature) and name not in given]
     masks = [name for name in there if MASK_NAME.fullmatch(name)]
     others = [name for name in there if name not in masks]
+    if not any(map(is_nifti, features.values())):
+        kinds = ", ".join(f"{name!r} holds {_described(feature)}" for name, feature in features.items())
+        raise ValueError(
+            f"The data set has no column of volumes: {kinds}. {EXPECTED} The files that a metadata.csv names are read "
+            "as images: bring them into that layout."
+        )
     image = find_column(features, "image", args.image_column_name, others, EXPECTED)
     mask = find_column(features, "mask", args.mask_column_name, masks, EXPECTED)
     for name in (image, mask):

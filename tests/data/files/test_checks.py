@@ -43,7 +43,7 @@ def test_a_table_of_the_whole_folder_is_beside_no_splits(tmp_path):
     made(tmp_path / "photos", "a", "b")
     (tmp_path / "metadata.csv").touch()
     check(tmp_path / "photos")
-    (tmp_path / "photos" / "metadata.csv").touch()
+    (tmp_path / "photos" / "metadata.csv").write_text("file_name,label\n")
     check(tmp_path / "photos")
 
 
@@ -84,7 +84,7 @@ def test_images_beside_splits_are_warned_of(tmp_path):
 
 def test_a_train_with_a_table_is_a_split(tmp_path):
     made(tmp_path, "train", "unsorted")
-    (tmp_path / "train" / "metadata.csv").touch()
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n")
     with pytest.warns(UserWarning, match="not read: 'unsorted'"):
         check(tmp_path)
 
@@ -103,7 +103,7 @@ def test_links_that_lead_nowhere(tmp_path, split, link):
 
 def test_links_that_lead_nowhere_beside_a_table_and_beside_splits(tmp_path):
     made(tmp_path, "train")
-    (tmp_path / "train" / "metadata.csv").touch()
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n")
     (tmp_path / "train" / "left-out.png").symlink_to("not-mounted")
     check(tmp_path)
     (tmp_path / "test").symlink_to("not-mounted")
@@ -119,7 +119,7 @@ def test_folders_of_classes_in_archives(tmp_path, archive, names):
         check(tmp_path)
     # Only what its table lists is read then, of folders too.
     (tmp_path / "train").mkdir(exist_ok=True)
-    (tmp_path / "train" / "metadata.csv").touch()
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n")
     if archive.startswith("train/"):
         check(tmp_path)
 
@@ -155,3 +155,31 @@ def test_an_archive_that_is_broken(tmp_path):
     (tmp_path / "train.zip").touch()
     with pytest.raises(ValueError, match=r"train.zip' cannot be opened \(File is not a zip file\). Fetch it again"):
         check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"file_name;label\na.png;ill\n", r"has no column file_name, .* 'file_name;label'. The columns .* by commas"),
+        (b"file_name;age\na.png;4\nb.png;40,5\nc.png;1,2,3\n", r"cannot be read \(Error .*\). .* divided by commas"),
+        (
+            b"filename,label\na.png,ill\n",
+            "has no column file_name, .* columns: 'filename', 'label'. Call one of them so",
+        ),
+        ("file_name,label\na.png,Röntgen\n".encode("latin-1"), "cannot be read .* its text is UTF-8"),
+        (b"", r"cannot be read \(No columns to parse"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(tmp_path, text, message):
+    made(tmp_path, "train")
+    (tmp_path / "train" / "metadata.csv").write_bytes(text)
+    with pytest.raises(ValueError, match=f"The table '{tmp_path / 'train' / 'metadata.csv'}' {message}") as error:
+        check(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["file_name", "image_file_name", "file_names", "scan_file_names"])
+def test_a_table_names_files_as_datasets_has_it(tmp_path, column):
+    made(tmp_path, "train")
+    (tmp_path / "train" / "metadata.csv").write_text(f"{column},label\na.png,ill\n")
+    check(tmp_path)

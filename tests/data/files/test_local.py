@@ -1,5 +1,6 @@
 """Local folders of images: which images are of which split, and tables that do not go together."""
 
+import json
 import shutil
 from collections import Counter
 
@@ -165,7 +166,7 @@ def test_whole_numbers_in_one_split_and_fractions_in_another(tmp_path):
     ("header", "rows", "message"),
     [
         ("label,site", ["a,1", "b,2"], "'site' is missing in train, int64 in test"),
-        ("label", [1, 2], "'label' is (large_)?string in train, int64 in test"),
+        ("label", [1, 2], "'label' is text in train, int64 in test"),
     ],
 )
 def test_tables_that_do_not_go_together(tmp_path, header, rows, message):
@@ -175,10 +176,20 @@ def test_tables_that_do_not_go_together(tmp_path, header, rows, message):
         load_images(DataArguments(dataset_name=str(tmp_path)))
 
 
+def test_text_of_a_csv_goes_together_with_that_of_a_jsonl_file(tmp_path):
+    table(tmp_path / "train", "label", *"abab")
+    table(tmp_path / "test", "label", *"ab")
+    (tmp_path / "test" / "metadata.csv").unlink()
+    rows = [json.dumps({"file_name": f"{i}.png", "label": label}) for i, label in enumerate("ba")]
+    (tmp_path / "test" / "metadata.jsonl").write_text("\n".join(rows))
+    splits = load_images(DataArguments(dataset_name=str(tmp_path)))
+    assert (splits.class_names, list(splits.test["label"])) == (("a", "b"), [1, 0])
+
+
 def test_a_split_with_a_table_and_one_without(tmp_path):
     table(tmp_path / "train", "label", *"abab")
     classes(tmp_path / "test", "ab")
-    with pytest.raises(ValueError, match="'label' is (large_)?string in train, ClassLabel in test. Give every folder"):
+    with pytest.raises(ValueError, match="'label' is text in train, ClassLabel in test. Give every folder"):
         load_images(DataArguments(dataset_name=str(tmp_path)))
 
 

@@ -128,5 +128,5 @@ def test_a_class_that_only_the_test_split_has_is_warned_of(tmp_path):
         warnings.simplefilter("error")
         load(folder)
     shutil.rmtree(folder / "train" / "two")
-    with pytest.warns(UserWarning, match=r"split 'test' has .* 1 classes that the split 'train' has none of \('two'\)"):
+    with pytest.warns(UserWarning, match=r"split 'test' has .* 1 class that the split 'train' has none of \('two'\)"):
         assert load(folder).class_names == NAMES

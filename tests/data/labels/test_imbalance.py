@@ -65,6 +65,16 @@ def test_rare_classes_are_named():
     assert "nil" not in said
 
 
+@pytest.mark.parametrize(
+    ("counts", "advice"),
+    [((80, 15, 5), "makes all count the same"), ((80, 20, 0), "makes all that have images count"), ((20, 19, 0), None)],
+)
+def test_weights_are_advised_where_they_change_something(caplog, counts, advice):
+    warn_of_rare_classes(rows(*counts), FEATURES["label"].names, None)
+    said = caplog.records[-1].getMessage()
+    assert advice in said if advice else "class_weights" not in said
+
+
 def test_many_classes_are_not_all_rare(caplog):
     names = [str(k) for k in range(100)]
     features = datasets.Features(label=datasets.ClassLabel(names=names))

@@ -55,6 +55,12 @@ def test_columns_of_zeros_and_ones_with_unknown_entries(tmp_path):
             {"class_names": ["bent", "even", "loop"]},
         ),
         (lambda name: "|".join(LISTS[name]), datasets.Value("string"), {"label_separator": "|"}),
+        (lambda name: "|".join(LISTS[name]), datasets.Value("large_string"), {"label_separator": "|"}),
+        (
+            lambda name: "|".join(LISTS[name]),
+            datasets.Value("large_string"),
+            {"label_separator": "|", "label_column_name": "findings"},
+        ),
     ],
 )
 def test_lists_of_names_of_classes_and_of_figures_and_divided_text(tmp_path, values, feature, arguments):

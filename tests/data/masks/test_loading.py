@@ -335,3 +335,13 @@ def test_a_nifti_mask_that_lies_elsewhere_than_its_image_is_refused(tmp_path):
         splits = load_masks(save(f"turned-{i}", way, mask[::-1]))
         for row in splits.train:
             assert (read_mask(row["label"]) == (row["image"] > 500)).all()
+
+
+@pytest.mark.parametrize("name", ["3.png", "3_mask.png"])
+def test_of_an_image_and_its_mask_the_one_that_is_broken_is_named(tmp_path, name):
+    save_cells(tmp_path / "images")
+    broken = tmp_path / "images" / "train" / name
+    broken.write_bytes(broken.read_bytes()[:60])
+    message = rf"Split 'train', row 3 \({broken}\): the file cannot be read \(.*truncated.*\). Repair it, or leave out"
+    with pytest.raises(ValueError, match=message):
+        load_masks(arguments(tmp_path / "images"))

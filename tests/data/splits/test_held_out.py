@@ -102,3 +102,38 @@ def test_bad_groups_are_told_before_training(tmp_path):
     name = saved(tmp_path / "d", train=rows().remove_columns("patient").add_column("patient", few.tolist()))
     with pytest.raises(ValueError, match="test_share: 8 of 40 training images cannot be taken with each value"):
         load_images(DataArguments(dataset_name=name, group_column="patient"))
+
+
+def few_rows(images, classes):
+    features = datasets.Features(label=datasets.ClassLabel(num_classes=classes))
+    return datasets.Dataset.from_dict({"label": [i % classes for i in range(images)]}, features=features)
+
+
+@pytest.mark.parametrize(
+    ("argument", "size", "images", "classes", "advised"),
+    [
+        ("test_share", 2, 12, 3, "--test_share 0.25"),
+        ("validation_share", 4, 22, 7, "--validation_share 0.32"),
+        ("max_train_samples", 3, 40, 5, "--max_train_samples 5"),
+        # With one image of each there is no share that would do, and so many images leave none for the others.
+        ("test_share", 1, 3, 3, None),
+        ("test_share", 11, 12, 3, None),
+        # A share that no argument changes.
+        ("strategies", 2, 12, 3, None),
+    ],
+)
+def test_a_share_that_is_too_small_for_the_classes_comes_with_one_that_is_not(argument, size, images, classes, advised):
+    data = few_rows(images, classes)
+    with pytest.raises(ValueError, match=f"{argument}: {size} of {images} training images cannot be taken") as error:
+        hold_out_rows(data, argument, size, seed=0)
+    assert ("Take" in str(error.value)) == (advised is not None)
+    if advised is not None:
+        assert str(error.value).endswith(f"as with {advised}.")
+        number = float(advised.split()[1])
+        taken = hold_out_rows(data, argument, round(number if number >= 1 else number * images), seed=0)[1]
+        assert len(set(taken["label"])) == classes
+
+
+def test_a_number_that_is_no_seed_is_told():
+    with pytest.raises(ValueError, match="seed=-1 must be a whole number from 0 to 4294967295"):
+        hold_out_rows(few_rows(12, 3), "test_share", 3, seed=-1)

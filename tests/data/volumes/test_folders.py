@@ -6,9 +6,11 @@ import datasets
 import nibabel
 import numpy as np
 import pytest
+from open_files import LEFT_OPEN
 from volumes import LABELS, save_folder, volume
 
-from metalr_hf.data.volumes.folders import holds_volumes, read_volume_folder
+from metalr_hf.data.volumes import VolumeArguments, load_volumes
+from metalr_hf.data.volumes.folders import holds_volumes, read_volume_folder, refuse_missing_file
 
 
 @pytest.fixture
@@ -101,3 +103,23 @@ def test_what_holds_volumes_is_told_from_what_holds_images(folder, tmp_path):
     )
     assert not holds_volumes(str(tmp_path / "slices"))
     assert not holds_volumes(None)
+
+
+def test_a_folder_without_its_dataset_json_is_told_of_it(folder, tmp_path):
+    for other in (None, str(folder), str(tmp_path)):
+        refuse_missing_file(other)
+    (folder / "dataset.json").unlink()
+    with pytest.raises(FileNotFoundError, match=f"{folder}/dataset.json is missing: .* names the classes"):
+        load_volumes(VolumeArguments(dataset_name=str(folder)))
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("offline", "open_files_are_left_here")
+def test_a_table_of_volumes_is_no_layout_of_them(tmp_path):
+    image, mask = volume()
+    image.to_filename(tmp_path / "scan.nii.gz")
+    mask.to_filename(tmp_path / "mask.nii.gz")
+    (tmp_path / "metadata.csv").write_text("file_name,mask_file_name,site\nscan.nii.gz,mask.nii.gz,A\n")
+    kinds = "'image' holds images, 'mask' holds images, 'site' holds text|'site' holds text, 'image' holds images, .*"
+    with pytest.raises(ValueError, match=f"no column of volumes: ({kinds}). .* dataset.json, imagesTr and labelsTr"):
+        load_volumes(VolumeArguments(dataset_name=str(tmp_path)))

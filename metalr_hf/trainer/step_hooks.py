@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..tuning.calibration import LOOKS
 from ..tuning.contexts import untouched
 from .collapse import undo_collapse
-from .meta import batches_to_look_at
+from .meta import batches_to_look_at, largest_step
 
 
 class StepHooks(TrainerCallback):
@@ -45,6 +45,7 @@ class StepHooks(TrainerCallback):
     ) -> None:
         trainer, coming, self.coming = self.trainer, self.coming, []
         if coming:
+            trainer.lr_scheduler.largest_step = largest_step(trainer, coming)
             calibrate_on(trainer, coming)
         if state.global_step >= len(LOOKS):
             trainer.fresh_head.fit_when_due(trainer)

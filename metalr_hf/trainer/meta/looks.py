@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.trainer_utils import has_length
 
+from ...tuning.calibration.looks import LARGEST_STEP
 from ...tuning.contexts import preserve_random_state
 from .sets import spare_batches
 
@@ -79,6 +80,26 @@ def batches_to_look_at(trainer: Any, coming: Sequence[Any]) -> list[Any]:
         at_a_time = min(size, TIMES_AS_MANY * own)
         spare = spare_batches(trainer, size, at_a_time, seed=trainer.state.global_step, alone=False)
         return (taken or list(coming[:1])) if spare is None else list(spare)
+
+
+def largest_step(trainer: Any, coming: Sequence[Any]) -> float:
+    """By which share of its norm a step with the start rates may move the backbone.
+
+    Steps of fewer images are noisier. With Adam they do as well where they are shorter by the square root of the number
+    (Malladi et al. 2022, *On the SDEs and Scaling Rules for Adaptive Gradient Algorithms*).
+
+    Args:
+        trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, before a step.
+        coming (`Sequence`): The batches of the coming step, as the data loader gives them.
+
+    Returns:
+        `float`
+    """
+    args = trainer.args
+    images = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if any(_images(batch) is None for batch in coming):
+        return LARGEST_STEP
+    return LARGEST_STEP * math.sqrt(min(1.0, images / IMAGES))
 
 
 def _images(batch: Any) -> int | None:

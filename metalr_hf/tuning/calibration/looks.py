@@ -11,19 +11,20 @@ from .ladder import LADDER, TOLERANCE, raised
 # Where a look has seen the loss so much above its start, further rungs are not tried. They all count as that bad and
 # no worse, or one odd batch would outvote two.
 HOPELESS = 0.15
-# Of the greatest gain along the ladder.
-KEPT_GAIN = 0.5
-# A longer step, as a share of the norm of what it moves, makes a backbone forget what it was trained for, even where
-# the loss falls along it: towards a constant answer, if the fresh head does worse than that.
+# Of the greatest gain along the ladder; and on the rung below it, where a loss that changes as the rate does has 0.32.
+KEPT_GAIN, KEPT_BELOW = 0.5, 0.3
+# With batches of 32. A longer step, as a share of the norm of what it moves, makes a backbone forget what it was
+# trained for, even where the loss falls along it: towards a constant answer, if the fresh head does worse than that.
 LARGEST_STEP = 0.01
 
 
-def largest_backbone_lr(sizes: Sequence[float], step_lrs: Sequence[float]) -> float:
-    """The learning rate with which the step would move the median layer by 1 % of its norm.
+def largest_backbone_lr(sizes: Sequence[float], step_lrs: Sequence[float], largest_step: float = LARGEST_STEP) -> float:
+    """The learning rate with which the step would move the median layer by so much of its norm.
 
     Args:
         sizes (`Sequence[float]`): By which share of its norm the step moved every layer.
         step_lrs (`Sequence[float]`): The learning rate that the step was taken with, in every layer.
+        largest_step (`float`, *optional*, defaults to 0.01): The share of its norm.
 
     Returns:
         `float`: 1 if no layer has a norm and was moved.
@@ -38,7 +39,7 @@ def largest_backbone_lr(sizes: Sequence[float], step_lrs: Sequence[float]) -> fl
     ```
     """
     rates = [rate / size for size, rate in zip(sizes, step_lrs, strict=True) if 0 < size < math.inf]
-    return LARGEST_STEP * median(rates) if rates else LADDER[-1]
+    return largest_step * median(rates) if rates else LADDER[-1]
 
 
 def losses_until_hopeless(
@@ -86,8 +87,9 @@ def losses_until_hopeless(
 def highest_useful(changes: Sequence[dict[float, float]], ladder: Sequence[float]) -> float | None:
     """The highest learning rate with at least half of the greatest gain, in the mean of several looks.
 
-    The gain of a single step is greatest at a rate below the one that is best for many steps. Below the rungs that a
-    look has walked, its loss is taken to change as the rate does: such steps are short.
+    The gain of a single step is greatest at a rate below the one that is best for many steps. But where the next rung
+    does harm already, many steps would too, and the rung below is taken if it gains enough. Below the rungs that a look
+    has walked, its loss is taken to change as the rate does: such steps are short.
 
     Args:
         changes (`Sequence[dict[float, float]]`): Learning rate to relative change of the loss, a mapping a look.
@@ -118,7 +120,12 @@ def highest_useful(changes: Sequence[dict[float, float]], ladder: Sequence[float
     lowest = min(means.values())
     if lowest > -TOLERANCE:
         return None
-    return max(rate for rate, mean in means.items() if mean <= KEPT_GAIN * lowest)
+    rates = sorted(means)
+    found = max(i for i, rate in enumerate(rates) if means[rate] <= KEPT_GAIN * lowest)
+    next_harms = found + 1 < len(rates) and means[rates[found + 1]] > 0
+    if next_harms and found > 0 and means[rates[found - 1]] <= KEPT_BELOW * lowest:
+        found -= 1
+    return rates[found]
 
 
 def agree(changes: Sequence[dict[float, float]]) -> bool:

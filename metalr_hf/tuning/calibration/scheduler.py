@@ -15,6 +15,7 @@ from ..hypergradient import LookAhead
 from ..hypergradient.validation import clear_gradients
 from ..optimizers import check_own_rates, momentum_growth, unwrap
 from ..rates import LayerRateScheduler
+from .looks import LARGEST_STEP
 from .search import PROBE_LR, Calibration, Calibrator
 
 
@@ -33,6 +34,8 @@ class CalibratedScheduler(LayerRateScheduler):
 
     Attributes:
         meta_source (`str`): Where validation gradients come from: `"stream"` or `"next_batch"`.
+        largest_step (`float`): By which share of its norm a step with the start rates may move the median layer of
+            the backbone.
         calibrates_later (`bool`): Whether a step for which `step()` has no validation loss waits for `calibrate()`.
     """
 
@@ -50,6 +53,7 @@ class CalibratedScheduler(LayerRateScheduler):
     ):
         self.meta_context, self.reduce = meta_context, reduce
         self.calibrates_later = False
+        self.largest_step = LARGEST_STEP
         self._calibrator = Calibrator(calibrate)
         self._look_ahead = LookAhead(unwrap(optimizer))
         self._found_inf: list[Tensor] = []
@@ -138,6 +142,7 @@ class CalibratedScheduler(LayerRateScheduler):
                 lr_max=self.lr_max,
                 reduce=self.reduce,
                 momentum_growth=momentum_growth(unwrap(self.optimizer)),
+                largest_step=self.largest_step,
             )
         self.learning_rates = self.start_learning_rates = before.new_tensor(found)
         self._look_ahead.rescale(self.ratios(before), keep=self.meta_source == "next_batch")

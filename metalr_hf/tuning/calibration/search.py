@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..hypergradient import LookAhead
 from .ladder import LADDER, TOLERANCE, head_valley, raised
-from .looks import agree, highest_useful, largest_backbone_lr, losses_until_hopeless
+from .looks import LARGEST_STEP, agree, highest_useful, largest_backbone_lr, losses_until_hopeless
 
 # One batch of 32 images often says nothing of a backbone, or what is wrong; three batches rarely do. Where two agree, a
 # third has hardly ever changed what they found.
@@ -108,6 +108,7 @@ def calibrate(
     lr_max: float = math.inf,
     reduce: Callable[[Tensor], Tensor] | None = None,
     momentum_growth: float = 1.0,
+    largest_step: float = LARGEST_STEP,
 ) -> Calibration:
     """Finds start rates for head and backbone along the optimizer step just taken, with forward passes only.
 
@@ -131,6 +132,8 @@ def calibrate(
         reduce (`Callable`, *optional*): Averages a tensor over all processes.
         momentum_growth (`float`, *optional*, defaults to 1.0): How many times as long as the first step later ones
             become by [`~metalr_hf.tuning.optimizers.momentum_growth`]. The rate of the backbone is divided by it.
+        largest_step (`float`, *optional*, defaults to 0.01): By which share of its norm a step may move the median
+            layer of the backbone.
 
     Returns:
         [`Calibration`]: the start rates and how they were found.
@@ -188,7 +191,7 @@ def calibrate(
         head_lr = bounded(FALLBACK_HEAD_LR)
     if earlier is None:
         sizes = look_ahead.relative_sizes(reduce)[: layers - head_layers]
-        largest_lr = bounded(largest_backbone_lr(sizes, step_lrs[: layers - head_layers]))
+        largest_lr = bounded(largest_backbone_lr(sizes, step_lrs[: layers - head_layers], largest_step))
     else:
         largest_lr = earlier.largest_lr
     lowest = min(max(head_lr / LARGEST_HEAD_TO_BACKBONE, lr_min), largest_lr)

@@ -107,3 +107,30 @@ def test_a_loader_of_ones_own_is_the_only_one(tmp_path):
 
     run = LoadsItself(vit(), arguments(tmp_path, **ON))
     assert {len(pixels) for pixels in looked_at(run)} == {8}
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({"per_device_train_batch_size": 8}, 0.005),
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, 0.01),
+        ({"per_device_train_batch_size": 48}, 0.01),
+    ],
+    ids=str,
+)
+def test_small_batches_move_the_backbone_less(tmp_path, options, share):
+    run = trainer(tmp_path, vit(), **{**ON, "max_steps": 4}, **options)
+    run.train()
+    assert run.lr_scheduler.largest_step == pytest.approx(share)
+
+
+def test_accumulation_gives_the_rates_of_one_large_batch(tmp_path):
+    found = []
+    for options in (
+        {"per_device_train_batch_size": 16},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+    ):
+        run = trainer(tmp_path, vit(0.0), **{**ON, "max_steps": 12}, **options)
+        run.train()
+        found.append(run.lr_scheduler.calibration.learning_rates(2))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)

@@ -55,9 +55,18 @@ def test_a_hill_before_the_lowest_loss_is_passed_and_the_highest_rate_with_half_
     assert highest_useful([], [1e-4]) is None
 
 
+def test_a_rate_whose_next_rung_does_harm_is_left_for_the_rung_below():
+    sharp = {1e-5: -0.05, 1e-4: -0.15, 1e-3: -0.08, 1e-2: 0.14}
+    assert highest_useful([sharp], list(sharp)) == 1e-4
+    # The end of the ladder is a limit of its own.
+    assert highest_useful([sharp], [1e-5, 1e-4, 1e-3]) == 1e-3
+    # Where that gains next to nothing, the step was too short to learn from.
+    assert highest_useful([{**sharp, 1e-4: -0.01}], list(sharp)) == 1e-3
+
+
 def test_looks_agree_where_each_by_itself_finds_the_same_rate():
-    right = {1e-4: -0.1, 1e-3: -0.3, 1e-2: 0.1}
-    assert agree([right, {1e-4: -0.1, 1e-3: -0.11}])
+    right = {1e-4: -0.05, 1e-3: -0.3, 1e-2: 0.1}
+    assert agree([right, {1e-4: -0.02, 1e-3: -0.11}])
     # The rung that one of them did not walk was beyond hope there.
     assert not agree([right, {1e-4: -0.1, 1e-3: 0.2}])
     # Each by itself finds 1e-3, but both together ten times as much, or nothing.

@@ -21,6 +21,9 @@ from transformers import (
 
 from ..layers.groups import layer_groups
 from ..messages import did_you_mean, first_line
+
+# The package's own networks are known to transformers, without code from the folder, once their modules are imported.
+from ..models import monai_networks, unet  # noqa: F401
 from ..models.loading import load_config
 from ..settings import LAYER_GRANULARITIES
 

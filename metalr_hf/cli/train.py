@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -17,13 +18,15 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
 from ..data.splits import hold_out
-from ..hub.publish import BESIDE_THE_MODEL
-from ..trainer.checkpoints import checkpoints, is_complete, usable_checkpoint
+from ..hub.card import tested_on
+from ..hub.publish import BESIDE_THE_MODEL, RESULTS
+from ..trainer.checkpoints import checkpoints, is_complete, step_of, usable_checkpoint
 from ..trainer.meta import UnusableRowError
 from ..trainer.metalr import MetaLRTrainer
 from . import INTERRUPTED, say
 from .arguments import TrainArguments, parse_train_arguments
 from .broken_images import name_broken_image
+from .checks import check_best_metric, check_training_arguments, refuse_empty_epochs, trainer_arguments
 
 VALIDATION_SHARE = 0.2
 # Whether a loss still falls shows on few images, and those held out are missed: trained on the same images, a run of a
@@ -42,6 +45,7 @@ def main(argv: list[str]) -> int:
         `int`: the exit code.
     """
     arguments = parse_train_arguments(argv)
+    check_training_arguments(arguments.training)
     checkpoint = check_output_dir(arguments)
     folder = str(arguments.training.output_dir)
     # With --overwrite_output_dir that of the earlier run is there until this one begins to train.
@@ -148,7 +152,8 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     prepared = task.prepare(splits, processor, data.augment, seed=training.seed)
     for name, value in task.training_arguments.items():
         setattr(training, name, value)
-    of_task = task.trainer_arguments(splits.class_names, data.metrics)
+    of_task = trainer_arguments(task, splits.class_names, data)
+    check_best_metric(training, of_task, data)
     of_task |= task.fit(model, splits.train, processor, data)
     if training.label_smoothing_factor and "compute_loss_func" in of_task:
         raise ValueError(
@@ -164,13 +169,20 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         processing_class=processor,
         **of_task,
     )
+    refuse_empty_epochs(trainer.train_dataset, training)
     trainer.task = task
+    trainer.test_split = _test_split(splits, data)
     trainer.dataset_name = task.demo_description if data.is_demo else data.hub_id
     if arguments.overwrite_output_dir and checkpoint is None:
         # Not earlier: a run that cannot begin costs no other.
         _delete_earlier_run(arguments)
     try:
-        results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
+        results = trained.metrics
+        if checkpoint is not None and step_of(checkpoint) == trained.global_step:
+            # It had ended: what training gave is known from then.
+            file = Path(checkpoint).parent / RESULTS
+            results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         # It is pushed when it has been tested.
         trainer.save_model(_internal_call=True)
         try:
@@ -198,9 +210,16 @@ def _validation_share(train: Any, stops_by_itself: bool) -> float:
     return min(max(IMAGES_TO_STOP_BY / len(train), SMALLEST_SHARE_TO_STOP_BY), VALIDATION_SHARE)
 
 
+def _test_split(splits: Any, data: Any) -> str | None:
+    """The split that is tested on; `None` for a share held out of the training split."""
+    # Rows that `datasets` has read from files know their split.
+    name = data.test_split or getattr(splits.test, "split", None)
+    return None if data.test_split is None and str(name) == data.train_split else str(name or "test")
+
+
 def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
     console = Console()
-    table = Table(title="On the test split")
+    table = Table(title=f"On {tested_on(trainer.test_split)}")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in results.items():

@@ -11,10 +11,9 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .markdown import escape, table
+from .usage import example_of, usage
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-# A placeholder in the card of a run, replaced by the repository's name when it is published.
-UNPUBLISHED = "your-name/your-model"
 # A rate that changed by less than this factor stayed where it was.
 MOVED = 1.25
 # The Hub's names of metrics.
@@ -26,49 +25,7 @@ METRIC_TYPES = {
     "pearson": "pearsonr",
 }
 DATASET_TYPE = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-# What makes answers of logits, in the code that the card shows.
-ACTIVATIONS = {"softmax": ".softmax(-1)", "sigmoid": ".sigmoid()", "none": ""}
 TIMM_TAGS = ["timm", "transformers"]
-USAGE = {
-    "transformers": """
-from transformers import pipeline
-
-model = pipeline("{task}", model="{model_id}"{code})
-print(model("image.png"))
-""",
-    "volumes": """
-import torch
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("{model_id}"{code}).eval()
-volume = torch.zeros(1, {channels}, 64, 64, 64)  # batch, channels, x, y, z
-print(model(volume).logits.argmax(1))
-""",
-    "nifti": """
-from transformers import AutoImageProcessor, {auto_class}
-
-processor = AutoImageProcessor.from_pretrained("{model_id}"{code})
-model = {auto_class}.from_pretrained("{model_id}"{code}).eval()
-outputs = model(**processor("volume.nii.gz", return_tensors="pt"))
-mask, = processor.post_process_semantic_segmentation(outputs, ["volume.nii.gz"])
-mask.to_filename("mask.nii.gz")
-""",
-    "timm": """
-import timm
-from PIL import Image
-
-model = timm.create_model("hf-hub:{model_id}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-print(model(transform(Image.open("image.png").convert("RGB"))[None]){activation})
-""",
-    "peft": """
-from peft import PeftModel
-from transformers import {auto_class}
-
-base = {auto_class}.from_pretrained("{base_model}", num_labels={classes}, ignore_mismatched_sizes=True)
-model = PeftModel.from_pretrained(base, "{model_id}")
-""",
-}
 
 
 @dataclass(frozen=True)
@@ -146,6 +103,7 @@ class RunFacts:
         has_own_code (`bool`): Whether the code of the model's class is published with it.
         volume_channels (`int`, *optional*): Of the volumes that a 3-D network takes, for which there is no pipeline.
         reads_nifti (`bool`): Whether the processor that is published with it reads such volumes.
+        own_reader (`str`, *optional*): Why images have to be read by this package, which other readers would misread.
         base_model (`str`, *optional*): Hub id of the pretrained model.
         license (`str`, *optional*): Its licence.
         dataset (`str`, *optional*): Hub id of the data set, or its name.
@@ -155,6 +113,7 @@ class RunFacts:
         activation (`str`): What makes answers of the logits: `"softmax"`, `"sigmoid"` or `"none"`.
         purpose (`str`): What the card calls the task, if not as the Hub does.
         evaluation ([`Evaluation`], *optional*): The results.
+        test_split (`str`, *optional*): What the images of a test are, as for [`tested_on`].
         train_images (`int`, *optional*): Size of the training set.
         tags (`Sequence[str]`): Further tags.
         language (`str`, *optional*): Of the card.
@@ -172,6 +131,7 @@ class RunFacts:
     has_own_code: bool = False
     volume_channels: int | None = None
     reads_nifti: bool = False
+    own_reader: str | None = None
     base_model: str | None = None
     license: str | None = None
     dataset: str | None = None
@@ -181,6 +141,7 @@ class RunFacts:
     activation: str = "softmax"
     purpose: str | None = None
     evaluation: Evaluation | None = None
+    test_split: str | None = "test"
     train_images: int | None = None
     tags: Sequence[str] = ()
     language: str | None = None
@@ -213,8 +174,9 @@ def model_card(facts: RunFacts) -> ModelCard:
         template_path=str(TEMPLATE),
         title=escape(_title(facts)),
         introduction=_introduction(facts),
-        usage=_usage(facts),
-        tested_on=results and _tested_on(results, facts.step),
+        usage=usage(facts),
+        usage_language="bash" if example_of(facts) == "predict" else "python",
+        tested_on=results and _tested_on(results, facts),
         results=results and table(["metric", "value"], [(k, f"{v:.4f}") for k, v in results.metrics.items()], "lr"),
         class_results=results
         and results.class_results
@@ -311,30 +273,33 @@ def _introduction(facts: RunFacts) -> str:
     return f"{text}."
 
 
-def _usage(facts: RunFacts) -> str:
-    # The task, library or base model that the code example would need is not known.
-    if not facts.task or not facts.library or (facts.library == "peft" and not facts.base_model):
-        return ""
-    return (
-        USAGE["nifti" if facts.reads_nifti else "volumes" if facts.volume_channels else facts.library]
-        .strip()
-        .format(
-            task=facts.task,
-            model_id=UNPUBLISHED,
-            auto_class=facts.auto_class,
-            code=", trust_remote_code=True" if facts.has_own_code else "",
-            channels=facts.volume_channels,
-            base_model=facts.base_model,
-            classes=len(facts.classes),
-            activation=ACTIVATIONS[facts.activation],
-        )
-    )
+def tested_on(split: str | None) -> str:
+    """What results are of, in words.
+
+    Args:
+        split (`str`, *optional*): The split that was tested on; `None` for images held out of those to train on.
+
+    Returns:
+        `str`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.hub.card import tested_on
+    >>> tested_on("validation"), tested_on(None)
+    ('the validation split', 'images held out of the training split')
+
+    ```
+    """
+    return "images held out of the training split" if split is None else f"the {split} split"
 
 
-def _tested_on(results: Evaluation, step: int) -> str:
-    names = {"test": "the test split", "eval": "the evaluation set"}
+def _tested_on(results: Evaluation, facts: RunFacts) -> str:
+    names = {"test": tested_on(facts.test_split and escape(facts.test_split)), "eval": "the evaluation set"}
     where = names.get(results.split, f"the set {escape(results.split)}")
-    return where if results.step == step else f"{where} at optimizer step {results.step}, not with the final weights"
+    if results.step == facts.step:
+        return where
+    return f"{where} at optimizer step {results.step}, not with the final weights"
 
 
 def _limits(facts: RunFacts) -> str:
@@ -353,7 +318,7 @@ def _card_data(facts: RunFacts) -> ModelCardData:
                 task_type=facts.task,
                 dataset_type=facts.dataset if DATASET_TYPE.fullmatch(facts.dataset) else "custom",
                 dataset_name=facts.dataset,
-                dataset_split=results.split,
+                dataset_split=facts.test_split if results.split == "test" else results.split,
                 metric_type=METRIC_TYPES.get(name, name),
                 metric_name=name,
                 metric_value=value,

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 from yaml import YAMLError
 
-from ..data.intensity import window_of
+from ..data.intensity import CHANNELS, channels_of, window_of
 from ..models.bare import Classifier
 from ..models.monai_networks import MonaiConfig
 from ..models.target_losses import TargetLoss
@@ -79,6 +79,7 @@ def run_facts(
         has_own_code=getattr(network, "_auto_class", None) is not None,
         volume_channels=config.num_channels if getattr(config, "model_type", None) == MonaiConfig.model_type else None,
         reads_nifti=isinstance(trainer.processing_class, VolumeImageProcessor),
+        own_reader=_own_reader(trainer.processing_class),
         base_model=base_model,
         license=_license(base_model, loaded_from, config),
         dataset=dataset,
@@ -88,6 +89,7 @@ def run_facts(
         activation=(trainer.task or Task).activation,
         purpose=trainer.task.purpose if trainer.task else None,
         evaluation=trainer.evaluation,
+        test_split=trainer.test_split,
         train_images=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
     )
 
@@ -192,7 +194,7 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
         **_tuning(trainer),
         **_images(trainer.processing_class),
         **({"loss": loss.description} if isinstance(loss, TargetLoss) else {}),
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else str(next(trainer.model.parameters()).dtype)[6:],
+        "precision": _precision(trainer),
         "device": _device(args),
         "seed": args.seed if args.data_seed is None else f"{args.seed}, {args.data_seed} for the data",
     }
@@ -213,6 +215,14 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
 def _images(processor: Any) -> dict[str, object]:
     window = window_of(processor)
     return {} if window is None else {"intensity window": window.description}
+
+
+def _own_reader(processor: Any) -> str | None:
+    # A pipeline makes any image one of three colours with 8 bits, and says nothing of what that loses.
+    if window_of(processor) is not None:
+        return "The images have more than 8 bits: they are read with the window of intensities saved with the model."
+    channels = channels_of(processor)
+    return None if channels == CHANNELS else f"The images have {channels} channels, which a pipeline does not keep."
 
 
 def _tuning(trainer: HubTrainer) -> dict[str, object]:
@@ -257,6 +267,12 @@ def _validation(trainer: HubTrainer) -> str:
     each = "each tuned step" if every == 1 else f"one step in {every}"
     size = (args.meta_batch_size or args.train_batch_size) * args.world_size
     return f"At {each} a shuffled validation batch of {size} images came from {source}."
+
+
+def _precision(trainer: HubTrainer) -> str:
+    # Of what was asked for, a CPU does not do fp16, and accelerate does not say so.
+    accelerator = trainer.accelerator
+    return accelerator.mixed_precision if accelerator.native_amp else str(next(trainer.model.parameters()).dtype)[6:]
 
 
 def _device(args: Any) -> str:

@@ -24,6 +24,9 @@ class HubTrainer(Trainer):
     Attributes:
         dataset_name (`str`, *optional*): Hub id or name of the training set, for the card.
         task ([`~metalr_hf.tasks.base.Task`], *optional*): What the model learns, for the card.
+        test_split (`str`, *optional*):
+            Which images an evaluation with the prefix `"test"` is on, for the card: the name of their split, or `None`
+            for images held out of those to train on.
     """
 
     args: Any
@@ -37,6 +40,7 @@ class HubTrainer(Trainer):
     hub_model_id: Any
     dataset_name: str | None = None
     task: Task | None = None
+    test_split: str | None = "test"
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._evaluations: dict[tuple[str, int], Evaluation] = {}

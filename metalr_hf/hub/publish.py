@@ -19,7 +19,7 @@ from huggingface_hub.utils import get_token, validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import __version__
-from .card import UNPUBLISHED
+from .usage import UNPUBLISHED
 
 CARD, PICTURE, HISTORY, RESULTS = "README.md", "learning_rates.png", "lr_history.csv", "all_results.json"
 # Neither checkpoints, nor the optimizer's state, nor training_args.bin, which holds the token and paths, nor logs.

@@ -101,6 +101,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit())
 
 
+def step_of(checkpoint: str | os.PathLike[str]) -> int:
+    """The optimizer step at which a checkpoint was written.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): The folder of a complete checkpoint.
+
+    Returns:
+        `int`
+    """
+    return TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether all of a checkpoint was written.
 
@@ -191,6 +203,11 @@ class CheckpointingTrainer(Trainer):
         epochs_trained, batches_trained = super()._init_training_state(
             max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial
         )
+        if resume_from_checkpoint is not None and self.state.global_step >= max_steps:
+            # Trainer would begin one more epoch, and notice after its first step. What the average of the weights draws
+            # at the end has to be what it drew then.
+            self._load_rng_state(resume_from_checkpoint)
+            return epochs, 0
         # Of a stream Trainer does not know the length, takes the whole run for one epoch and, in a later one, skips as
         # many batches as were ever trained on. How far the epoch has come is in the state. No public hook is there.
         if batches_trained and self._streams:

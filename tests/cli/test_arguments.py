@@ -103,6 +103,7 @@ def test_columns_are_kept_whatever_is_asked(tmp_path):
         (["--output_dir", "x", "--augment", "mixup"], "augment='mixup' must be one of"),
         (["--output_dir", "x", "--load_best_model_at_end", "true"], "requires the save and eval strategy to match"),
         (["--output_dir", "x", "--streaming"], "how many steps to train with --max_steps"),
+        (["--output_dir", "x", "--seed", "-1"], "seed=-1 must be a whole number from 0 to"),
         (["--output_dir", "x", "--lr_scheduler_type", "greedy"], "watches a metric"),
     ],
 )

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from layered import vit
@@ -38,6 +41,25 @@ def test_a_saved_model_is_listed_as_what_it_is(tmp_path, capsys):
     config = SegformerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], decoder_hidden_size=8)
     SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "segmenter")
     assert type(empty_model(str(tmp_path / "segmenter"))) is SegformerForSemanticSegmentation
+
+
+@pytest.mark.parametrize("name", ["unet", "volumes"])
+def test_a_run_of_the_packages_own_networks_needs_no_code_of_its_folder(name, tmp_path):
+    # In a process of its own: another test may have made these networks known to transformers.
+    if name == "unet":
+        from metalr_hf.models.unet import TimmUNetConfig, TimmUNetForSemanticSegmentation
+
+        model = TimmUNetForSemanticSegmentation(TimmUNetConfig(encoder="test_resnet", num_labels=2))
+    else:
+        from metalr_hf.models.monai_networks import MonaiConfig, MonaiForSemanticSegmentation
+
+        args = {"channels": (4, 8), "strides": (2,)}
+        model = MonaiForSemanticSegmentation(MonaiConfig("UNet", args, patch_size=(16, 16, 16), num_labels=2))
+    model.save_pretrained(tmp_path)
+    assert "auto_map" in (tmp_path / "config.json").read_text()
+    command = [sys.executable, "-m", "metalr_hf.cli", "layers", "--model", str(tmp_path)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(rows(shown)) > 1
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,7 @@ def test_noise_flips_the_asked_share_and_subsets_are_stratified(tmp_path):
         ({"learning_rates": [0]}, "learning_rates=0 is not a positive number"),
         ({"noise": 1.0}, r"noise=1.0 must be in \[0, 1\)"),
         ({"folds": 1}, "folds=1 must be 2 or more"),
+        ({"seeds": [0, -1]}, "seeds=-1 must be a whole number from 0 to"),
         ({"steps": 0}, "steps=0 must be 1 or more"),
     ],
 )

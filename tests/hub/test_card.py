@@ -121,6 +121,23 @@ def test_what_is_not_known_is_left_out():
     assert "This run was not evaluated" in card.text
 
 
+def test_what_was_tested_on_has_its_name():
+    card = model_card(facts(**KNOWN, test_split="validation"))
+    assert "On the validation split:" in card.text
+    assert card.data.eval_results[0].dataset_split == "validation"
+    card = model_card(facts(**KNOWN, test_split=None))
+    assert "On images held out of the training split:" in card.text
+    assert card.data.eval_results[0].dataset_split is None
+
+
+@pytest.mark.parametrize(("asked", "used"), [("bf16", "bf16"), ("fp16", "float32")])
+def test_the_precision_is_the_one_that_was_used(tmp_path, asked, used):
+    # No network is run in fp16 on a CPU.
+    run = MetaLRTrainer(vit(), arguments(tmp_path, max_steps=1, **{asked: True}), train_dataset=images())
+    run.train()
+    assert run_facts(run).settings["precision"] == used
+
+
 def test_a_timm_model_and_an_adapter_are_loaded_by_their_own_library():
     card = model_card(RunFacts("timm", "image-classification", "resnet18", LAYERS, {}, ""))
     assert 'timm.create_model("hf-hub:your-name/your-model", pretrained=True)' in card.text

@@ -82,6 +82,49 @@ def test_a_run_of_60_steps_resumes_before_at_and_after_the_end_of_tuning(tmp_pat
         assert_same_histories(whole, again, 60)
 
 
+class Noisy(torch.utils.data.Dataset):
+    """Images that are never the same twice."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, row):
+        return {"pixel_values": torch.randn(3, 16, 16), "labels": row % 3}
+
+
+@pytest.mark.parametrize("average", ["polynomial", "none"])
+def test_a_run_that_had_ended_takes_no_further_step(tmp_path, average):
+    setting = {**SAVING, "save_steps": 4, "average_weights": average, "train_dataset": Noisy()}
+    whole = trainer(tmp_path, resnet(), **setting)
+    whole.train()
+    again = trainer(tmp_path, resnet(), **setting)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == STEPS
+    assert len(checkpoints(tmp_path)) == 3
+    # With the average, whose batch norm is estimated from images that draw random numbers.
+    assert same_weights(whole.model, again.model)
+    assert again.weight_average is None
+    assert_same_histories(whole, again, STEPS)
+    longer = trainer(tmp_path, resnet(), **{**setting, "max_steps": STEPS + 2})
+    longer.train(resume_from_checkpoint=True)
+    assert longer.lr_history.steps.tolist() == list(range(STEPS + 2))
+    assert not same_weights(whole.model, longer.model)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_run_that_had_ended_goes_back_to_its_best_weights(tmp_path, stops):
+    setting = {**SAVING, "eval_dataset": images(24, seed=1), "average_weights": "polynomial"}
+    setting |= {"stop_when_converged": True} if stops else {"load_best_model_at_end": True, "eval_strategy": "steps"}
+    setting |= {} if stops else {"eval_steps": 3}
+    whole = trainer(tmp_path, resnet(), **setting)
+    whole.train()
+    again = trainer(tmp_path, resnet(), **setting)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == whole.state.global_step
+    assert again.step_of_weights == whole.step_of_weights
+    assert same_weights(whole.model, again.model)
+
+
 def train(folder, file_size=None):
     """A run that saves at each step and goes on where it was cut off; meant for a process of its own."""
     # All processes that were forked share one lock of progress bars, and one that is killed would keep it for ever.
@@ -302,7 +345,8 @@ def test_a_run_can_go_on_with_another_source_and_another_rule(tmp_path, before, 
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert again.lr_history.steps.tolist() == list(range(STEPS))
     assert (again.lr_history.learning_rates[:6] == whole.lr_history.learning_rates[:6]).all()
-    assert (again.lr_history.learning_rates[-1] != whole.lr_history.learning_rates[-1]).all()
+    # Two rules may move a layer by the same shares.
+    assert (again.lr_history.learning_rates[-1] != whole.lr_history.learning_rates[-1]).any()
 
 
 def test_weights_without_learning_rates_are_resumed_with_a_warning(tmp_path, caplog):

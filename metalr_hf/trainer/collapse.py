@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils import logging
 
 from ..models.bare import logits_of
@@ -214,7 +215,9 @@ def undo_collapse(trainer: Any, batches: Sequence[Any]) -> None:
 
     def logits() -> Tensor | None:
         with torch.no_grad(), untouched(model, "eval"):
-            looked_at = batches_to_look_at(trainer, batches)
+            # A single image does not tell whether all get the same answer.
+            enough = (find_batch_size(batches[0]) or 0) > 1
+            looked_at = batches[:1] if enough else batches_to_look_at(trainer, batches)
             answers = [logits_of(model(**trainer._prepare_inputs(batch))) for batch in looked_at]
         found = [answer for answer in answers if answer is not None]
         return torch.cat(found) if found else None

@@ -75,7 +75,7 @@ def test_a_timm_network_answers_with_a_sigmoid_each(images, tmp_path):
     model = AutoModelForImageClassification.from_pretrained(run)
     assert (model.config.problem_type, model.config.num_labels) == ("multi_label_classification", 3)
     card = (run / "README.md").read_text()
-    assert '.convert("RGB"))[None]).sigmoid())' in card
+    assert "model(transform(image)[None]).sigmoid())" in card
 
 
 def test_a_model_of_several_labels_is_fine_tuned_to_classes(images, tmp_path):

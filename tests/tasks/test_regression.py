@@ -77,7 +77,7 @@ def test_several_numbers_of_a_timm_network(images, tmp_path):
     assert {"test_mae_dose", "test_mae_digit", "test_r2"} <= set(results)
     # Two steps in, the answers are near the means, each in its unit.
     assert answers(run).mean(0).tolist() == pytest.approx([2000.0, 1.0], rel=0.5, abs=1.0)
-    assert '.convert("RGB"))[None]))' in (run / "README.md").read_text()
+    assert "model(transform(image)[None]))" in (run / "README.md").read_text()
 
 
 def test_checkpoints_are_in_units_and_a_run_goes_on_from_them(images, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers.trainer_utils import has_length
 
 from ...tuning.calibration.looks import LARGEST_STEP
 from ...tuning.contexts import preserve_random_state
+from .batches import EmptyMetaSetError
 from .sets import spare_batches
 
 # Eight images of ten classes cannot tell a good rate of the head from a thousandth of it. Without gradients four times
@@ -50,7 +52,7 @@ def batches_to_look_at(trainer: Any, coming: Sequence[Any]) -> list[Any]:
     """The batches that the step before is judged on: those of the coming step, or others where they are too few.
 
     They are too few with small batches, and where an epoch ends with the few images that are left. With gradient
-    accumulation no more of them are taken than it needs.
+    accumulation, no more of its batches are taken than are needed.
 
     Args:
         trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, before a step.
@@ -64,7 +66,7 @@ def batches_to_look_at(trainer: Any, coming: Sequence[Any]) -> list[Any]:
         return list(coming[:1])
     of_a_step = args.gradient_accumulation_steps * args.world_size * own
     images = images_of_a_look(of_a_step, trainer.state.max_steps * of_a_step)
-    # Of larger steps one batch is enough.
+    # Where a batch has that many by itself, the others of an accumulated step are not needed.
     images = min(images, max(IMAGES, own * args.world_size))
     if has_length(trainer.train_dataset):
         images = min(images, len(trainer.train_dataset))
@@ -75,11 +77,14 @@ def batches_to_look_at(trainer: Any, coming: Sequence[Any]) -> list[Any]:
         found += _images(batch) or 0
         if found >= size:
             return taken
-    with preserve_random_state(args.device):
+    # A process may have no row of a stream.
+    with preserve_random_state(args.device), suppress(EmptyMetaSetError):
         # Another seed at every step: each look has images of its own, and a resumed run the same ones.
         at_a_time = min(size, TIMES_AS_MANY * own)
         spare = spare_batches(trainer, size, at_a_time, seed=trainer.state.global_step, alone=False)
-        return (taken or list(coming[:1])) if spare is None else list(spare)
+        if spare is not None:
+            return list(spare)
+    return taken or list(coming[:1])
 
 
 def largest_step(trainer: Any, coming: Sequence[Any]) -> float:

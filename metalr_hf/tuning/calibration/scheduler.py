@@ -72,7 +72,7 @@ class CalibratedScheduler(LayerRateScheduler):
         return self._calibrator.forwards
 
     def count_forwards(self, forwards: int) -> None:
-        """Counts forward passes that were taken for the start of the run beside those of the calibration.
+        """Adds forward passes that something other than a look took, such as fitting the head.
 
         Args:
             forwards (`int`): How many.
@@ -93,6 +93,7 @@ class CalibratedScheduler(LayerRateScheduler):
         """Calibrates the step before the present one, where `calibrates_later` is set and `step()` had no loss for it.
 
         Call it with the loss of the next training batch, before the forward of the training: no other batch is needed.
+        A batch of eight images says little; where batches are smaller than 32, the mean loss of several is better.
 
         Args:
             meta_loss (`Callable`): Takes nothing and returns the scalar loss at the present parameters.

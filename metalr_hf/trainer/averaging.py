@@ -16,14 +16,14 @@ from transformers.utils import logging
 from ..tuning.averaging import POLYNOMIAL, WeightAverage
 from ..tuning.contexts import preserve_random_state
 from .defaults import NO_AVERAGE
-from .meta import EmptyMetaSetError, spare_batches
+from .meta import EmptyMetaSetError, larger_batch, spare_batches
 
 logger = logging.get_logger(__name__)
 
 AVERAGE_FILE = "weight_average.pt"
 # Training batches that the statistics of batch norm are estimated from: from fewer or smaller ones they are those of a
-# few images, and cost up to ten points. Without gradients four times as many images fit in at a time.
-STATISTICS_BATCHES, FEWEST_BATCHES, IMAGES_AT_A_TIME, TIMES_AS_MANY = 8, 4, 32, 4
+# few images, and cost up to ten points.
+STATISTICS_BATCHES, FEWEST_BATCHES = 8, 4
 
 
 def statistics_batches(batch_size: int) -> tuple[int, int]:
@@ -44,7 +44,7 @@ def statistics_batches(batch_size: int) -> tuple[int, int]:
 
     ```
     """
-    size = max(batch_size, min(IMAGES_AT_A_TIME, TIMES_AS_MANY * batch_size))
+    size = larger_batch(batch_size)
     return max(FEWEST_BATCHES, math.ceil(STATISTICS_BATCHES * batch_size / size)), size
 
 

@@ -44,8 +44,9 @@ class StepHooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer, coming, self.coming = self.trainer, self.coming, []
-        if coming:
+        if coming and not trainer.lr_scheduler.start_is_known:
             trainer.lr_scheduler.largest_step = largest_step(trainer, coming)
+        if coming:
             calibrate_on(trainer, coming)
         if state.global_step >= len(LOOKS):
             trainer.fresh_head.fit_when_due(trainer)

@@ -338,15 +338,15 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, other):
 
 @pytest.mark.parametrize(("before", "after"), [("next_batch", "stream"), ("stream", "next_batch")])
 def test_a_run_can_go_on_with_another_source_and_another_rule(tmp_path, before, after):
-    setting = {**SAVING, "tuning_steps": 0, "fit_head": False}
+    # Two rules that are both held to a tenth a step may move a layer alike.
+    setting = {**SAVING, "tuning_steps": 0, "fit_head": False, "max_lr_change": 2.0}
     whole = trainer(tmp_path, resnet(), meta_source=before, lr_rule="proportional", **setting)
     whole.train()
     again = trainer(tmp_path, resnet(), meta_source=after, lr_rule="adam", **setting)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert again.lr_history.steps.tolist() == list(range(STEPS))
     assert (again.lr_history.learning_rates[:6] == whole.lr_history.learning_rates[:6]).all()
-    # Two rules may move a layer by the same shares.
-    assert (again.lr_history.learning_rates[-1] != whole.lr_history.learning_rates[-1]).any()
+    assert (again.lr_history.learning_rates[-1] != whole.lr_history.learning_rates[-1]).all()
 
 
 def test_weights_without_learning_rates_are_resumed_with_a_warning(tmp_path, caplog):

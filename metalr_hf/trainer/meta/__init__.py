@@ -1,7 +1,7 @@
 """The validation batches that tune the learning rates: which images they are of, and an endless stream of them."""
 
 from .batches import EmptyMetaSetError, UnusableRowError
-from .looks import batches_to_look_at, largest_step
+from .looks import batches_to_look_at, larger_batch, largest_step
 from .sets import create_meta_stream, own_data_methods, prepare_meta_dataset, spare_batches, stream_of
 from .stream import MetaStream, check_meta_dataset, split_meta_dataset
 
@@ -12,6 +12,7 @@ __all__ = [
     "batches_to_look_at",
     "check_meta_dataset",
     "create_meta_stream",
+    "larger_batch",
     "largest_step",
     "own_data_methods",
     "prepare_meta_dataset",

@@ -24,6 +24,27 @@ SHARE_OF_RUN = 1 / 30
 AXES_OF_A_LABEL = 2
 
 
+def larger_batch(batch_size: int) -> int:
+    """How many images a batch without gradients has where those that are trained on are small.
+
+    Args:
+        batch_size (`int`): Images that are trained on at a time.
+
+    Returns:
+        `int`: at least the batch size.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.trainer.meta.looks import larger_batch
+    >>> larger_batch(2), larger_batch(8), larger_batch(64)
+    (8, 32, 64)
+
+    ```
+    """
+    return max(batch_size, min(IMAGES, TIMES_AS_MANY * batch_size))
+
+
 def images_of_a_look(batch_size: int, images_of_the_run: int) -> int:
     """How many images the start rates are measured on.
 
@@ -45,7 +66,7 @@ def images_of_a_look(batch_size: int, images_of_the_run: int) -> int:
 
     ```
     """
-    return max(batch_size, min(IMAGES, TIMES_AS_MANY * batch_size, int(SHARE_OF_RUN * images_of_the_run)))
+    return max(batch_size, min(larger_batch(batch_size), int(SHARE_OF_RUN * images_of_the_run)))
 
 
 def batches_to_look_at(trainer: Any, coming: Sequence[Any]) -> list[Any]:

@@ -20,7 +20,7 @@ from ..models.bare import Classifier
 from .results import RESULTS, append_line, keep_settings, mend_lines, only_process
 from .strategies import Job, get_strategy
 
-STEPS, TEST_IMAGES = 60, 300
+STEPS, TEST_IMAGES = 60, 1000
 RATES = {"adamw": (1e-4, 3e-4, 1e-3, 3e-3), "sgd": (1e-3, 1e-2, 1e-1)}
 OPTIMIZERS: dict[str, dict[str, str]] = {"adamw": {}, "sgd": {"optim": "sgd", "optim_args": "momentum=0.9"}}
 # A run is dead if it ends this far below the best run of its cell's grid, or this share of the way to chance.
@@ -275,7 +275,7 @@ def balanced_subset(pixels: Tensor, labels: Tensor, size: int = TEST_IMAGES) -> 
     Args:
         pixels (`torch.Tensor` of shape `(images, ...)`): Images.
         labels (`torch.Tensor` of shape `(images,)`): Their classes.
-        size (`int`, *optional*, defaults to 300): How many, all classes together, if there are enough.
+        size (`int`, *optional*, defaults to 1000): How many, all classes together, if there are enough.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: images and their classes.

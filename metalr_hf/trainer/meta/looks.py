@@ -18,7 +18,7 @@ from .sets import spare_batches
 # Eight images of ten classes cannot tell a good rate of the head from a thousandth of it. Without gradients four times
 # as many images fit in at a time as are trained on.
 IMAGES, TIMES_AS_MANY = 32, 4
-# A calibration takes 20 to 30 forward passes. This share of the images that a run sees, at most, goes into each.
+# A calibration takes 8 to 20 forward passes. This share of the images that a run sees, at most, goes into each.
 SHARE_OF_RUN = 1 / 30
 # A mask answers for every pixel, so that eight images say enough.
 AXES_OF_A_LABEL = 2

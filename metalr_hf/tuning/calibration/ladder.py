@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 # Half a decade apart: what one step says is not finer than that.
 LADDER = tuple(10 ** (k / 2) for k in range(-12, 1))
-# A fresh head learns by rates from 3e-4. Only where the lowest of them is the best, or none is, are lower ones tried.
-HEAD_LADDER = tuple(rate for rate in LADDER if rate > 3e-4)
-WHOLE_HEAD_LADDER = (1e-6, 1e-5, 1e-4, *HEAD_LADDER)
+# The loss is convex along a step of a linear head, so that the walk may begin in the middle, near most valleys of fresh
+# heads. Only where the lowest of these rates is the best, or none is, are lower ones tried, one by one.
+HEAD_LADDER = tuple(rate for rate in LADDER if rate > 3e-3)
+LOWER_HEAD_LADDER = (1e-6, 1e-5, 1e-4, *(rate for rate in LADDER if 3e-4 < rate < 3e-3))
 RISE, TOLERANCE = 0.01, 0.003
 # Behind the knee of the loss, and only where it has fallen by enough to have one.
 SHELF, FALL = 0.5, 0.1
@@ -106,7 +107,7 @@ def head_valley(
     >>> from metalr_hf.tuning.calibration.ladder import head_valley
     >>> rate, losses = head_valley(lambda rate: 2.3 + abs(rate - 1e-2), start_loss=2.31)
     >>> rate, len(losses)
-    (0.01, 5)
+    (0.01, 3)
 
     ```
     """
@@ -117,10 +118,9 @@ def head_valley(
             losses[rate] = loss_at(rate)
         return losses[rate]
 
-    valley = None
-    for whole in (HEAD_LADDER, WHOLE_HEAD_LADDER):
-        ladder = [rate for rate in whole if lr_min <= rate <= lr_max]
+    lower, ladder = ([rate for rate in rates if lr_min <= rate <= lr_max] for rates in (LOWER_HEAD_LADDER, HEAD_LADDER))
+    valley, _ = first_valley(ladder, once, start_loss)
+    while lower and (valley is None or valley == ladder[0]):
+        ladder.insert(0, lower.pop())
         valley, _ = first_valley(ladder, once, start_loss)
-        if valley is not None and valley > ladder[0]:
-            break
     return valley, dict(sorted(losses.items()))

@@ -42,19 +42,22 @@ def largest_backbone_lr(sizes: Sequence[float], step_lrs: Sequence[float], large
     return largest_step * median(rates) if rates else LADDER[-1]
 
 
-def losses_until_hopeless(
+def losses_down_a_ladder(
     ladder: Sequence[float], loss_at: Callable[[float], float], start_loss: float, below: Sequence[float] = ()
 ) -> dict[float, float]:
-    """Walks up a ladder beyond valleys and hills, to where the loss is far above its start.
+    """Walks down a ladder to the first rung that gains less than the one above it.
 
-    Where a single look has a valley, the mean of several may have none. If the lowest rung does harm, or is the best,
-    those below it are walked down to the first that does none, and to the first that is not better.
+    For most backbones the highest rung, where a step is as long as it may be, is the best one, and the two highest say
+    so. Where a rung does harm the walk goes on, for the mean of several looks may have a valley where a single one has
+    none. Above a rung with a hopeless loss all count as infinitely bad: a gain behind such a hill is often a collapse
+    towards a constant output.
 
     Args:
         ladder (`Sequence[float]`): Learning rates, in rising order.
         loss_at (`Callable[[float], float]`): The loss after a step with that learning rate.
         start_loss (`float`): The loss before the step.
-        below (`Sequence[float]`, *optional*, defaults to `()`): Further rungs, below the ladder, in rising order.
+        below (`Sequence[float]`, *optional*, defaults to `()`): Further rungs, below the ladder, in rising order. Those
+            are walked only if the lowest rung of the ladder does harm, or is the best.
 
     Returns:
         `dict[float, float]`: every rung walked, with its loss, in rising order.
@@ -62,19 +65,25 @@ def losses_until_hopeless(
     Example:
 
     ```python
-    >>> from metalr_hf.tuning.calibration.looks import losses_until_hopeless
-    >>> losses = {1e-4: 2.4, 1e-3: 1.8, 1e-2: 3.0, 1e-1: 0.9}
-    >>> losses_until_hopeless(list(losses), losses.get, start_loss=2.3)
-    {0.0001: 2.4, 0.001: 1.8, 0.01: 3.0}
+    >>> from metalr_hf.tuning.calibration.looks import losses_down_a_ladder
+    >>> losses = {1e-5: 2.2, 1e-4: 2.0, 1e-3: 1.8, 1e-2: 3.0, 1e-1: 0.9}
+    >>> losses_down_a_ladder(list(losses), losses.get, start_loss=2.3)
+    {0.0001: 2.0, 0.001: 1.8, 0.01: 3.0, 0.1: inf}
 
     ```
     """
     losses: dict[float, float] = {}
-    for rate in ladder:
-        losses[rate] = loss = loss_at(rate)
-        if not loss <= start_loss + HOPELESS * abs(start_loss):
-            break
-    lowest = losses[ladder[0]] if losses else start_loss
+    above = math.inf
+    for rate in reversed(ladder):
+        loss = loss_at(rate)
+        hopeless = not loss <= start_loss + HOPELESS * abs(start_loss)
+        if hopeless:
+            losses = dict.fromkeys(losses, math.inf)
+        losses[rate] = loss
+        if above < loss < start_loss:
+            return dict(sorted(losses.items()))
+        above = math.inf if hopeless else loss
+    lowest = losses[ladder[0]] if ladder else start_loss
     for rate in reversed(below):
         harms = lowest > raised(start_loss, TOLERANCE)
         is_best = lowest < raised(start_loss, -TOLERANCE) and lowest <= min(losses.values())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..hypergradient import LookAhead
 from .ladder import LADDER, TOLERANCE, head_valley, raised
-from .looks import LARGEST_STEP, agree, highest_useful, largest_backbone_lr, losses_until_hopeless
+from .looks import LARGEST_STEP, agree, highest_useful, largest_backbone_lr, losses_down_a_ladder
 
 # One batch of 32 images often says nothing of a backbone, or what is wrong; three batches rarely do. Where two agree, a
 # third has hardly ever changed what they found.
@@ -198,7 +198,7 @@ def calibrate(
     rungs = [largest_lr * rung for rung in LADDER if layers > head_layers]
     ladder = [rate for rate in rungs if rate >= 0.99 * lowest]
     below = [rate for rate in rungs if max(lowest / LARGEST_HEAD_TO_BACKBONE, lr_min) <= 1.01 * rate < 0.99 * lowest]
-    backbone_losses = losses_until_hopeless(ladder, lambda rate: loss_at(rate, head_step), start_loss, below)
+    backbone_losses = losses_down_a_ladder(ladder, lambda rate: loss_at(rate, head_step), start_loss, below)
     changes = [] if earlier is None else list(earlier.changes)
     if math.isfinite(start_loss):
         size = abs(start_loss) or 1.0
@@ -207,7 +207,7 @@ def calibrate(
     if backbone_lr is None:
         if layers > head_layers:
             doubts.append(BACKBONE_DOUBT)
-        harms_at_once = bool(backbone_losses) and backbone_losses[ladder[0]] > raised(start_loss, TOLERANCE)
+        harms_at_once = bool(ladder) and backbone_losses.get(ladder[0], start_loss) > raised(start_loss, TOLERANCE)
         guess = max(FALLBACK_BACKBONE_LR, head_lr / FALLBACK_HEAD_TO_BACKBONE)
         backbone_lr = lowest if harms_at_once else min(bounded(guess), largest_lr)
     # Of the backbone alone: the head has little to forget, and learns too slowly at such a rate.

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from metalr_hf.tuning.calibration.ladder import HEAD_LADDER, WHOLE_HEAD_LADDER, first_valley, head_valley
+from metalr_hf.tuning.calibration.ladder import HEAD_LADDER, LOWER_HEAD_LADDER, first_valley, head_valley
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,16 @@ def test_a_valley_below_zero_is_found(shift):
     assert (found, len(walked)) == (1e-3, 3)
 
 
-@pytest.mark.parametrize("best", [*WHOLE_HEAD_LADDER[:8]], ids="{:.0e}".format)
+WHOLE = [*LOWER_HEAD_LADDER, *HEAD_LADDER]
+
+
+@pytest.mark.parametrize("best", WHOLE[:8], ids="{:.0e}".format)
 def test_lower_rates_of_a_head_are_tried_only_where_the_higher_ones_are_too_high(best):
     def loss(rate):
         return 2.3 + 0.03 * abs(math.log10(rate / best))
 
-    start = loss(WHOLE_HEAD_LADDER[0]) + 0.05
-    assert head_valley(loss, start)[0] == first_valley(WHOLE_HEAD_LADDER, loss, start)[0] == best
+    start = loss(WHOLE[0]) + 0.05
+    assert head_valley(loss, start)[0] == first_valley(WHOLE, loss, start)[0] == best
     _, walked = head_valley(loss, start)
     assert (min(walked) < HEAD_LADDER[0]) == (best <= HEAD_LADDER[0])
     assert list(walked) == sorted(walked)

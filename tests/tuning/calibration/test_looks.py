@@ -3,7 +3,7 @@ import math
 import pytest
 
 from metalr_hf.tuning.calibration.ladder import LADDER
-from metalr_hf.tuning.calibration.looks import agree, highest_useful, largest_backbone_lr, losses_until_hopeless
+from metalr_hf.tuning.calibration.looks import agree, highest_useful, largest_backbone_lr, losses_down_a_ladder
 
 
 def test_the_median_layer_sets_the_limit_and_those_without_a_norm_or_a_step_do_not_count():
@@ -12,26 +12,34 @@ def test_the_median_layer_sets_the_limit_and_those_without_a_norm_or_a_step_do_n
     assert largest_backbone_lr([math.inf, 0.0], [1e-3, 1e-3]) == LADDER[-1]
 
 
-def test_a_walk_goes_on_over_hills_until_it_is_hopeless():
+def test_a_walk_ends_where_less_is_gained_and_goes_on_over_hills():
+    losses = {1e-5: 2.2, 1e-4: 2.1, 1e-3: 2.25, 1e-2: 2.31, 1e-1: 2.29}
+    assert list(losses_down_a_ladder(list(losses), losses.get, 2.3)) == [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+    assert list(losses_down_a_ladder([1e-4, 1e-3, 1e-2], {1e-2: 1.5, 1e-3: 2.0}.get, 2.3)) == [1e-3, 1e-2]
+
+
+def test_what_lies_behind_a_hopeless_rung_does_not_count():
     losses = {1e-4: 2.4, 1e-3: 2.2, 1e-2: 2.31, 1e-1: 2.8, 1.0: 0.1}
-    assert losses_until_hopeless(list(losses), losses.get, 2.3) == {k: v for k, v in losses.items() if k < 1}
-    assert list(losses_until_hopeless([1e-4, 1e-3], lambda rate: math.nan, 2.3)) == [1e-4]
+    assert losses_down_a_ladder(list(losses), losses.get, 2.3) == {**losses, 1.0: math.inf}
+    walked = losses_down_a_ladder([1e-4, 1e-3], {1e-4: 0.1, 1e-3: math.nan}.get, 2.3)
+    assert walked[1e-4] == 0.1
+    assert math.isnan(walked[1e-3])
 
 
 def test_where_the_lowest_rung_does_harm_the_walk_goes_down_to_the_first_that_does_none():
     losses = {1e-6: 0.1, 1e-5: 2.3, 1e-4: 2.4, 1e-3: 2.5, 1e-2: 2.3}
-    walked = losses_until_hopeless([1e-3, 1e-2], losses.get, 2.3, below=[1e-6, 1e-5, 1e-4])
+    walked = losses_down_a_ladder([1e-3, 1e-2], losses.get, 2.3, below=[1e-6, 1e-5, 1e-4])
     assert list(walked) == [1e-5, 1e-4, 1e-3, 1e-2]
-    assert list(losses_until_hopeless([1e-2], losses.get, 2.3, below=[1e-4, 1e-3])) == [1e-2]
-    assert losses_until_hopeless([], losses.get, 2.3) == {}
+    assert list(losses_down_a_ladder([1e-2], losses.get, 2.3, below=[1e-4, 1e-3])) == [1e-2]
+    assert losses_down_a_ladder([], losses.get, 2.3) == {}
 
 
 def test_where_the_lowest_rung_is_the_best_the_walk_goes_down_to_the_first_that_is_not_better():
     losses = {1e-6: 0.1, 1e-5: 2.2, 1e-4: 2.0, 1e-3: 2.1, 1e-2: 2.4}
-    walked = losses_until_hopeless([1e-3, 1e-2], losses.get, 2.3, below=[1e-6, 1e-5, 1e-4])
+    walked = losses_down_a_ladder([1e-3, 1e-2], losses.get, 2.3, below=[1e-6, 1e-5, 1e-4])
     assert list(walked) == [1e-5, 1e-4, 1e-3, 1e-2]
-    assert list(losses_until_hopeless([1e-4, 1e-3], losses.get, 2.3, below=[1e-6, 1e-5])) == [1e-5, 1e-4, 1e-3]
-    assert list(losses_until_hopeless([1e-5, 1e-4], losses.get, 2.3, below=[1e-6])) == [1e-5, 1e-4]
+    assert list(losses_down_a_ladder([1e-4, 1e-3], losses.get, 2.3, below=[1e-6, 1e-5])) == [1e-5, 1e-4, 1e-3]
+    assert list(losses_down_a_ladder([1e-5, 1e-4], losses.get, 2.3, below=[1e-6])) == [1e-5, 1e-4]
 
 
 def test_below_what_a_look_has_walked_its_loss_changes_as_the_rate_does():

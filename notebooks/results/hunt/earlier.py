@@ -1,4 +1,4 @@
-"""Writes report.md from results.jsonl: `python notebooks/results/hunt/report.py`."""
+"""Writes earlier.md from earlier.jsonl: `python notebooks/results/hunt/earlier.py`."""
 
 import json
 from pathlib import Path
@@ -110,13 +110,13 @@ def by_backbone(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def main() -> None:
-    runs = pd.DataFrame(map(json.loads, (HERE / "results.jsonl").read_text(encoding="utf-8").splitlines()))
+    runs = pd.DataFrame(map(json.loads, (HERE / "earlier.jsonl").read_text(encoding="utf-8").splitlines()))
     parts, counts = [], []
     for name, title in HALVES.items():
         text, dead = half(runs[runs["half"] == name], title)
         parts.append(text)
         counts.append([title, *(f"{sum(of)} of {len(of)}" if of else "–" for of in dead.values())])
-    text = (HERE / "text.md").read_text(encoding="utf-8")
+    text = (HERE / "earlier_text.md").read_text(encoding="utf-8")
     summary = table(["", *SHOWN.values()], counts, escaped=True)
     gains = by_backbone(runs)
     figures = runs.pivot_table(values="balanced_accuracy", index=["cell", "seed"], columns="strategy")
@@ -134,7 +134,7 @@ def main() -> None:
         vit=gains["vit"],
         changed=sum(not cell.startswith("dino") for cell, _ in changed),
     )
-    (HERE / "report.md").write_text(filled, "utf-8")
+    (HERE / "earlier.md").write_text(filled, "utf-8")
 
 
 if __name__ == "__main__":

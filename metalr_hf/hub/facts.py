@@ -183,7 +183,8 @@ def _layers(scheduler: Any) -> list[LayerFacts]:
 def _settings(trainer: HubTrainer) -> dict[str, object]:
     args, state, optimizer = trainer.args, trainer.state, unwrap(trainer.lr_scheduler.optimizer)
     warmup, schedule = args.get_warmup_steps(state.max_steps), SchedulerType(args.lr_scheduler_type).value
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    # Not what was asked for, which auto_find_batch_size may have lowered.
+    batch = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
     loss: Any = trainer.compute_loss_func
     decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
     settings: dict[str, object] = {
@@ -199,8 +200,8 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
         "seed": args.seed if args.data_seed is None else f"{args.seed}, {args.data_seed} for the data",
     }
     weights = []
-    if args.average_weights is not None:
-        kind = str(args.average_weights)
+    if trainer.average_weights is not None:
+        kind = str(trainer.average_weights)
         weights.append(f"an average along the run ({kind if kind.isalpha() else f'exponential, decay {kind}'})")
     if trainer.step_of_weights != state.global_step:
         weights.append(f"those of step {trainer.step_of_weights}, the best on the evaluation set")
@@ -265,7 +266,7 @@ def _validation(trainer: HubTrainer) -> str:
         source = "a set of labelled images given for it"
     every = trainer.lr_scheduler.meta_every
     each = "each tuned step" if every == 1 else f"one step in {every}"
-    size = (args.meta_batch_size or args.train_batch_size) * args.world_size
+    size = trainer._meta_stream.batch_size * args.world_size
     return f"At {each} a shuffled validation batch of {size} images came from {source}."
 
 

@@ -36,6 +36,8 @@ class HubTrainer(Trainer):
     meta_source: str
     fresh_head: Any
     meta_dataset: Any
+    average_weights: Any
+    _meta_stream: Any
     push_in_progress: Any
     hub_model_id: Any
     dataset_name: str | None = None

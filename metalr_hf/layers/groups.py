@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import compress
+from itertools import accumulate, compress
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -109,8 +109,8 @@ def layer_groups(model: nn.Module, granularity: str = "block", head: str | Seque
             `"block"`: a layer a block. `"stage"`: a layer a stage of blocks, where there are stages. `"tensor"`: a
             layer a parameter; those of the head are called `head. ...`.
         head (`str` or `Sequence[str]`, *optional*):
-            The module or modules that are the head, by their names in `model.named_modules()`, where they are not
-            recognised.
+            The module or modules that are the head, by their names in `model.named_modules()` or in that of the network
+            inside the wrappers, where they are not recognised.
 
     Returns:
         `dict[str, list[str]]`: layer name to parameter names as in `model.named_parameters()`, input side first and
@@ -138,7 +138,7 @@ def layer_groups(model: nn.Module, granularity: str = "block", head: str | Seque
     layers = _once(find_layers(network, prefix, "stage" if granularity == "stage" else "block"), model)
     layers = _with_held(layers, [name for name, _ in model.named_parameters()])
     if head is not None:
-        layers = _with_head(layers, model, [head] if isinstance(head, str) else list(head))
+        layers = _with_head(layers, model, [head] if isinstance(head, str) else list(head), prefix)
     elif len(layers) > 1 and "head" not in layers:
         warnings.warn(
             f"No head recognised in {type(network).__name__}: its last layer, {list(layers)[-1]!r}, is taken for it by "
@@ -147,7 +147,17 @@ def layer_groups(model: nn.Module, granularity: str = "block", head: str | Seque
             "head_module=... in MetaLRTrainingArguments.",
             stacklevel=2,
         )
+    head_is_there = "head" in layers
     layers = {layer: [name for name in members if name in trainable] for layer, members in layers.items()}
+    if head_is_there and not layers["head"] and sum(map(bool, layers.values())) > 1:
+        last = [layer for layer, members in layers.items() if members][-1]
+        warnings.warn(
+            f"The head of {type(network).__name__} is frozen: {last!r}, the last layer that is trained, is taken for "
+            "it by what treats a head apart (the calibration of the start rates, head_lr_multiplier, "
+            "head_hold_epochs). Unfreeze the head, with PEFT by modules_to_save, unless it was trained for these "
+            "classes.",
+            stacklevel=2,
+        )
     if granularity == "tensor":
         layers = {
             tensor: [name]
@@ -355,12 +365,16 @@ def _with_held(layers: Layers, names: list[str]) -> Layers:
     return layers
 
 
-def _with_head(layers: Layers, model: nn.Module, modules: list[str]) -> Layers:
+def _with_head(layers: Layers, model: nn.Module, modules: list[str], prefix: str) -> Layers:
     """Moves the parameters of given modules out of their layers into the head."""
+    # A user names the modules of a network as they were before the Trainer wrapped it.
+    wrappers = list(accumulate(f"{part}." for part in prefix.split(".") if part))
+    names = [name for name, _ in model.named_parameters()]
     known = [clean(name) for name, _ in model.named_modules() if name]
     head = []
     for module in modules:
-        found = [n for n, _ in model.named_parameters() if f"{clean(n)}.".startswith(f"{clean(module)}.")]
+        paths = [f"{clean(wrapper + module)}." for wrapper in ("", *wrappers)]
+        found = next(filter(None, ([n for n in names if f"{clean(n)}.".startswith(path)] for path in paths)), [])
         if not found:
             hint = did_you_mean(module, known, "model.named_modules() lists them.")
             raise ValueError(f"head={module!r} is no module of the model that holds parameters.{hint}")

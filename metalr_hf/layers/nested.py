@@ -14,7 +14,7 @@ def nested_levels(network: nn.Module) -> dict[str, str]:
     parameter of the third level is called `model.1.submodule.1.submodule.0. ...`, which says little.
 
     Args:
-        network (`torch.nn.Module`): Any network.
+        network (`torch.nn.Module`): Any network, out of its wrappers.
 
     Returns:
         `dict[str, str]`: layer name (`encoder.0` ..., `bottleneck`, `decoder.0` ..., `head`) to the path of a module,
@@ -30,28 +30,25 @@ def nested_levels(network: nn.Module) -> dict[str, str]:
     ...         super().__init__()
     ...         self.submodule = submodule
     >>> level = nn.Sequential(nn.Conv2d(1, 4, 3), Skip(nn.Conv2d(4, 4, 3)), nn.Conv2d(8, 2, 3))
-    >>> nested_levels(nn.ModuleDict({"model": level}))
-    {'encoder.0': 'model.0', 'bottleneck': 'model.1.submodule', 'head': 'model.2'}
+    >>> nested_levels(level)
+    {'encoder.0': '0', 'bottleneck': '1.submodule', 'head': '2'}
 
     ```
     """
-    children = list(network.named_children())
-    if len(children) != 1:
-        return {}
-    path, level = children[0]
+    path, level = "", network
     down: list[str] = []
     up: list[str] = []
     while (parts := _level(level)) is not None:
         (before, _), (around, skip), (after, _) = parts
-        down.append(f"{path}.{before}")
-        up.insert(0, f"{path}.{after}")
-        path, level = f"{path}.{around}.submodule", skip.get_submodule("submodule")
+        down.append(path + before)
+        up.insert(0, path + after)
+        path, level = f"{path}{around}.submodule.", skip.get_submodule("submodule")
     if not down:
         return {}
     *decoder, head = up
     return {
         **{f"encoder.{i}": part for i, part in enumerate(down)},
-        "bottleneck": path,
+        "bottleneck": path.removesuffix("."),
         **{f"decoder.{i}": part for i, part in enumerate(decoder)},
         "head": head,
     }

@@ -88,21 +88,16 @@ def look_through(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     >>> network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     >>> found, prefix = look_through(nn.ModuleDict({"wrapper": nn.ModuleDict({"network": network})}), "")
     >>> found is network, prefix
-    (False, 'wrapper.')
+    (True, 'wrapper.network.')
 
     ```
     """
     while not has_group_matcher(module) and next(module.parameters(recurse=False), None) is None:
         children = list(children_with_parameters(module))
-        if len(children) != 1 or _only_numbers(children[0][1]):
+        if len(children) != 1:
             break
         path, module = f"{path}{children[0][0]}.", children[0][1]
     return module, path
-
-
-def _only_numbers(module: nn.Module) -> bool:
-    names = [name for name, _ in children_with_parameters(module)]
-    return len(names) > 1 and all(name.isdigit() for name in names)
 
 
 def in_order(

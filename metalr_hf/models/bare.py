@@ -108,9 +108,9 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     ```
     """
     if not labels.is_floating_point():
-        if labels.dim() == 1:
+        if labels.dim() == 1 and logits.shape[1] > 1:
             return functional.cross_entropy(logits, labels)
-        if labels.shape != logits.shape:
+        if labels.dim() > 1 and labels.shape != logits.shape:
             sized = resize_logits(logits, labels.shape[1:])
             return functional.cross_entropy(sized, labels, ignore_index=IGNORE_INDEX)
     elif logits.shape[1:].numel() == 1 and labels.numel() == logits.numel():

@@ -109,6 +109,11 @@ class VolumeImageProcessor(BaseImageProcessor):
         from monai.transforms import Orientation
 
         opened = [open_nifti(entry) for entry in _listed(image)]
+        if not all(np.allclose(one.affine, opened[0].affine, atol=0.01) for one in opened):
+            raise ValueError(
+                "The channels of a volume have different affines, so that their voxels lie in different places. "
+                "Resample them to the first, or copy its affine if you know that the voxels belong together."
+            )
         arrays = [np.asarray(one.get_fdata(dtype=np.float32, caching="unchanged")) for one in opened]
         # Several channels in one file are its last axis.
         channels = [array[..., None] if array.ndim == 3 else array for array in arrays]

@@ -41,7 +41,8 @@ class CollapseGuard:
 
     Args:
         model (`torch.nn.Module`): The model. Its weights at the first look are the first weights.
-        every (`int`, *optional*, defaults to 10): How many steps apart it looks, over the mean loss between.
+        every (`int`, *optional*, defaults to 10): How many steps apart it looks, at the mean loss between and the
+            labels of all steps so far, which give the best constant answer.
         loss ([`~metalr_hf.models.target_losses.TargetLoss`], *optional*):
             The loss, which knows what a constant answer costs; cross-entropy by default.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
@@ -123,7 +124,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             check_optimizer_name(args.optim)
         self.meta_source = meta_source_of(args, meta_dataset is not None)
         self.meta_dataset = meta_dataset
-        self._created_optimizer = False
+        self._created_optimizer = self._has_trained = False
         self._meta_stream: MetaStream | None = None
         self._scheduler: MetaLRScheduler | None = None
         self._step_loss: Tensor | float = 0.0
@@ -165,9 +166,10 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None and self.model_init is None:
             check_checkpoint(checkpoint, list(self._layer_groups(self.model)))
-        if self.lr_scheduler is not None and self._created_optimizer:
+        if self._has_trained and self._created_optimizer:
             # A second run, which Trainer would begin with the moments of the first.
             self.optimizer = None
+        self._has_trained = True
         with step_hooks(self) as self._step_hooks:
             result = super().train(checkpoint, *args, **kwargs)
         if isinstance(self.lr_scheduler, MetaLRScheduler):
@@ -256,22 +258,26 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             held_for = head_hold_steps_of(args, self.train_dataset, self._train_batch_size)
             scheduler.hold_steps = dict.fromkeys(head_layers(scheduler.layers), held_for)
             scheduler.calibrates_later = self.meta_source == "next_batch"
-            if self.meta_source == "stream":
-                self._meta_stream = create_meta_stream(self)
-                scheduler.stateful["meta_stream"] = self._meta_stream
-            if args.hyper_lr > 0 and args.tuning_steps and not (self.is_fsdp_enabled or self._feeds_itself):
-                self.collapse_guard = guard_for(self.model, self.compute_loss_func)
-                scheduler.stateful |= {} if self.collapse_guard is None else {"collapse_guard": self.collapse_guard}
-            self.fresh_head = scheduler.stateful["fresh_head"] = FreshHead()
-            held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
-            others = {name: p for name, p in self.model.named_parameters() if id(p) not in held}
-            # Those that an earlier run left out too: they may have been thawed since.
-            self._left_out = {name: p for name, p in others.items() if name in self._left_out or not p.requires_grad}
-            self._step_loss = 0.0
+            self._begin_run(scheduler)
             self.lr_scheduler = self._scheduler = scheduler
             # Trainer's own mark of a scheduler that a second train() has to make anew.
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _begin_run(self, scheduler: MetaLRScheduler) -> None:
+        """Makes anew what a run has beside its learning rates, and gives the scheduler what checkpoints are to hold."""
+        args = self.args
+        self._meta_stream = create_meta_stream(self) if self.meta_source == "stream" else None
+        can_collapse = args.hyper_lr > 0 and args.tuning_steps and not (self.is_fsdp_enabled or self._feeds_itself)
+        self.collapse_guard = guard_for(self.model, self.compute_loss_func) if can_collapse else None
+        self.fresh_head = FreshHead()
+        parts = {"meta_stream": self._meta_stream, "collapse_guard": self.collapse_guard, "fresh_head": self.fresh_head}
+        scheduler.stateful |= {name: part for name, part in parts.items() if part is not None}
+        held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
+        others = {name: p for name, p in self.model.named_parameters() if id(p) not in held}
+        # Those that an earlier run left out too: they may have been thawed since.
+        self._left_out = {name: p for name, p in others.items() if name in self._left_out or not p.requires_grad}
+        self._step_loss = 0.0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Runs Trainer's forward and backward pass, and fetches a validation batch if the coming step is tuned."""
@@ -320,16 +326,15 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             `torch.Tensor` of shape `()`: the loss, with its graph.
         """
         self.lr_scheduler.meta_loss = None
-        inputs = self._prepare_inputs(inputs)
-        # A copy: label smoothing takes the labels out.
-        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        # A copy: a loss may work in place, and a batch is looked at several times.
+        inputs = recursively_apply(torch.clone, self._prepare_inputs(inputs))
+        # A compute_loss_func may divide by the count, which all processes take part in. Models take their own mean.
+        count = None
+        if self.compute_loss_func is not None:
+            count = self._get_num_items_in_batch([inputs], self.args.device)
         if find_batch_size(inputs) == 0 and not self.is_fsdp_enabled:
             # A collator has left out all of it. Nothing is tuned then, in no process.
             return next(p for p in self.model.parameters() if p.requires_grad).sum() * math.nan
-        # A compute_loss_func may divide by the count. Models take their own mean without it.
-        count = None
-        if self.compute_loss_func is not None:
-            _, count = self.get_batch_samples(iter([inputs]), 1, self.args.device)
         with self.compute_loss_context_manager():
             # Not through DDP, which would send the gradients where one figure per layer will do. DataParallel divides
             # the batch over its devices.

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils.operations import recursively_apply
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
@@ -19,9 +18,10 @@ from .meta import batches_to_look_at, largest_step
 
 
 class StepHooks(TrainerCallback):
-    """Calibrates before a step and fetches a validation batch after its backward, where `training_step` has not.
+    """Prepares every step and fetches a validation batch after its backward, where `training_step` has not.
 
-    A `training_step` or `compute_loss` of a subclass need not call that of [`~metalr_hf.MetaLRTrainer`].
+    Before a step it calibrates the one before, fits the head when its turn has come, and undoes a collapse. A
+    `training_step` or `compute_loss` of a subclass need not call that of [`~metalr_hf.MetaLRTrainer`].
 
     Args:
         trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer whose run it is.
@@ -93,7 +93,7 @@ def calibrate_on(trainer: Any, batches: Sequence[Any]) -> None:
     images = [find_batch_size(batch) or 1 for batch in looked_at]
 
     def loss() -> torch.Tensor:
-        losses = [trainer.compute_meta_loss(recursively_apply(torch.clone, batch)) for batch in looked_at]
+        losses = [trainer.compute_meta_loss(batch) for batch in looked_at]
         # The mean over images: batches need not be of one size.
         return sum(loss * (count / sum(images)) for loss, count in zip(losses, images, strict=True))
 

@@ -119,8 +119,15 @@ class StoppingTrainer(MeasuringTrainer):
                 "stop_when_converged=True needs eval_dataset: images that are not trained on, which tell when the run "
                 "has converged. Pass eval_dataset, such as a fifth of the training images."
             )
-        several = isinstance(self.eval_dataset, dict)
-        parts: list[Any] = list(self.eval_dataset.values()) if several else [self.eval_dataset]  # type: ignore[union-attr]
+        sets: dict[str, Any] = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if sets and not any(_metric(self.args).startswith(f"eval_{name}_") for name in sets):
+            names = " or ".join(repr(f"{name}_{REFINED_LOSS}") for name in sets)
+            raise ValueError(
+                f"stop_when_converged=True with {len(sets)} evaluation sets and metric_for_best_model="
+                f"{self.args.metric_for_best_model!r}, which is of none of them. Say which of them tells when the run "
+                f"has converged, such as metric_for_best_model={names}."
+            )
+        parts: list[Any] = list(sets.values()) or [self.eval_dataset]
         if not all(has_length(part) for part in parts):
             raise ValueError(
                 "stop_when_converged=True needs an eval_dataset with a length, by which it keeps the cost of "
@@ -168,7 +175,8 @@ class StoppingTrainer(MeasuringTrainer):
             return is_best
         lowest = min(filter(_has_error, self.evaluations()), key=lambda one: one.metric, default=None)
         value = metrics[_metric(self.args)]
-        if lowest is not None and not is_best and value <= lowest.metric + lowest.error:
+        lower_is_better = not self.args.greater_is_better
+        if lowest is not None and lower_is_better and not is_best and value <= lowest.metric + lowest.error:
             is_best, self.state.best_metric, self.state.best_global_step = True, value, self.state.global_step
         # Trainer does so with save_strategy="best" alone.
         self.control.should_save |= is_best
@@ -183,7 +191,7 @@ class StoppingTrainer(MeasuringTrainer):
         args = self.args
         images_of_step = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         cost = self._evaluation_images() / images_of_step / 3
-        if args.average_weights is not None and any(map(has_statistics, self.model.modules())):
+        if getattr(self, "average_weights", None) is not None and any(map(has_statistics, self.model.modules())):
             batches, size = statistics_batches(self._train_batch_size)
             cost += batches * size / self._train_batch_size / args.gradient_accumulation_steps / 3
         return cost

@@ -70,8 +70,8 @@ class MetaLRScheduler(CalibratedScheduler):
             Averages a tensor over all processes. Needed if each process sees another validation batch.
 
     Raises:
-        ValueError, TypeError: if a setting is out of range, a start rate is outside the bounds, the groups of a layer
-            start at different rates, or the optimizer's update is not linear in its learning rate.
+        ValueError, TypeError: if a setting is out of range, a start rate is outside the bounds, or the optimizer's
+            update is not linear in its learning rate.
 
     Example:
 

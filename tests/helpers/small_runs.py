@@ -3,7 +3,14 @@
 import datasets
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification, set_seed
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.tuning.rules import Rule
@@ -89,6 +96,19 @@ class OwnLoader:
     def get_train_dataloader(self):
         rows = images()
         return DataLoader([dict(rows[i]) for i in range(len(rows))], batch_size=self._train_batch_size)
+
+
+class Kill(TrainerCallback):
+    """Sets all weights to zero before a step: a network that answers every image alike."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.at:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.zero_()
 
 
 class ReadOnce(IterableDataset):

@@ -274,6 +274,25 @@ def test_that_the_weights_are_an_average(tmp_path, kind, told):
     assert f"| weights | {told} |" in (tmp_path / "README.md").read_text()
 
 
+def test_what_a_run_had_in_place_of_what_was_asked_for(tmp_path):
+    class SmallMemory(MetaLRTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if len(inputs["labels"]) > 4:
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 16, "meta_batch_size": 16}
+    args = arguments(tmp_path, max_steps=2, meta_source="stream", average_weights="polynomial", **options)
+    run = SmallMemory(model=vit(), args=args, train_dataset=images())
+    run.args.average_weights = "none"
+    run.train()
+    run.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "| images a step | 4 |" in text
+    assert "validation batch of 4 images" in text
+    assert "an average along the run" not in text
+
+
 def test_that_rates_are_constant_and_warmed_up_where_they_are(tmp_path):
     for options, told in (({}, "constant"), ({"warmup_steps": 1}, "constant_with_warmup, 1 warm-up steps")):
         args = arguments(tmp_path, max_steps=2, lr_scheduler_type=None, **options)

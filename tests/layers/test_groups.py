@@ -14,6 +14,7 @@ from transformers import (
 
 from metalr_hf import layer_groups
 from metalr_hf.layers.groups import check_layer_groups, split_param_groups
+from metalr_hf.models import Classifier
 from metalr_hf.models.timm import wrap_timm_model
 
 
@@ -114,6 +115,41 @@ def test_a_plain_module_is_grouped_by_its_children_and_norms_go_with_the_layer_b
     }
     single = nn.Linear(2, 2)
     assert_is_a_partition(single, layer_groups(single))
+
+
+@pytest.mark.parametrize("wrap", [Classifier, lambda net: nn.ModuleDict({"module": net})], ids=["ours", "any"])
+def test_a_sequence_has_the_same_layers_in_a_wrapper(wrap):
+    stem = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+    for net in (
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2)),
+        nn.Sequential(stem, nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), nn.Flatten(), nn.Linear(16, 2)),
+        nn.Sequential(timm.create_model("test_resnet", num_classes=0), nn.Flatten(), nn.Linear(96, 2)),
+    ):
+        expected, found = layer_groups(net), layer_groups(wrap(net))
+        assert list(found) == list(expected)
+        assert [[name.partition(".")[2] for name in names] for names in found.values()] == list(expected.values())
+        assert len(found) > 1
+
+
+def test_a_head_is_named_as_in_the_network_or_as_in_its_wrapper():
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    timm_model = timm.create_model("test_vit")
+    for model, wrapped, name, prefix in (
+        (net, Classifier(net), "2", "network."),
+        (timm_model, wrap_timm_model(timm_model), "blocks.5", "timm_model."),
+    ):
+        expected = [prefix + member for member in layer_groups(model, head=name)["head"]]
+        assert layer_groups(wrapped, head=name)["head"] == expected
+        assert layer_groups(wrapped, head=prefix + name)["head"] == expected
+    with pytest.raises(ValueError, match="head='9' is no module"):
+        layer_groups(Classifier(net), head="9")
+
+
+def test_a_frozen_head_is_told():
+    model = vit()
+    model.classifier.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"The head of .* is frozen: 'layers.2', the last layer that is trained"):
+        assert list(layer_groups(model))[-1] == "layers.2"
 
 
 def test_frozen_parameters_belong_to_none_and_tied_ones_to_one():

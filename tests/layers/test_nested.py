@@ -16,9 +16,8 @@ def test_the_levels_of_a_nested_network_are_its_layers_in_order(num_res_units):
     for granularity in ("block", "stage"):
         assert list(layer_groups(network, granularity)) == SIDES
     seen = []
-    paths = nested_levels(network)
-    for name, path in paths.items():
-        network.get_submodule(path).register_forward_hook(lambda *_, name=name: seen.append(name))
+    for name, path in nested_levels(network.model).items():
+        network.model.get_submodule(path).register_forward_hook(lambda *_, name=name: seen.append(name))
     network(torch.zeros(1, 1, 16, 16, 16))
     assert seen == SIDES
 

@@ -5,12 +5,12 @@ import timm
 import torch
 from networks import Network
 from safetensors.torch import load_file
-from small_runs import LABELS, arguments, images, losses
+from small_runs import arguments, images, losses
 from torch import nn
 from transformers import AutoModelForImageClassification, Trainer
 
 from metalr_hf import MetaLRTrainer
-from metalr_hf.models.bare import Classifier, needs_loss, wrap_bare_module
+from metalr_hf.models.bare import Classifier, label_loss, needs_loss, wrap_bare_module
 
 
 class WithLabels(Network):
@@ -252,6 +252,12 @@ def test_the_losses_of_several_devices_are_averaged(tmp_path):
     )
 
 
+@pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 1]])
+def test_class_ids_for_a_single_logit_are_refused(labels):
+    with pytest.raises(ValueError, match=r"torch.int64 for logits of shape \(3, 1\)"):
+        label_loss(torch.zeros(3, 1), torch.tensor(labels))
+
+
 def test_on_one_device_a_vector_of_losses_is_refused_and_a_loss_in_one_is_taken(tmp_path):
     with pytest.raises(ValueError, match=r"LossOfEach returns a tensor of shape \(2,\) .* return its \.mean\(\)"):
         train(tmp_path, LossOfEach())
@@ -271,4 +277,3 @@ class Features(Network):
 def test_a_module_that_returns_neither_logits_nor_a_loss_is_told_so(tmp_path):
     with pytest.raises(TypeError, match="Features returns a list that does not begin with a loss"):
         train(tmp_path, Features())
-    assert len(LABELS) == 48

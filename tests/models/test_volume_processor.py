@@ -75,6 +75,13 @@ def test_channels_are_files_of_their_own_or_the_last_axis():
     assert several.std((1, 2, 3)).tolist() == pytest.approx([1, 1], abs=1e-3)
 
 
+def test_channels_that_lie_differently_are_refused():
+    image, _ = volume()
+    mirrored = nibabel.as_closest_canonical(image).as_reoriented([[0, -1], [1, 1], [2, 1]])
+    with pytest.raises(ValueError, match="channels of a volume have different affines"):
+        VolumeImageProcessor((1, 1, 2))([[image, mirrored]])
+
+
 def test_intensities_outside_the_window_are_cut_off():
     image, _ = volume()
     inputs = VolumeImageProcessor((1, 1, 2), window=(0, 150), mean=75, std=75)(image)["pixel_values"][0]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from small_runs import ReadOnce, arguments, images, resnet, same_weights, trainer, vit
+from small_runs import Kill, ReadOnce, arguments, images, resnet, same_weights, trainer, vit
 from transformers import TrainerCallback, TrainingArguments
 
-from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments, WeightAverage
+from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.trainer.averaging import AVERAGE_FILE, AveragingTrainer
 
 AVERAGED = {"average_weights": "polynomial", "calibrate": True}
@@ -166,7 +166,8 @@ def test_statistics_of_batch_norm_are_estimated_at_the_average(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_is_averaged_and_the_rest_left_alone(tmp_path):
-    model = get_peft_model(vit(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"], r=2)
+    model = get_peft_model(vit(), config)
     run = trainer(tmp_path, model, **SAVING)
     run.add_callback(notes := Notes())
     run.train()
@@ -179,13 +180,14 @@ def test_an_adapter_is_averaged_and_the_rest_left_alone(tmp_path):
         torch.testing.assert_close(value, expected[own], rtol=1e-5, atol=1e-7)
 
 
-def test_a_collapse_restarts_it(tmp_path, monkeypatch):
-    restarted = []
-    monkeypatch.setattr(WeightAverage, "restart", lambda self: restarted.append(self.steps))
-    monkeypatch.setattr("metalr_hf.trainer.collapse.CollapseGuard.collapsed", lambda self, *args: len(self.losses) == 4)
-    monkeypatch.setattr("metalr_hf.trainer.collapse.CollapseGuard.go_back", lambda self, model: None)
-    trainer(tmp_path, **AVERAGED, fit_head=False).train()
-    assert restarted == [4]
+def test_a_collapse_restarts_it(tmp_path):
+    args = arguments(tmp_path, max_steps=30, learning_rate=1e-2, average_weights="polynomial")
+    run = MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=2), notes := Notes()])
+    run.train()
+    restarted_at = run.lr_scheduler.restarted_at
+    assert restarted_at > 2
+    for name, value in averaged(notes.weights[restarted_at:], trained_names(run.model)).items():
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_a_second_run_begins_its_own_average(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from small_runs import arguments, images, resnet, same_weights, vit
+from small_runs import Kill, arguments, images, resnet, same_weights, vit
 from torch import nn
 
 from metalr_hf import MetaLRTrainer
@@ -81,19 +81,6 @@ def test_a_forked_process_killed_while_it_reads_leaves_the_first_weights_alone(m
     guard.stop()
     gc.collect()
     assert not errors
-
-
-class Kill(transformers.TrainerCallback):
-    """Sets all weights behind the first layers to zero: a network that answers every image alike."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.at:
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.zero_()
 
 
 @pytest.mark.parametrize("source", ["stream", "next_batch"])

@@ -209,6 +209,18 @@ def test_several_evaluation_sets(tmp_path):
     run.train()
     assert run.has_converged()
     assert len(evaluations(run, "eval_far_loss")) == len(evaluations(run, "eval_near_loss"))
+    with pytest.raises(ValueError, match=r"of none of them.*metric_for_best_model='near_refined_loss' or 'far_"):
+        trainer(tmp_path, vit(0.0), noisy(), eval_dataset=sets, **STOPPING)
+
+
+def test_the_best_of_a_metric_that_rises_is_the_highest(tmp_path):
+    accuracies = iter([0.9, 0.5, 0.8, *[0.1] * 100])
+    options = {**STOPPING, "metric_for_best_model": "accuracy", "greater_is_better": True}
+    run = overfitting(tmp_path, **options)
+    run.compute_metrics = lambda predictions: {"accuracy": next(accuracies), "accuracy_error": 0.05}
+    run.train()
+    assert run.state.best_metric == 0.9
+    assert run.state.best_global_step == evaluations(run, "eval_accuracy")[0][0]
 
 
 def test_the_progress_bar_ends_where_the_run_may(tmp_path):

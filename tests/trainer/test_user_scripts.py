@@ -177,7 +177,7 @@ def test_by_default_it_is_calibrated_and_tuned(tmp_path, script, options):
         pytest.skip("Trainer evaluates no tuples")
     trained = run(script, MetaLRTrainer, tmp_path, **options)
     # Forwards of the ladder at three steps at most, and none at every step.
-    assert trained.lr_scheduler._calibrator.forwards < 3 * 28
+    assert trained.lr_scheduler.calibration_forwards < 3 * 28
     assert trained.lr_history.steps.tolist() == list(range(STEPS))
     assert trained.lr_scheduler.calibration is not None
     # The step before the head is fitted does not tune.
@@ -200,6 +200,21 @@ def test_a_stream_tunes_it_too(tmp_path, script):
     assert trained._meta_stream.position == STEPS // 2 + 1
 
 
+def test_every_rung_of_a_stream_sees_the_same_batch(tmp_path):
+    seen = []
+
+    class Watching(OwnLoss, MetaLRTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if not torch.is_grad_enabled():
+                seen.append(float(inputs["pixel_values"].abs().sum()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    args = stock_arguments(tmp_path, MetaLRTrainingArguments, meta_split=0.25, max_steps=1)
+    Watching(model=vit(), args=args, train_dataset=images()).train()
+    assert len(seen) > 2
+    assert len(set(seen)) == 1
+
+
 def test_the_calibration_changes_nothing_of_the_batch_that_is_trained_on(tmp_path):
     scales = []
 
@@ -212,6 +227,18 @@ def test_the_calibration_changes_nothing_of_the_batch_that_is_trained_on(tmp_pat
 
     Watching(model=vit(), args=stock_arguments(tmp_path), train_dataset=images()).train()
     assert scales == pytest.approx([0.5] * STEPS)
+
+
+def test_what_is_changed_of_an_optimizer_before_the_training_holds(tmp_path):
+    found = []
+    for trainer_class in (Trainer, MetaLRTrainer):
+        trained = trainer_class(model=vit(), args=stock_arguments(tmp_path), train_dataset=images())
+        trained.create_optimizer_and_scheduler(num_training_steps=STEPS)
+        for group in trained.optimizer.param_groups:
+            group["weight_decay"] = 0.3
+        trained.train()
+        found.append({group["weight_decay"] for group in trained.optimizer.param_groups})
+    assert found == [{0.3}, {0.3}]
 
 
 def test_the_callbacks_are_those_of_the_stock_trainer(tmp_path):
@@ -586,7 +613,12 @@ def test_where_validation_gradients_come_from_may_be_changed_by_a_search(tmp_pat
     args.meta_source = "stream"
     run.train()
     assert run.lr_scheduler.meta_source == "stream"
-    args.meta_split = 0.25
+    drawn = run._meta_stream.position
+    args.meta_source, args.tuning_steps = "next_batch", 0
+    run.train()
+    # Nothing is left of the run before.
+    assert (drawn > 0, run._meta_stream, run.collapse_guard) == (True, None, None)
+    args.meta_source, args.meta_split = "stream", 0.25
     with pytest.raises(ValueError, match=r"meta_split=0.25 was set after the trainer was made"):
         run.train()
 
@@ -635,7 +667,7 @@ def test_a_batch_that_spoils_the_run_is_named_at_once(tmp_path):
     rows = labelled(lambda i: LABELS[i])
     rows = [{**row, "pixel_values": row["pixel_values"].clone()} for row in rows[:16]]
     rows[5]["pixel_values"][0, 0, 0] = float("nan")
-    args = stock_arguments(tmp_path, per_device_train_batch_size=16, max_steps=4, remove_unused_columns=False)
+    args = stock_arguments(tmp_path, per_device_train_batch_size=16, max_steps=12, remove_unused_columns=False)
     run = MetaLRTrainer(network(), args, train_dataset=rows)
     messages = []
     handler = logging.Handler()

@@ -1,4 +1,4 @@
-"""The validation batches that tune the learning rates: which images they are of, and an endless stream of them."""
+"""Batches beside those that are trained on: to tune and calibrate by, to fit a head to, for batch norm."""
 
 from .batches import EmptyMetaSetError, UnusableRowError
 from .looks import batches_to_look_at, larger_batch, largest_step

@@ -89,6 +89,7 @@ class MetaStream:
         num_processes: int = 1,
         shuffle_buffer_size: int = 1000,
     ):
+        self.batch_size = batch_size
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1: the rows of a validation batch.")
         if not 0 <= process_index < num_processes:

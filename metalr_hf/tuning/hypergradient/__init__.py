@@ -1,4 +1,4 @@
-"""The hypergradient: by how much the last optimizer step of every layer lowered the validation loss."""
+"""The hypergradient: the derivative of the validation loss by the learning rate of every layer's last step."""
 
 from .look_ahead import LookAhead
 

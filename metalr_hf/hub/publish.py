@@ -216,12 +216,12 @@ def telling_errors(repo_id: str, folder: Path | None = None) -> Iterator[None]:
             f"{name}: not logged in to the Hub. Run `hf auth login`, or set HF_TOKEN.{again}"
         ) from error
     except (HfHubHTTPError, HTTPError, ConnectionError, RuntimeError) as error:
-        raise _told(name, again, error) from error
+        raise _upload_error(name, again, error) from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _told(name: str, again: str, error: BaseException) -> OSError:
+def _upload_error(name: str, again: str, error: BaseException) -> OSError:
     # A failed upload is a RuntimeError with its reason behind it.
     while error.__cause__ is not None and not isinstance(error, (HfHubHTTPError, HTTPError)):
         error = error.__cause__

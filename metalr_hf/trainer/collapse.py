@@ -76,7 +76,7 @@ class CollapseGuard:
         self.labels: list[Tensor] = []
         self.start_spread: float | None = None
         self._model = model
-        self._start: _Kept | None = None
+        self._start: _StoredWeights | None = None
 
     def note(self, loss: Tensor, labels: Tensor) -> None:
         """Notes a step, without waiting for the device.
@@ -106,7 +106,7 @@ class CollapseGuard:
                 return False
             self.start_spread = float(reduce(self._spread(answers)))
         if self._start is None:
-            self._start = _Kept(_weights(self._model))
+            self._start = _StoredWeights(_weights(self._model))
         if len(self.losses) < self.every:
             return False
         device = self.losses[-1].device
@@ -160,7 +160,7 @@ class CollapseGuard:
         """
         # The first weights are those of the run, not those that it goes on from.
         self.active, self.start_spread = state_dict["active"], state_dict["start_spread"]
-        self._start = _Kept(state_dict["start"]) if state_dict["start"] else None
+        self._start = _StoredWeights(state_dict["start"]) if state_dict["start"] else None
         self.losses = [torch.tensor(loss) for loss in state_dict["losses"]]
         self.labels = [state_dict["labels"]]
 
@@ -248,7 +248,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in state.items() if name not in frozen and isinstance(value, Tensor)}
 
 
-class _Kept:
+class _StoredWeights:
     """Tensors by name, in a temporary file."""
 
     def __init__(self, tensors: dict[str, Tensor]):

@@ -76,10 +76,10 @@ class FreshHead:
             return
         self.is_due = False
         # A loss of the user's own need not be one of classes, and FSDP holds no whole layer.
-        if fits_head(trainer.args) and not (trainer._feeds_itself or trainer.is_fsdp_enabled):
+        if fits_head(trainer.args) and not (trainer._computes_own_loss or trainer.is_fsdp_enabled):
             scheduler.count_forwards(self.fit(trainer))
         if self.images:
-            scheduler.let_go()
+            scheduler.close_step()
             if trainer.collapse_guard is not None:
                 trainer.collapse_guard.measure_anew()
 
@@ -106,7 +106,7 @@ class FreshHead:
         linear = last_linear(model, trainer._layer_groups(model))
         if linear is None or not (loss is None or isinstance(loss, ClassLoss)):
             return 0
-        loss, limit = loss or ClassLoss(), _images(trainer)
+        loss, limit = loss or ClassLoss(), _images_to_fit(trainer)
         batches, forwards = [], 0
         with closing(_batches(trainer, linear, limit)) as found:
             for batch in found:
@@ -180,7 +180,7 @@ def last_linear(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> nn.Lin
     return found[-1] if found and found[-1].weight.is_floating_point() else None
 
 
-def _images(trainer: Any) -> int:
+def _images_to_fit(trainer: Any) -> int:
     """How many training images to fit a head to."""
     args, dataset = trainer.args, trainer.train_dataset
     a_step = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -106,8 +106,8 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         refuse_fsdp1((args.fsdp_plugin_args or {}).get("fsdp_version", 2))
         given = inspect.signature(Trainer.__init__).bind_partial(self, model, args, *trainer_args, **kwargs).arguments
         # The user's own loss knows what to feed the module and what it returns.
-        self._feeds_itself = type(self).compute_loss is not MetaLRTrainer.compute_loss
-        self._own_loss = self._feeds_itself or given.get("compute_loss_func") is not None
+        self._computes_own_loss = type(self).compute_loss is not MetaLRTrainer.compute_loss
+        self._own_loss = self._computes_own_loss or given.get("compute_loss_func") is not None
         # Before Trainer sets it: a module from model_init is wrapped by what the data has.
         self.train_dataset = given.get("train_dataset")
         self._given_layer_groups = self._own_layer_groups = layer_groups
@@ -128,7 +128,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         self._meta_stream: MetaStream | None = None
         self._scheduler: MetaLRScheduler | None = None
         self._step_loss: Tensor | float = 0.0
-        self._left_out: dict[str, Tensor] = {}
+        self._not_in_optimizer: dict[str, Tensor] = {}
         self._has_warned = False
         self.collapse_guard: CollapseGuard | None = None
         self.fresh_head = FreshHead()
@@ -181,7 +181,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         return self._wrap(super().call_model_init(trial), self.args)
 
     def _wrap(self, model: nn.Module, args: Any) -> nn.Module:
-        if self._feeds_itself:
+        if self._computes_own_loss:
             return model
         options: Any = {"own_loss": self._own_loss, "label_names": args.label_names or ()}
         model, self._own_layer_groups = wrap_bare_module(model, self._given_layer_groups, self.train_dataset, **options)
@@ -268,7 +268,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         """Makes anew what a run has beside its learning rates, and gives the scheduler what checkpoints are to hold."""
         args = self.args
         self._meta_stream = create_meta_stream(self) if self.meta_source == "stream" else None
-        can_collapse = args.hyper_lr > 0 and args.tuning_steps and not (self.is_fsdp_enabled or self._feeds_itself)
+        can_collapse = args.hyper_lr > 0 and args.tuning_steps and not (self.is_fsdp_enabled or self._computes_own_loss)
         self.collapse_guard = guard_for(self.model, self.compute_loss_func) if can_collapse else None
         self.fresh_head = FreshHead()
         parts = {"meta_stream": self._meta_stream, "collapse_guard": self.collapse_guard, "fresh_head": self.fresh_head}
@@ -276,7 +276,8 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
         others = {name: p for name, p in self.model.named_parameters() if id(p) not in held}
         # Those that an earlier run left out too: they may have been thawed since.
-        self._left_out = {name: p for name, p in others.items() if name in self._left_out or not p.requires_grad}
+        before = self._not_in_optimizer
+        self._not_in_optimizer = {name: p for name, p in others.items() if name in before or not p.requires_grad}
         self._step_loss = 0.0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -352,7 +353,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device)) / headroom
 
     def _refuse_thawed(self) -> None:
-        thawed = [name for name, p in self._left_out.items() if p.requires_grad]
+        thawed = [name for name, p in self._not_in_optimizer.items() if p.requires_grad]
         if thawed:
             raise ValueError(
                 f"{thawed[0]} and {len(thawed) - 1} more parameters were frozen when training began and are not any "

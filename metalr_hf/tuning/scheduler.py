@@ -144,10 +144,10 @@ class MetaLRScheduler(CalibratedScheduler):
 
         self.restarted_at, self.validations = 0, 0.0
         self.guard = TuningGuard(active=self.rule.hyper_lr > 0)
-        self._noted: Tensor | None = None
-        self._noted_loss: Tensor | None = None
+        self._inner_products: Tensor | None = None
+        self._training_loss: Tensor | None = None
         self._measured_loss = self._slope = math.nan
-        self._unheard = False
+        self._only_creates_state = False
 
         check_linear(unwrap(optimizer))
         super().__init__(optimizer, shape, lr_min, lr_max, calibrate, meta_context, reduce)
@@ -215,14 +215,14 @@ class MetaLRScheduler(CalibratedScheduler):
                 did harm is taken back.
         """
         if self.awaits_gradients:
-            self._noted = self._look_ahead.inner_products() / scale
-            self._noted_loss = loss
+            self._inner_products = self._look_ahead.inner_products() / scale
+            self._training_loss = loss
 
-    def let_go(self) -> None:
+    def close_step(self) -> None:
         """Records the step just taken without tuning by it, where something else is about to change the parameters."""
         self.settle()
         self._look_ahead.discard()
-        self._noted = self._noted_loss = None
+        self._inner_products = self._training_loss = None
 
     def restart(self, factor: float) -> None:
         """Forgets the step held open and the optimizer's state, and tunes anew from a factor of the start rates.
@@ -230,7 +230,7 @@ class MetaLRScheduler(CalibratedScheduler):
         Args:
             factor (`float`): What the start rates, calibrated or given, are multiplied by.
         """
-        self.let_go()
+        self.close_step()
         self.optimizer.state.clear()
         self.rule.reset()
         self.guard.restart()
@@ -281,8 +281,8 @@ class MetaLRScheduler(CalibratedScheduler):
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Settles the step before, if the next batch's gradient does that, and notes where the parameters are."""
-        self._unheard = only_creates_state(optimizer)
-        if self._unheard:
+        self._only_creates_state = only_creates_state(optimizer)
+        if self._only_creates_state:
             return
         if self.calibration_is_late:
             raise ValueError(
@@ -291,19 +291,19 @@ class MetaLRScheduler(CalibratedScheduler):
             )
         check_own_rates(optimizer, self.get_lr(), self._group_layers)
         if self.awaits_gradients:
-            if self._noted is None:
+            if self._inner_products is None:
                 # A fused optimizer unscales by itself, after this hook.
                 scale = getattr(optimizer, "grad_scale", None)
                 self.note_gradients(1.0 if scale is None else scale)
             self._found_inf += overflow_flags(optimizer)
-            assert self._noted is not None
+            assert self._inner_products is not None
             before = self.learning_rates
-            tuned = self._tune(self._noted, self._noted_loss)
+            tuned = self._tune(self._inner_products, self._training_loss)
             if self.guard.harmful(self._measured_loss, self._slope):
                 self._refuse(before, SHRINK_BLINDLY, LOWER_BLINDLY)
             elif tuned:
                 self.write_learning_rates()
-            self._noted = self._noted_loss = None
+            self._inner_products = self._training_loss = None
             self._look_ahead.discard()
         if self.will_tune:
             self._found_inf = []
@@ -314,7 +314,7 @@ class MetaLRScheduler(CalibratedScheduler):
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         """Notes the step that the optimizer has taken."""
-        if self.will_tune and not self._unheard:
+        if self.will_tune and not self._only_creates_state:
             # A fused optimizer that has met an overflow runs its hooks but leaves the parameters where they are.
             self._found_inf += overflow_flags(optimizer)
             self._look_ahead.after_step()

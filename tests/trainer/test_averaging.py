@@ -164,10 +164,9 @@ def test_statistics_of_batch_norm_are_estimated_at_the_average(tmp_path):
             assert not torch.equal(value, notes.weights[-1][name])
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning", "ignore:The head of .* is frozen")
 def test_an_adapter_is_averaged_and_the_rest_left_alone(tmp_path):
-    config = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"], r=2)
-    model = get_peft_model(vit(), config)
+    model = get_peft_model(vit(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
     run = trainer(tmp_path, model, **SAVING)
     run.add_callback(notes := Notes())
     run.train()

@@ -83,7 +83,7 @@ def batches_to_look_at(trainer: Any, coming: Sequence[Any]) -> list[Any]:
         `list`: as the data loader gives them. Neither the order of the training images nor random numbers change.
     """
     args, own = trainer.args, trainer._train_batch_size
-    if any(_images(batch) is None for batch in coming):
+    if any(_images_of(batch) is None for batch in coming):
         return list(coming[:1])
     of_a_step = args.gradient_accumulation_steps * args.world_size * own
     images = images_of_a_look(of_a_step, trainer.state.max_steps * of_a_step)
@@ -94,8 +94,8 @@ def batches_to_look_at(trainer: Any, coming: Sequence[Any]) -> list[Any]:
     size, taken, found = math.ceil(images / args.world_size), list[Any](), 0
     for batch in coming:
         # A collator may have left out all of one.
-        taken += [batch] * (_images(batch) != 0)
-        found += _images(batch) or 0
+        taken += [batch] * (_images_of(batch) != 0)
+        found += _images_of(batch) or 0
         if found >= size:
             return taken
     # A process may have no row of a stream.
@@ -123,12 +123,12 @@ def largest_step(trainer: Any, coming: Sequence[Any]) -> float:
     """
     args = trainer.args
     images = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if any(_images(batch) is None for batch in coming):
+    if any(_images_of(batch) is None for batch in coming):
         return LARGEST_STEP
     return LARGEST_STEP * math.sqrt(min(1.0, images / IMAGES))
 
 
-def _images(batch: Any) -> int | None:
+def _images_of(batch: Any) -> int | None:
     """How many images a batch has; `None` if that cannot be told, or if one of them is enough."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     return len(labels) if isinstance(labels, Tensor) and 0 < labels.dim() <= AXES_OF_A_LABEL else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,8 @@ class LRHistory:
     def __init__(self, layers: Sequence[str]):
         self.layers = list(layers)
         self._steps: list[int] = []
-        self._learning_rates: list[list[float]] = []
+        # A quarter of the memory of lists.
+        self._learning_rates: list[array[float]] = []
         self._meta_losses: list[float] = []
         # By the place of the step among the recorded ones: most steps of a long run are not tuned.
         self._hypergradients: dict[int, list[float]] = {}
@@ -60,7 +62,7 @@ class LRHistory:
         if hypergradients is not None:
             self._hypergradients[len(self)] = list(hypergradients)
         self._steps.append(step)
-        self._learning_rates.append(list(learning_rates))
+        self._learning_rates.append(array("d", learning_rates))
         self._meta_losses.append(meta_loss)
 
     def __len__(self) -> int:
@@ -194,10 +196,10 @@ class LRHistory:
                 f"This is the history of other layers: {state_dict['layers']}, where this model has {self.layers}."
             )
         self._steps = state_dict["steps"].tolist()
-        self._learning_rates = state_dict["learning_rates"].tolist()
+        self._learning_rates = [array("d", row) for row in state_dict["learning_rates"].tolist()]
         self._meta_losses = state_dict["meta_losses"].tolist()
         hypergradients = zip(state_dict["tuned"].tolist(), state_dict["hypergradients"].tolist(), strict=True)
         self._hypergradients = dict(hypergradients)
 
-    def _table(self, rows: list[list[float]]) -> np.ndarray:
+    def _table(self, rows: Sequence[Sequence[float]]) -> np.ndarray:
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(self.layers))

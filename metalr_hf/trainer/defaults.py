@@ -12,12 +12,28 @@ from ..tuning.averaging import POLYNOMIAL
 
 # `None` means that it was left out.
 NO_AVERAGE = ("none", False)
-# An object of its own: `dataclasses.replace` and `to_dict` hand it on, and what is chosen is at most equal to it.
-FILLED_IN = "".join(POLYNOMIAL)
 # From calibrated rates a large trust region is a random walk of the rates: one batch's hypergradient is mostly noise.
 CALIBRATED_LR_CHANGE, UNCALIBRATED_LR_CHANGE = 1.1, 2.0
 # More often costs a pass each, and found no better rates.
 STREAM_EVERY = 2
+
+
+class FilledIn(str):
+    """A value that stands where none was given. What `dataclasses.replace` and `to_dict` hand on can so be told apart.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf import MetaLRTrainingArguments
+    >>> from metalr_hf.trainer.defaults import FilledIn
+    >>> given, left_out = MetaLRTrainingArguments(average_weights="polynomial"), MetaLRTrainingArguments()
+    >>> [isinstance(args.average_weights, FilledIn) for args in (given, left_out)]
+    [False, True]
+    >>> given.average_weights == left_out.average_weights
+    True
+
+    ```
+    """
 
 
 def fill_in_schedule(args: Any) -> None:
@@ -54,7 +70,7 @@ def fill_in_schedule(args: Any) -> None:
     # Also without a warm-up, which may be set afterwards, by a search for one.
     args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
     if args.average_weights is None:
-        args.average_weights = FILLED_IN
+        args.average_weights = FilledIn(POLYNOMIAL)
 
 
 def leave_out_again(args: Any) -> None:
@@ -74,7 +90,7 @@ def leave_out_again(args: Any) -> None:
 
     ```
     """
-    if args.average_weights is not FILLED_IN:
+    if not isinstance(args.average_weights, FilledIn):
         return
     args.average_weights = None
     if args.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP:

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import pickle
 import re
 
 import pytest
@@ -110,11 +111,15 @@ def test_a_copy_has_what_was_chosen_and_the_defaults_that_follow_from_it(tmp_pat
     def chosen(args):
         return args.lr_scheduler_type.value, args.average_weights
 
+    def handed_on(args):
+        # As a worker process gets them.
+        return pickle.loads(pickle.dumps(args))
+
     def replaced(given=None, **changes):
         args = MetaLRTrainingArguments(str(tmp_path), **given or {})
         assert chosen(dataclasses.replace(args)) == chosen(MetaLRTrainingArguments(**args.to_dict())) == chosen(args)
         # A copy of a copy too.
-        return chosen(dataclasses.replace(dataclasses.replace(copy.deepcopy(args), seed=1), **changes))
+        return chosen(dataclasses.replace(dataclasses.replace(handed_on(copy.deepcopy(args)), seed=1), **changes))
 
     for changes in (
         {"lr_scheduler_type": "cosine"},

@@ -37,6 +37,7 @@ DEMO = "demo"
 DTYPES = ("float32", "bfloat16", "float16")
 # Number of batches that are kept in memory, half of them for validation, and used again and again.
 BATCHES, FEWEST_IMAGES = 8, 64
+FEWEST_STEPS = 4
 PLAIN, DEFAULT, SETTLED = "plain", "next_batch", "settled"
 # A second-order step costs as much as several plain ones.
 SECOND_ORDER_SHARE = 1 / 3
@@ -100,8 +101,10 @@ class BenchmarkArguments:
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda': torch finds no such device. Leave it at auto, or set it to cpu.")
-        for name in ("batch_size", "image_size", "steps", "repeats", "run_steps"):
+        for name in ("batch_size", "image_size", "repeats", "run_steps"):
             check_count(name, getattr(self, name))
+        if self.steps < FEWEST_STEPS:
+            raise ValueError(f"steps={self.steps} must be {FEWEST_STEPS} or more: the first ones are not counted.")
         for k in self.meta_every:
             check_count("meta_every", k)
             if k > self.steps:

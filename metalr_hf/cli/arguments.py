@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.files.layout import folder_of
 from ..data.loading import DataArguments
@@ -83,8 +83,47 @@ class TrainArguments:
     overwrite_output_dir: bool = False
 
 
+# Names of other commands and other libraries for the same.
+SYNONYMS = {
+    "lr": ("learning_rate", "learning_rates"),
+    "learning_rate": ("learning_rates",),
+    "batch_size": ("per_device_train_batch_size",),
+    "per_device_train_batch_size": ("batch_size",),
+    "epochs": ("num_train_epochs",),
+    "num_epochs": ("num_train_epochs",),
+    "steps": ("max_steps",),
+    "max_steps": ("steps",),
+    "model": ("model_name_or_path",),
+    "model_name_or_path": ("model",),
+    "dataset": ("dataset_name",),
+    "dataset_name": ("dataset",),
+    "data": ("data_dir", "dataset"),
+    "data_dir": ("dataset",),
+    "output": ("output_dir",),
+    "seed": ("seeds",),
+    "resume": ("resume_from_checkpoint",),
+}
+
+
+# What arguments of Trainer mean here, where that is not what its own help says.
+MEANT_HERE = {
+    "learning_rate": "The start learning rate of every layer where `calibrate` is off. While the start rates are "
+    "calibrated, which is the default, it has no effect.",
+    "warmup_steps": "Steps, or below 1 a share of them, over which all rates rise linearly from 0.",
+    "resume_from_checkpoint": "`true` to go on from the last checkpoint in output_dir, or the folder of a checkpoint.",
+}
+
+
 class CommandParser(HfArgumentParser):
     """`HfArgumentParser` whose errors are one line: argparse would print its usage first, up to 200 arguments."""
+
+    def __init__(self, dataclass_types: Any = (), **kwargs: Any):
+        super().__init__(dataclass_types, **kwargs)
+        # Trainer's hundred arguments come last in the help, and say what they mean here.
+        inherited = {f.name for f in fields(TrainingArguments)}
+        self._optionals._group_actions.sort(key=lambda action: action.dest in inherited)
+        for action in self._optionals._group_actions:
+            action.help = MEANT_HERE.get(action.dest, action.help) if action.dest in inherited else action.help
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (`{self.prog} --help` lists the arguments)")
@@ -101,7 +140,10 @@ class CommandParser(HfArgumentParser):
             what (`str`, *optional*, defaults to `"argument"`): What it ought to be.
         """
         name = name.lstrip("-").split("=")[0]
-        hint = did_you_mean(name, self.names(), f"`{self.prog} --help` lists them all.")
+        known = self.names()
+        meant = [other for other in SYNONYMS.get(name, ()) if other in known]
+        otherwise = f"`{self.prog} --help` lists them all."
+        hint = f" Did you mean {meant[0]!r}?" if meant else did_you_mean(name, known, otherwise)
         raise ValueError(f"{name!r} is no {what}.{hint}")
 
     def read_file(self, file: str) -> dict[str, Any]:
@@ -168,6 +210,7 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     parser = CommandParser(
         kinds,
         prog="metalr-hf train",
+        usage="%(prog)s [FILE] --output_dir FOLDER [--ARGUMENT VALUE ...]",
         description="Fine-tunes an image classifier or a segmentation network. Instead of arguments, or before them, a "
         "JSON or YAML file may be given: metalr-hf train run.yaml --seed 1",
         allow_abbrev=False,

@@ -33,6 +33,14 @@ def check_training_arguments(training: MetaLRTrainingArguments) -> None:
     """
     for name in COUNTS:
         check_count(name, getattr(training, name))
+    if training.max_steps == 0 or (training.max_steps < 0 and training.num_train_epochs == 0):
+        name = "max_steps" if training.max_steps == 0 else "num_train_epochs"
+        raise ValueError(f"{name}={getattr(training, name)!r} trains nothing. Give at least one step, or leave it out.")
+    if training.learning_rate is not None and not training.learning_rate >= 0:
+        raise ValueError(
+            f"learning_rate={training.learning_rate!r} must be 0 or more. It has no effect while the start rates are "
+            "calibrated: leave it out."
+        )
     folder = Path(str(training.output_dir)).absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():

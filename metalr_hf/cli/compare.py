@@ -184,6 +184,7 @@ def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict
     parser = CommandParser(
         kinds,
         prog="metalr-hf compare",
+        usage="%(prog)s [FILE] --output_dir FOLDER [--ARGUMENT VALUE ...]",
         description="Runs fine-tuning strategies side by side on equal budgets. Instead of arguments, or before them, "
         "a YAML or JSON file may be given.",
         allow_abbrev=False,

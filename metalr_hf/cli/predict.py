@@ -18,6 +18,7 @@ from ..tasks.registry import task_of
 from . import INTERRUPTED, say
 
 BATCH_SIZE = 32
+NOTHING_READ = 1
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     output = Path(given.output)
     if output.suffix != ".csv":
         raise ValueError(f"output={given.output!r} is the table to write: give it a name that ends in .csv.")
-    with naming_the_model(given.run, "model"):
+    with naming_the_model(given.run, "model", argument="run"):
         config = AutoConfig.from_pretrained(given.run, trust_remote_code=given.trust_remote_code)
     task = get_task(given.task) if given.task else task_of(config)
     masks = str(masks_folder(output))
@@ -65,6 +66,8 @@ def main(argv: list[str]) -> int:
         return INTERRUPTED
     if broken:
         say(f"{broken} of the images could not be read: the column 'error' says why. A second run tries them again.")
+        if broken == len(images.names):
+            return NOTHING_READ
     console.print(f"The predictions are in {output}", soft_wrap=True)
     return 0
 

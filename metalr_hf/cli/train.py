@@ -27,12 +27,13 @@ from . import INTERRUPTED, say
 from .arguments import TrainArguments, parse_train_arguments
 from .broken_images import name_broken_image
 from .checks import check_best_metric, check_training_arguments, refuse_empty_epochs, trainer_arguments
+from .resuming import RECORD, check_same_splits, splits_of, write_splits
 
 VALIDATION_SHARE = 0.2
 # Whether a loss still falls shows on few images, and those held out are missed: trained on the same images, a run of a
 # fixed length was no better than one that had stopped by itself.
 IMAGES_TO_STOP_BY, SMALLEST_SHARE_TO_STOP_BY = 50, 0.1
-RUN_FILES = (SAFE_WEIGHTS_NAME, CONFIG_NAME, IMAGE_PROCESSOR_NAME, *BESIDE_THE_MODEL, TRAINER_STATE_NAME)
+RUN_FILES = (SAFE_WEIGHTS_NAME, CONFIG_NAME, IMAGE_PROCESSOR_NAME, *BESIDE_THE_MODEL, TRAINER_STATE_NAME, RECORD)
 
 
 def main(argv: list[str]) -> int:
@@ -75,6 +76,7 @@ def check_output_dir(arguments: TrainArguments) -> str | None:
     Raises:
         FileExistsError: if the folder holds another run, which may not be deleted.
         FileNotFoundError: if there is no checkpoint to resume from.
+        ValueError: if a run is given in place of a checkpoint.
     """
     folder, resume = str(arguments.training.output_dir), arguments.training.resume_from_checkpoint
     wanted = str(resume).lower() if resume is not None else "false"
@@ -87,6 +89,10 @@ def check_output_dir(arguments: TrainArguments) -> str | None:
             )
         return checkpoint
     if wanted != "false":
+        last = usable_checkpoint(str(resume))
+        if last is not None or (Path(str(resume)) / RESULTS).is_file():
+            there = "it holds no checkpoint" if last is None else f"its last checkpoint is {last}"
+            raise ValueError(f"resume_from_checkpoint={resume!r} is the folder of a run, not a checkpoint: {there}.")
         if not is_complete(Path(str(resume))):
             raise FileNotFoundError(f"resume_from_checkpoint={resume!r} is not the folder of a complete checkpoint.")
         return str(resume)
@@ -141,6 +147,9 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     if evaluates and splits.validation is None:
         share = data.validation_share or _validation_share(splits.train, training.stop_when_converged)
         splits = hold_out(splits, "validation", "validation_share", share, training.seed, data.group_column)
+    record = splits_of(arguments, splits, training.meta_split)
+    if checkpoint is not None:
+        check_same_splits(checkpoint, record)
     if training.meta_split and data.group_column:
         splits = hold_out(splits, "meta", "meta_split", training.meta_split, training.seed, data.group_column)
         # They are held out now. The trainer, which knows no groups, need not do it.
@@ -157,8 +166,8 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     of_task |= task.fit(model, splits.train, processor, data)
     if training.label_smoothing_factor and "compute_loss_func" in of_task:
         raise ValueError(
-            f"label_smoothing_factor={training.label_smoothing_factor}: the loss of this task does not smooth labels. "
-            "Leave it out."
+            f"label_smoothing_factor={training.label_smoothing_factor}: the loss that class_weights or this task asks "
+            "for does not smooth labels. Leave one of them out."
         )
     trainer = MetaLRTrainer(
         model=model,
@@ -176,6 +185,8 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     if arguments.overwrite_output_dir and checkpoint is None:
         # Not earlier: a run that cannot begin costs no other.
         _delete_earlier_run(arguments)
+    if trainer.is_world_process_zero():
+        write_splits(str(training.output_dir), record)
     try:
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         results = trained.metrics
@@ -247,7 +258,7 @@ def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
         schedule = schedule.removesuffix("_with_warmup")
     if schedule != "constant":
         console.print(f"The {schedule} schedule multiplies these rates.")
-    if trainer.args.average_weights is not None:
+    if trainer.average_weights is not None:
         console.print("The model holds an average of its weights over the last part of the run.")
     if scheduler.guard.non_finite:
         console.print(

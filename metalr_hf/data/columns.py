@@ -48,7 +48,11 @@ def find_column(
     argument, there = f"{what}_column_name", ", ".join(map(repr, columns))
     if wanted is not None:
         if wanted not in columns:
-            raise ValueError(f"{argument}={wanted!r} is not a column of the data set. Its columns: {there}.")
+            table = " A table beside the images is read if it is called metadata.csv and has a column file_name."
+            raise ValueError(
+                f"{argument}={wanted!r} is not a column of the data set. Its columns: {there}."
+                f"{table if len(columns) == 1 else ''}"
+            )
         return wanted
     if len(candidates) != 1:
         names = ", ".join(map(repr, candidates))

@@ -237,9 +237,10 @@ def _tuning(trainer: HubTrainer) -> dict[str, object]:
     if args.hyper_lr:
         most = f"at most a factor of {trainer.lr_scheduler.max_lr_change:g} a step"
         settings["learning-rate rule"] = f"{args.lr_rule}, η = {args.hyper_lr:g}, {most}"
-        settings["rates tuned"] = f"at the first {args.tuning_steps} steps" if args.tuning_steps else "at every step"
+        steps = args.tuning_steps if args.tuning_steps < trainer.state.global_step else 0
+        settings["rates tuned"] = f"at the first {steps} steps" if steps else "at every step"
         if scheduler.meta_every > 1:
-            first = f" of the first {args.tuning_steps}" if args.tuning_steps else ""
+            first = f" of the first {steps}" if steps else ""
             settings["rates tuned"] = f"at one step in {scheduler.meta_every}{first}"
     if scheduler.restarted_at:
         settings["collapsed"] = f"and went back to the first weights at step {scheduler.restarted_at}, with lower rates"

@@ -377,7 +377,7 @@ def _with_head(layers: Layers, model: nn.Module, modules: list[str], prefix: str
         found = next(filter(None, ([n for n in names if f"{clean(n)}.".startswith(path)] for path in paths)), [])
         if not found:
             hint = did_you_mean(module, known, "model.named_modules() lists them.")
-            raise ValueError(f"head={module!r} is no module of the model that holds parameters.{hint}")
+            raise ValueError(f"{module!r}, named as the head, is no module of the model with parameters.{hint}")
         head += found
     layers = {"backbone.head" if layer == "head" else layer: members for layer, members in layers.items()}
     layers = {layer: [name for name in members if name not in head] for layer, members in layers.items()}

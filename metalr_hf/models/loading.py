@@ -36,12 +36,13 @@ class ModelArguments:
 
 
 @contextmanager
-def naming_the_model(name: str | None, what: str) -> Iterator[None]:
+def naming_the_model(name: str | None, what: str, argument: str = "model_name_or_path") -> Iterator[None]:
     """Makes errors of loading name the argument, what was given and what to do.
 
     Args:
         name (`str`, *optional*): The model that was asked for.
         what (`str`): What is loaded: `"model"` or `"image processor"`.
+        argument (`str`, *optional*, defaults to `"model_name_or_path"`): What asked for it.
 
     Raises:
         FileNotFoundError: if there is no such thing, or no network to fetch it.
@@ -50,10 +51,10 @@ def naming_the_model(name: str | None, what: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"model_name_or_path={name!r}: its {what} could not be loaded: {first_line(error)}") from error
+        raise ValueError(f"{argument}={name!r}: its {what} could not be loaded: {first_line(error)}") from error
     except OSError as error:
         raise FileNotFoundError(
-            f"model_name_or_path={name!r}: no {what} there. It must be a local folder or a model that can be reached "
+            f"{argument}={name!r}: no {what} there. It must be a local folder or a model that can be reached "
             f"on the Hub: check the name and the network; private ones need `hf auth login`. ({first_line(error)})"
         ) from error
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -108,7 +109,8 @@ class _Inputs(Dataset[Any]):
 
 
 def _without_path(error: Exception, entry: Any, name: str) -> str:
-    told = first_line(error)
+    # Of a file in memory libraries tell its address.
+    told = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", name, first_line(error))
     if not isinstance(entry, (list, tuple)):
         return told.replace(str(entry.get("path")), name) if entry.get("path") else told
     for path in [str(one["path"]) for one in entry if one and one.get("path")]:

@@ -283,8 +283,8 @@ class _StopWhenConverged(TrainerCallback):
         reason = f"Stopped at step {state.global_step}, {reason}."
         if state.best_global_step:
             reason += (
-                f" The model is that of step {state.best_global_step}, whose {self.metric} of {state.best_metric:.4g} "
-                "is the best, or the last that is as good."
+                f" The model is that of step {state.best_global_step}: its {self.metric}, {state.best_metric:.4g}, is "
+                "the best, or cannot be told from the best."
             )
         self.trainer.stopped_because = reason
         logger.warning(reason)

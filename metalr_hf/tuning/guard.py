@@ -89,7 +89,7 @@ class TuningGuard:
             logger.warning(
                 "A step after which the loss stood far above where the run began was taken back, and the learning "
                 "rates with it. Further ones are only counted (`meta_refused` in the Trainer's log). If they are many, "
-                "lower the start learning rate, lr_max or hyper_lr."
+                "set lr_max lower, or start from a learning rate of your own with calibrate=False."
             )
 
     def harmful(self, loss: float, slope: float = math.inf) -> bool:

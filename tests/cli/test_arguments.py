@@ -98,6 +98,8 @@ def test_columns_are_kept_whatever_is_asked(tmp_path):
         (["--seed", "1"], "output_dir is missing"),
         (["--output_dir", "x", "--lerning_rate", "1"], "'lerning_rate' is no argument. Did you mean 'learning_rate'"),
         (["--output_dir", "x", "--dataset", "1"], "'dataset' is no argument. Did you mean 'dataset_name'"),
+        (["--output_dir", "x", "--batch_size", "8"], "Did you mean 'per_device_train_batch_size'"),
+        (["--output_dir", "x", "--lr", "1e-3"], "'lr' is no argument. Did you mean 'learning_rate'"),
         (["--output_dir", "x", "--seed", "one"], "--seed: invalid int value: 'one'.*lists the arguments"),
         (["--output_dir", "x", "--hyper_lr", "-1"], "hyper_lr=-1.0 must be finite and 0 or more"),
         (["--output_dir", "x", "--augment", "mixup"], "augment='mixup' must be one of"),
@@ -130,3 +132,12 @@ def test_bad_files(tmp_path, name, text, message):
 def test_a_file_that_is_not_there():
     with pytest.raises(FileNotFoundError, match="'run.yaml' does not exist. The first argument is a JSON or YAML file"):
         parse_train_arguments(["run.yaml"])
+
+
+def test_the_help_begins_with_what_is_not_trainers_and_says_what_has_no_effect(capsys):
+    with pytest.raises(SystemExit):
+        parse_train_arguments(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.startswith("usage: metalr-hf train [FILE] --output_dir FOLDER [--ARGUMENT VALUE ...] ")
+    assert told.index("--hyper_lr HYPER_LR") < told.index("--learning_rate LEARNING_RATE")
+    assert "While the start rates are calibrated, which is the default, it has no effect." in told

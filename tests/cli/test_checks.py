@@ -36,6 +36,9 @@ BEST = ["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--save_
         ([*BEST, "--metric_for_best_model", "eval_kappa", "--metrics", "accuracy"], "There are: loss, accuracy."),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be 1 or more"),
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 must be 1 or more"),
+        (["--learning_rate", "-1"], "learning_rate=-1.0 must be 0 or more. It has no effect while"),
+        (["--max_steps", "0"], "max_steps=0 trains nothing."),
+        (["--max_steps", "-1", "--num_train_epochs", "0"], "num_train_epochs=0.0 trains nothing."),
         (["--report_to", "wanb"], "report_to='wanb' is no tracker that transformers knows. Did you mean 'wandb'"),
         (
             ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "64"],

@@ -31,7 +31,7 @@ def test_granularity_and_head(capsys):
     assert "head.conv1.weight" in table
     assert "backbone.head.weight" not in table
     assert main(["layers", "--model", "timm/test_resnet", "--head", "layer9"]) == 2
-    assert "head='layer9' is no module of the model" in capsys.readouterr().err
+    assert "'layer9', named as the head, is no module of the model" in capsys.readouterr().err
 
 
 def test_a_saved_model_is_listed_as_what_it_is(tmp_path, capsys):

@@ -160,7 +160,7 @@ def test_one_layer_and_no_head():
     assert named["head"] == ["3.conv2.weight", "3.conv2.bias"]
     assert_is_a_partition(headless, named)
     assert list(layer_groups(headless, head=["3.conv2", "3.bn2"]))[-1] == "head"
-    with pytest.raises(ValueError, match=r"head='3.conv3' is no module .* Did you mean '3.conv2' or '3.conv1'"):
+    with pytest.raises(ValueError, match=r"'3.conv3', named as the head, .* Did you mean '3.conv2' or '3.conv1'"):
         layer_groups(headless, head="3.conv3")
 
 

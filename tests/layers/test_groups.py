@@ -141,7 +141,7 @@ def test_a_head_is_named_as_in_the_network_or_as_in_its_wrapper():
         expected = [prefix + member for member in layer_groups(model, head=name)["head"]]
         assert layer_groups(wrapped, head=name)["head"] == expected
         assert layer_groups(wrapped, head=prefix + name)["head"] == expected
-    with pytest.raises(ValueError, match="head='9' is no module"):
+    with pytest.raises(ValueError, match="'9', named as the head, is no module"):
         layer_groups(Classifier(net), head="9")
 
 

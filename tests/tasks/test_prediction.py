@@ -271,7 +271,7 @@ def test_the_task_is_told_by_the_model(run, tmp_path):
     ("more", "message"),
     [
         (["RUN", "/no/such/folder", "--output", "p.csv"], "images='/no/such/folder' does not exist"),
-        (["/no/such/run", "PHOTOS", "--output", "p.csv"], "model_name_or_path='/no/such/run': no model there"),
+        (["/no/such/run", "PHOTOS", "--output", "p.csv"], "predict: run='/no/such/run': no model there"),
         (["RUN", "PHOTOS", "--output", "p.txt"], "output='p.txt' is the table to write: give it a name that ends in"),
         (["RUN", "PHOTOS", "--output", "p.csv", "--batch_size", "0"], "batch_size=0 must be 1 or more"),
         (["RUN", "EMPTY", "--output", "p.csv"], "there are no images in that folder"),

@@ -47,7 +47,7 @@ def test_a_head_can_be_named(tmp_path):
     assert sorted({name.rpartition(".")[0] for name in names}) == ["classifier", "vit.layernorm"]
     run.train()
     assert run.lr_history.learning_rates[0][-1] == pytest.approx(1e-2)
-    with pytest.raises(ValueError, match="head='classifer' is no module .* Did you mean 'classifier'"):
+    with pytest.raises(ValueError, match="'classifer', named as the head, is no module .* Did you mean 'classifier'"):
         trainer(tmp_path, head_module=["classifer"])
 
 

@@ -108,10 +108,12 @@ def layout_hint(folder: str | None) -> str:
     counts: dict[str, int] = {}
     seen = 0
     for level in walk(folder):
-        images = sum(os.path.splitext(file.name)[1].lower() in _image_endings() for file in level.files)
+        images = [file.name for file in level.files if os.path.splitext(file.name)[1].lower() in _image_endings()]
         if images:
             inside = os.path.relpath(level.folder, folder)
-            counts["the folder itself" if inside == os.curdir else f"{inside}{os.sep}"] = images
+            name = "the folder itself" if inside == os.curdir else f"{inside}{os.sep}"
+            # One that strayed there is named.
+            counts[name if len(images) > 1 else os.path.normpath(os.path.join(inside, images[0]))] = len(images)
         seen += len(level.files)
         if seen > FILES_LOOKED_AT:
             break

@@ -129,6 +129,8 @@ def _numbers(targets: Targets) -> tuple[tuple[str, ...], np.ndarray]:
                     f"{targets.place(column, row)} has {len(entry or ())} numbers, the first row {width}. Give "
                     "each row as many."
                 )
+        _refuse_text(targets, column, lists)
+        for row, entry in enumerate(lists):
             for value in entry:
                 _refuse_other(targets, column, row, value)
         parts.append(np.array(lists, dtype=np.float64).reshape(len(lists), width))
@@ -145,6 +147,18 @@ def _refuse_classes(targets: Targets, column: str, feature: Any) -> None:
             f"Split {targets.split!r}: the column {column!r} holds classes, not numbers. Name the column of the "
             "numbers with label_column_name, or train with --task classification."
         )
+
+
+def _refuse_text(targets: Targets, column: str, lists: list[list[Any]]) -> None:
+    """Names the text that is no number, for which `datasets` has read the whole column as text."""
+    texts = [(row, value) for row, entry in enumerate(lists) for value in entry if isinstance(value, str)]
+    for row, value in texts:
+        try:
+            float(value)
+        except ValueError:
+            _refuse_other(targets, column, row, value)
+    if texts:
+        _refuse_other(targets, column, *texts[0])
 
 
 def _refuse_other(targets: Targets, column: str, row: int, value: Any) -> None:

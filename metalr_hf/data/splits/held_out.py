@@ -203,6 +203,7 @@ def hold_out_rows(
         raise ValueError(
             f"{argument}: {size} of {len(rows)} training images cannot be taken with {kept} in both parts "
             f"({first_line(error)}).{_enough(argument, size, strata) if group_column is None else ''}"
+            f"{_single(rows, strata)}"
         ) from error
     return rows.select(rest), rows.select(held)
 
@@ -219,6 +220,24 @@ def _enough(argument: str, size: int, strata: np.ndarray | None) -> str:
     if argument not in SHARES:
         return ""
     return f" Take a larger share, as with --{argument} {math.ceil(100 * len(counts) / len(strata)) / 100:g}."
+
+
+def _single(rows: datasets.Dataset, strata: np.ndarray | None) -> str:
+    """Which class has a single image, often by a slip of the pen."""
+    if strata is None:
+        return ""
+    classes, first, counts = np.unique(strata, return_index=True, return_counts=True)
+    alone = np.flatnonzero(counts == 1)
+    if not len(alone):
+        return ""
+    if len(alone) > len(classes) / 2:
+        return " Most classes have a single image. Are these labels numbers (--task regression) or names of patients?"
+    names = getattr(rows.features[LABEL], "names", None)
+    name = classes[alone[0]] if names is None else names[classes[alone[0]]]
+    return (
+        f" The class {str(name)!r} has a single image (row {first[alone[0]]}): correct its label, give it more images, "
+        "or leave it out."
+    )
 
 
 def groups_of(rows: datasets.Dataset, column: str, name: str) -> np.ndarray:

@@ -53,7 +53,7 @@ def images_of_a_look(batch_size: int, images_of_the_run: int) -> int:
         images_of_the_run (`int`): Those of all steps.
 
     Returns:
-        `int`: at least the batch size.
+        `int`: at least the batch size, and two.
 
     Example:
 
@@ -66,7 +66,8 @@ def images_of_a_look(batch_size: int, images_of_the_run: int) -> int:
 
     ```
     """
-    return max(batch_size, min(larger_batch(batch_size), int(SHARE_OF_RUN * images_of_the_run)))
+    # A single image tells nothing apart.
+    return max(batch_size, 2, min(larger_batch(batch_size), int(SHARE_OF_RUN * images_of_the_run)))
 
 
 def batches_to_look_at(trainer: Any, coming: Sequence[Any]) -> list[Any]:

@@ -75,6 +75,14 @@ def test_columns_that_cannot_be_learned_are_told_in_one_line(tmp_path, column, a
     assert "\n" not in str(error.value)
 
 
+def test_the_text_among_numbers_is_named(tmp_path):
+    def ages(name, image, i):
+        return {"age": "n/a years" if i == 7 else str(20 + i)}
+
+    with pytest.raises(ValueError, match=r"row \d+ holds 'n/a years', which is no number"):
+        load(save_with_metadata(tmp_path, ages), label_column_name="age")
+
+
 def test_classes_are_no_numbers(tmp_path):
     images, names = digit_images(12)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["nil", "one", "two"]))

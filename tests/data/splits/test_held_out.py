@@ -134,6 +134,15 @@ def test_a_share_that_is_too_small_for_the_classes_comes_with_one_that_is_not(ar
         assert len(set(taken["label"])) == classes
 
 
+def test_a_class_with_a_single_image_is_named():
+    features = datasets.Features(label=datasets.ClassLabel(names=["benign", "Benign ", "malignant"]))
+    labels = [1, *[0, 2] * 10]
+    with pytest.raises(ValueError, match=r"The class 'Benign ' has a single image \(row 0\)"):
+        hold_out_rows(datasets.Dataset.from_dict({"label": labels}, features=features), "test_share", 4, seed=0)
+    with pytest.raises(ValueError, match=r"Most classes have a single image. .*--task regression"):
+        hold_out_rows(few_rows(8, 8), "test_share", 4, seed=0)
+
+
 def test_a_number_that_is_no_seed_is_told():
     with pytest.raises(ValueError, match="seed=-1 must be a whole number from 0 to 4294967295"):
         hold_out_rows(few_rows(12, 3), "test_share", 3, seed=-1)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 INTERRUPTED = 130
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "A first run, on images that come with pip: metalr-hf train --output_dir runs/demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"metalr_hf {version('metalr_hf')}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=" or ".join(COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
     given = parser.parse_args(argv)

@@ -14,7 +14,7 @@ BATCH_NORM = ("lite0", "mobilenet", "resnet20")
 HALVES = {"held_out": "Held-out half", "fresh": "Fresh cells", "development": "Development half"}
 TEXT = """# A head in closed form
 
-{runs} runs on the cells of the [hunt](../hunt/report.md), and on others like them, of 60 and 240 steps, balanced
+{runs} runs on the cells of the [hunt](../hunt/earlier.md), and on others like them, of 60 and 240 steps, balanced
 accuracy on 300 test images. Runs are compared in pairs of the same cell and seed with one whose head stays fresh; all
 are of one machine. This page is written by `python notebooks/results/fitted_head/report.py`.
 
@@ -47,7 +47,7 @@ cells**, and the last column is not untouched: no cells were left.
 ## Dead runs
 
 Of the runs with seed 0, those that end more than 5 points, or more than a fifth of the way from chance, below the best
-point of the cell's grid. The grids are those of the [hunt](../hunt/report.md), which other machines ran on images that
+point of the cell's grid. The grids are those of the [hunt](../hunt/earlier.md), which other machines ran on images that
 were resized in a slightly different way.
 
 {dead}
@@ -67,7 +67,7 @@ def said(of: pd.Series) -> list[object]:
 
 def dead_runs(runs: pd.DataFrame) -> tuple[str, str]:
     """Dead runs by half, and what those of the default are."""
-    hunted = pd.DataFrame(map(json.loads, (HERE.parent / "hunt" / "results.jsonl").read_text("utf-8").splitlines()))
+    hunted = pd.DataFrame(map(json.loads, (HERE.parent / "hunt" / "earlier.jsonl").read_text("utf-8").splitlines()))
     grid = hunted[hunted["strategy"] == "cosine"].groupby("cell")
     best = grid["balanced_accuracy"].max()[grid.size() > 2]
     chance = hunted.groupby("cell")["chance"].first()

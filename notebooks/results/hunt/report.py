@@ -37,6 +37,7 @@ def cells_of(runs: pd.DataFrame) -> pd.DataFrame:
                 "dead": [is_dead(accuracy, best, chance) for accuracy in ours],
                 "dead_again": [is_dead(accuracy, best, chance) for accuracy in again],
                 "gain": 100 * (sum(ours) / len(ours) - best),
+                "gain_again": 100 * (sum(ours) / len(ours) - again[0]),
             }
         )
     return pd.DataFrame(rows)
@@ -68,17 +69,18 @@ def summary(cells: pd.DataFrame) -> str:
     for name, title in [*HALVES.items(), (None, "All")]:
         of = cells if name is None else cells[cells["half"] == name]
         counts = [f"{sum(map(sum, of[column]))} of {sum(map(len, of[column]))}" for column in ("dead", "dead_again")]
-        gain = f"{of['gain'].mean():+.1f} ± {of['gain'].sem():.1f}"
-        rows.append([title, len(of), *counts, gain, f"{(of['gain'] > 0).sum()}, {(of['gain'] < 0).sum()}"])
+        gains = [f"{of[name].mean():+.1f} ± {of[name].sem():.1f}" for name in ("gain", "gain_again")]
+        rows.append([title, len(of), *counts, *gains, f"{(of['gain'] > 0).sum()}, {(of['gain'] < 0).sum()}"])
     heads = [
         "",
         "cells",
-        "dead runs of `metalr`",
-        "of the best rate with another seed",
+        "dead runs of metalr",
+        "of the grid's best rate, another seed",
         "points above the best of the grid",
-        "cells above, below",
+        "above the same rate, another seed",
+        "cells above the best, below",
     ]
-    return table(heads, rows, "lrrrrr", escaped=True)
+    return table(heads, rows, "lrrrrrr", escaped=True)
 
 
 def main() -> None:
@@ -87,7 +89,16 @@ def main() -> None:
     cells = cells_of(runs)
     halves = [half(cells[cells["half"] == name], title) for name, title in HALVES.items()]
     text = (HERE / "text.md").read_text(encoding="utf-8")
-    filled = text.format(runs=len(runs), cells=len(cells), summary=summary(cells), halves="\n".join(halves))
+    counts = {
+        name: sum(map(count, cells[column]))
+        for name, column, count in (
+            ("dead", "dead", sum),
+            ("ours", "dead", len),
+            ("dead_again", "dead_again", sum),
+            ("again", "dead_again", len),
+        )
+    }
+    filled = text.format(runs=len(runs), cells=len(cells), summary=summary(cells), halves="\n".join(halves), **counts)
     (HERE / "report.md").write_text(filled, encoding="utf-8")
 
 

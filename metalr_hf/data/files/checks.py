@@ -63,6 +63,7 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]], has_scans: b
         _refuse_bad_table(path)
     for part in parts:
         _refuse_archives(part, files[part], has_scans)
+        _check_listing(part, files[part])
 
 
 def _refuse_dead_links(folder: str, files: Mapping[Path, Sequence[os.DirEntry[str]]]) -> None:
@@ -109,6 +110,38 @@ def _refuse_bad_table(path: str) -> None:
         raise ValueError(
             f"The table {path!r} has no column file_name, which names the image of each row. Its columns: "
             f"{', '.join(map(repr, columns))}. {'Call one of them so.' if len(columns) > 1 else HOW_A_TABLE_IS}"
+        )
+
+
+def _check_listing(part: Path, files: Sequence[os.DirEntry[str]]) -> None:
+    """Warns of images that a metadata.csv does not list, and of those that it lists again."""
+    tables = [file.path for file in files if file.name in ImageFolder.METADATA_FILENAMES]
+    if not tables or any(os.path.basename(table) != TABLE for table in tables):
+        return
+    listed: set[str] = set()
+    again: list[str] = []
+    for path in tables:
+        table = pd.read_csv(path, dtype=str)
+        for column in filter(NAMES_FILES.fullmatch, table.columns):
+            listed |= {os.path.normpath(os.path.join(os.path.dirname(path), name)) for name in table[column].dropna()}
+        if "file_name" in table:
+            again += table["file_name"][table["file_name"].duplicated()].dropna().tolist()
+    endings = tuple(ImageFolder.EXTENSIONS)
+    images = [file.path for file in files if file.name.lower().endswith(endings) and file.is_file()]
+    left_out = [os.path.relpath(path, part) for path in images if os.path.normpath(path) not in listed]
+    if left_out:
+        warnings.warn(
+            f"The metadata.csv of {str(part)!r} does not list {len(left_out)} of its {len(images)} images, the first "
+            f"{left_out[0]!r}. They are left out.",
+            UserWarning,
+            stacklevel=2,
+        )
+    if again:
+        warnings.warn(
+            f"The metadata.csv of {str(part)!r} lists images again in {len(again)} rows, the first {again[0]!r}. They "
+            "count as often as they are listed, and may be both trained on and tested on.",
+            UserWarning,
+            stacklevel=2,
         )
 
 

@@ -43,7 +43,7 @@ def test_a_table_of_the_whole_folder_is_beside_no_splits(tmp_path):
     made(tmp_path / "photos", "a", "b")
     (tmp_path / "metadata.csv").touch()
     check(tmp_path / "photos")
-    (tmp_path / "photos" / "metadata.csv").write_text("file_name,label\n")
+    (tmp_path / "photos" / "metadata.csv").write_text("file_name,label\na/scan.png,ill\nb/scan.png,well\n")
     check(tmp_path / "photos")
 
 
@@ -84,7 +84,7 @@ def test_images_beside_splits_are_warned_of(tmp_path):
 
 def test_a_train_with_a_table_is_a_split(tmp_path):
     made(tmp_path, "train", "unsorted")
-    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\nscan.png,ill\n")
     with pytest.warns(UserWarning, match="not read: 'unsorted'"):
         check(tmp_path)
 
@@ -103,7 +103,7 @@ def test_links_that_lead_nowhere(tmp_path, split, link):
 
 def test_links_that_lead_nowhere_beside_a_table_and_beside_splits(tmp_path):
     made(tmp_path, "train")
-    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\nscan.png,ill\n")
     (tmp_path / "train" / "left-out.png").symlink_to("not-mounted")
     check(tmp_path)
     (tmp_path / "test").symlink_to("not-mounted")
@@ -119,7 +119,7 @@ def test_folders_of_classes_in_archives(tmp_path, archive, names):
         check(tmp_path)
     # Only what its table lists is read then, of folders too.
     (tmp_path / "train").mkdir(exist_ok=True)
-    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\nscan.png,ill\n")
     if archive.startswith("train/"):
         check(tmp_path)
 
@@ -128,6 +128,19 @@ def test_an_archive_beside_what_was_unpacked_from_it(tmp_path):
     made(tmp_path, "train/a", "train/b")
     zipped(tmp_path / "train.zip", "a/0.png", "b/0.png")
     with pytest.raises(ValueError, match="train.zip' is not read: .* Unpack it, and move it out of the folder"):
+        check(tmp_path)
+
+
+def test_images_that_a_table_does_not_list_or_lists_again_are_told(tmp_path):
+    made(tmp_path, "train/a", "train/b", "train/masks")
+    table = tmp_path / "train" / "metadata.csv"
+    table.write_text("file_name,mask_file_name\na/scan.png,masks/scan.png\nb/scan.png,\n")
+    check(tmp_path)
+    table.write_text("file_name,mask_file_name\na/scan.png,masks/scan.png\n")
+    with pytest.warns(UserWarning, match=r"train' does not list 1 of its 3 images, the first 'b.scan.png'"):
+        check(tmp_path)
+    table.write_text("file_name,mask_file_name\na/scan.png,masks/scan.png\nb/scan.png,\na/scan.png,\n")
+    with pytest.warns(UserWarning, match=r"lists images again in 1 rows, the first 'a/scan.png'"):
         check(tmp_path)
 
 
@@ -181,5 +194,5 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, text, message):
 @pytest.mark.parametrize("column", ["file_name", "image_file_name", "file_names", "scan_file_names"])
 def test_a_table_names_files_as_datasets_has_it(tmp_path, column):
     made(tmp_path, "train")
-    (tmp_path / "train" / "metadata.csv").write_text(f"{column},label\na.png,ill\n")
+    (tmp_path / "train" / "metadata.csv").write_text(f"{column},label\nscan.png,ill\n")
     check(tmp_path)

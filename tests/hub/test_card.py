@@ -246,12 +246,14 @@ def test_hostile_names_do_nothing(hostile_run, dataset):
     [
         ({"tuning_steps": 0}, "at every step", "At each tuned step a shuffled"),
         ({"tuning_steps": 3}, "at the first 3 steps", "At each tuned step a shuffled"),
+        # Of a run that is shorter.
+        ({"tuning_steps": 40}, "at every step", "At each tuned step a shuffled"),
         ({"tuning_steps": 0, "meta_every": 2}, "at one step in 2", "At one step in 2 a shuffled"),
         ({"meta_every": 2, "tuning_steps": 3}, "at one step in 2 of the first 3", "At one step in 2 a shuffled"),
     ],
 )
 def test_how_often_rates_were_tuned(tmp_path, options, tuned, drawn):
-    args = arguments(tmp_path, max_steps=1, meta_source="stream", **options)
+    args = arguments(tmp_path, max_steps=4, meta_source="stream", **options)
     run = MetaLRTrainer(vit(), args, train_dataset=images())
     run.train()
     run.create_model_card()

@@ -157,7 +157,7 @@ def check_checkpoint(folder: str, layers: Sequence[str]) -> None:
     check_saved_layers(list(saved), list(layers), folder)
 
 
-def load_renamed_weights(model: PreTrainedModel, folder: str | None) -> None:
+def load_renamed_weights(model: PreTrainedModel, folder: str | None) -> bool:
     """Loads a checkpoint's weights where they are saved under other names than the model's own.
 
     `save_pretrained` writes some models (ViT among them) under the names of their original release. Trainer looks for
@@ -166,22 +166,27 @@ def load_renamed_weights(model: PreTrainedModel, folder: str | None) -> None:
     Args:
         model ([`~transformers.PreTrainedModel`]): Takes the weights. Untouched where the names are its own.
         folder (`str` or `None`): The checkpoint.
+
+    Returns:
+        `bool`: whether there were such weights.
     """
     file = os.path.join(folder or "", SAFE_WEIGHTS_NAME)
     if not os.path.isfile(file):
-        return
+        return False
     with safe_open(file, framework="pt") as saved:
         kept, own = set(saved.keys()), set(model.state_dict())
-    if not kept <= own:
-        # What has its own name has been loaded: a head that the user made, which from_pretrained knows nothing of.
-        if hasattr(model, "timm_model"):
-            model.get_submodule("timm_model").load_state_dict(load_file(file))
-        else:
-            whole = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype).state_dict()
-            if lost := sorted(own - kept - set(whole)):
-                raise ValueError(f"{folder} does not hold {lost[0]} and {len(lost) - 1} more tensors of the model.")
-            model.load_state_dict({name: whole[name] for name in own - kept}, strict=False)
-        logger.info(f"Loaded the weights of {folder} again, under the names of their original release.")
+    if kept <= own:
+        return False
+    # What has its own name has been loaded: a head that the user made, which from_pretrained knows nothing of.
+    if hasattr(model, "timm_model"):
+        model.get_submodule("timm_model").load_state_dict(load_file(file))
+    else:
+        whole = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype).state_dict()
+        if lost := sorted(own - kept - set(whole)):
+            raise ValueError(f"{folder} does not hold {lost[0]} and {len(lost) - 1} more tensors of the model.")
+        model.load_state_dict({name: whole[name] for name in own - kept}, strict=False)
+    logger.info(f"Loaded the weights of {folder} again, under the names of their original release.")
+    return True
 
 
 class CheckpointingTrainer(Trainer):
@@ -191,6 +196,7 @@ class CheckpointingTrainer(Trainer):
     lr_scheduler: Any
     _meta_stream: MetaStream | None = None
     _streams = False
+    _load_result: Any = None
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Trainer's; whether the length of an epoch is known decides how a run resumes."""
@@ -258,6 +264,13 @@ class CheckpointingTrainer(Trainer):
         super()._load_best_model()
         self._load_renamed_weights(self.state.best_model_checkpoint)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Not before it is known whether what seems to be missing has another name.
+        self._load_result = load_result
+
     def _load_renamed_weights(self, folder: str | None) -> None:
-        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
-            load_renamed_weights(self.model, folder)
+        loaded = isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled
+        loaded = loaded and load_renamed_weights(self.model, folder)
+        if self._load_result is not None and not loaded:
+            super()._issue_warnings_after_load(self._load_result)
+        self._load_result = None

@@ -111,4 +111,7 @@ def test_faults_are_one_line(folder, tmp_path, capsys):
     assert "class_weights has 2 numbers for 3 classes (nil, one, two)" in capsys.readouterr().err
     smooth = ["--class_weights", "balanced", "--label_smoothing_factor", "0.1"]
     assert train(folder, model, tmp_path / "run", *smooth) == 2
-    assert "label_smoothing_factor=0.1: the loss that class_weights or this task asks for does not" in capsys.readouterr().err
+    assert (
+        "label_smoothing_factor=0.1: the loss that class_weights or this task asks for does not"
+        in capsys.readouterr().err
+    )

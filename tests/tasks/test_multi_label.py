@@ -127,4 +127,7 @@ def test_faults_are_one_line_before_training(images, tmp_path, capsys):
     assert "class_names: 'lop' is no label of the split 'train'" in printed
     assert "Traceback" not in printed
     assert train(images, tmp_path / "vit", tmp_path / "run", "--label_smoothing_factor", "0.1") == 2
-    assert "label_smoothing_factor=0.1: the loss that class_weights or this task asks for does not" in capsys.readouterr().err
+    assert (
+        "label_smoothing_factor=0.1: the loss that class_weights or this task asks for does not"
+        in capsys.readouterr().err
+    )

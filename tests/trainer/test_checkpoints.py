@@ -194,6 +194,16 @@ def timm_with_own_head():
     return model
 
 
+def test_weights_under_other_names_are_no_missing_keys(tmp_path, caplog):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss"}
+    run = trainer(tmp_path, vit(), eval_dataset=images(8, seed=1), **{**SAVING, **best, "save_steps": 3})
+    with caplog.at_level("WARNING", logger="transformers.trainer"):
+        run.train()
+    assert run.state.best_model_checkpoint
+    assert "missing keys" not in caplog.text
+    assert "unexpected keys" not in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore:.*tensors of this network are not those of")
 @pytest.mark.parametrize("make_model", [vit_with_own_head, timm_with_own_head])
 def test_a_head_of_ones_own_is_resumed_and_the_best_loaded(tmp_path, make_model):

@@ -204,30 +204,6 @@ def test_a_checkpoint_whose_writing_was_interrupted_does_not_count(tmp_path, cap
     assert "there is no complete checkpoint in output_dir=" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_its_own_images_and_classes_only(tmp_path, images, vit, capsys):
-    first = ["--max_steps", "2", "--save_steps", "2", "--test_split", "test", "--report_to", "none"]
-    assert run(tmp_path, images, vit, *first) == 0
-    longer = ["--max_steps", "4", "--save_steps", "2", "--report_to", "none"]
-    checkpoint = ["--resume_from_checkpoint", str(tmp_path / "checkpoint-2")]
-    others = save_image_folder(tmp_path / "others")
-    for split in ("train", "test"):
-        (others / split / NAMES[0]).rename(others / split / "another")
-    for more, told in (
-        (
-            ["--resume_from_checkpoint", str(tmp_path)],
-            "is the folder of a run, not a checkpoint: its last checkpoint is",
-        ),
-        ([*checkpoint, "--test_split", "test", "--seed", "7"], "is of a run with seed=42; here there are seed=7"),
-        ([*checkpoint, "--test_split", "test", "--max_train_samples", "30"], "max_train_samples=None; here there are"),
-    ):
-        capsys.readouterr()
-        assert run(tmp_path / "longer", images, vit, *longer, *more) == 2
-        assert told in capsys.readouterr().err.splitlines()[-1]
-    assert run(tmp_path / "longer", str(others), vit, *longer, *checkpoint, "--test_split", "test") == 2
-    assert f"is of a run with the classes {', '.join(sorted(NAMES))}; here" in capsys.readouterr().err.splitlines()[-1]
-    assert run(tmp_path / "longer", images, vit, *longer, *checkpoint, "--test_split", "test") == 0
-
-
 @pytest.mark.parametrize("name", ["no/model", "nowhere"])
 def test_a_model_that_is_not_there(tmp_path, images, name, capsys):
     assert run(tmp_path, images, name) == 2

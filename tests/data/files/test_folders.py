@@ -32,6 +32,7 @@ def test_classes_are_folders_of_files_with_any_ending_or_none(tmp_path):
 
 # `datasets` leaves the table open.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:The metadata.csv of .* lists images again")
 def test_formats_may_be_mixed_and_named_in_a_metadata_csv(tmp_path):
     values = np.arange(20 * 20, dtype="uint16").reshape(20, 20) * 10
     save_dicom(tmp_path / "a.dcm", values)

@@ -234,6 +234,29 @@ def run_trap(
     }
 
 
+def is_dead(accuracy: float, best: float, chance: float) -> bool:
+    """Whether a run ended so far below the best of its cell's grid that it counts as dead.
+
+    Args:
+        accuracy (`float`): Of the run.
+        best (`float`): Of the best run of the grid.
+        chance (`float`): Of an answer by chance.
+
+    Returns:
+        `bool`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.compare.hunt import is_dead
+    >>> is_dead(0.78, best=0.8, chance=0.1), is_dead(0.74, best=0.8, chance=0.1), is_dead(0.54, best=0.56, chance=0.5)
+    (False, True, True)
+
+    ```
+    """
+    return accuracy < best - DEAD_POINTS or accuracy < chance + (1 - DEAD_SHARE) * (best - chance)
+
+
 def dead_runs(rows: Sequence[dict[str, Any]], grid: str = "cosine") -> dict[str, list[dict[str, Any]]]:
     """The dead runs of every strategy but the grid's.
 
@@ -262,10 +285,9 @@ def dead_runs(rows: Sequence[dict[str, Any]], grid: str = "cosine") -> dict[str,
             best[row["cell"]] = max(best[row["cell"]], row["balanced_accuracy"])
     dead: dict[str, list[dict[str, Any]]] = {row["strategy"]: [] for row in rows if row["strategy"] != grid}
     for row in rows:
-        if row["strategy"] != grid and row["cell"] in best:
-            short = best[row["cell"]] - row["balanced_accuracy"]
-            if short > min(DEAD_POINTS, DEAD_SHARE * (best[row["cell"]] - row["chance"])):
-                dead[row["strategy"]].append({**row, "best": best[row["cell"]]})
+        held_against_grid = row["strategy"] != grid and row["cell"] in best
+        if held_against_grid and is_dead(row["balanced_accuracy"], best[row["cell"]], row["chance"]):
+            dead[row["strategy"]].append({**row, "best": best[row["cell"]]})
     return dead
 
 

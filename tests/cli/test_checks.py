@@ -1,5 +1,5 @@
 import pytest
-from digits import save_image_folder, save_vit
+from digits import save_images_and_vit, train_vit
 
 from metalr_hf.cli import main
 from metalr_hf.cli.train import RUN_FILES
@@ -9,15 +9,11 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("root")
-    save_image_folder(root / "images")
-    save_vit(root / "vit")
-    return root
+    return save_images_and_vit(tmp_path_factory.mktemp("root"))
 
 
-def train(root, output, *more, images="images"):
-    names = ["--dataset_name", str(root / images), "--model_name_or_path", str(root / "vit"), "--use_cpu", "true"]
-    return main(["train", "--output_dir", str(output), *names, "--report_to", "none", "--max_steps", "1", *more])
+def train(root, output, *more):
+    return train_vit(root, output, "--max_steps", "1", *more)
 
 
 BEST = ["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--save_strategy", "steps"]

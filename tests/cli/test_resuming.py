@@ -1,9 +1,7 @@
 """A run goes on with the images and classes that it had, or not at all."""
 
 import pytest
-from digits import NAMES, save_image_folder, save_vit
-
-from metalr_hf.cli import main
+from digits import NAMES, save_image_folder, save_images_and_vit, train_vit
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -11,17 +9,13 @@ pytestmark = pytest.mark.usefixtures("offline")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Images, a model, and a run of two steps with a checkpoint."""
-    root = tmp_path_factory.mktemp("root")
-    save_image_folder(root / "images")
-    save_vit(root / "vit")
+    root = save_images_and_vit(tmp_path_factory.mktemp("root"))
     assert train(root, root / "run", "--max_steps", "2") == 0
     return root
 
 
-def train(root, output, *more, images="images"):
-    names = ["--dataset_name", str(root / images), "--model_name_or_path", str(root / "vit"), "--use_cpu", "true"]
-    saving = ["--save_steps", "2", "--report_to", "none", "--disable_tqdm", "true"]
-    return main(["train", "--output_dir", str(output), *names, *saving, *more])
+def train(root, output, *more, **options):
+    return train_vit(root, output, "--save_steps", "2", "--disable_tqdm", "true", *more, **options)
 
 
 def resume(root, output, *more, **options):

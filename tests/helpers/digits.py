@@ -7,6 +7,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
+from metalr_hf.cli import main
+
 NAMES = ("nil", "one", "two")
 
 
@@ -55,6 +57,19 @@ def save_timm(folder, architecture="test_resnet", classes=5):
     wrap_timm_model(timm.create_model(architecture, num_classes=classes)).save_pretrained(folder)
     make_portable(folder)
     return folder
+
+
+def save_images_and_vit(root):
+    """What [`train_vit`] trains on, and with."""
+    save_image_folder(root / "images")
+    save_vit(root / "vit")
+    return root
+
+
+def train_vit(root, output, *more, images="images"):
+    """`metalr-hf train` on what [`save_images_and_vit`] saved."""
+    names = ["--dataset_name", str(root / images), "--model_name_or_path", str(root / "vit"), "--use_cpu", "true"]
+    return main(["train", "--output_dir", str(output), *names, "--report_to", "none", *more])
 
 
 def save_with_metadata(folder, columns, train=60, test=30):

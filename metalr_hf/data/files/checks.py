@@ -59,11 +59,10 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]], has_scans: b
     if parts != [Path(folder)]:
         _refuse_table_beside(parts)
         _check_images_beside(parts, splits.get(TRAIN, ()))
-    for path in (file.path for inside in files.values() for file in inside if file.name == TABLE):
-        _refuse_bad_table(path)
+    tables = {file.path: _read_table(file.path) for inside in files.values() for file in inside if file.name == TABLE}
     for part in parts:
         _refuse_archives(part, files[part], has_scans)
-        _check_listing(part, files[part])
+        _check_listing(part, files[part], tables)
 
 
 def _refuse_dead_links(folder: str, files: Mapping[Path, Sequence[os.DirEntry[str]]]) -> None:
@@ -101,27 +100,29 @@ def _refuse_table_beside(parts: Sequence[Path]) -> None:
             )
 
 
-def _refuse_bad_table(path: str) -> None:
+def _read_table(path: str) -> pd.DataFrame:
     try:
-        columns = list(pd.read_csv(path, dtype=str).columns)
+        table = pd.read_csv(path, dtype=str)
     except ValueError as error:
         raise ValueError(f"The table {path!r} cannot be read ({first_line(error)}). {HOW_A_TABLE_IS}") from error
-    if not any(map(NAMES_FILES.fullmatch, columns)):
+    if not any(map(NAMES_FILES.fullmatch, table.columns)):
         raise ValueError(
             f"The table {path!r} has no column file_name, which names the image of each row. Its columns: "
-            f"{', '.join(map(repr, columns))}. {'Call one of them so.' if len(columns) > 1 else HOW_A_TABLE_IS}"
+            f"{', '.join(map(repr, table.columns))}. "
+            f"{'Call one of them so.' if len(table.columns) > 1 else HOW_A_TABLE_IS}"
         )
+    return table
 
 
-def _check_listing(part: Path, files: Sequence[os.DirEntry[str]]) -> None:
+def _check_listing(part: Path, files: Sequence[os.DirEntry[str]], tables: Mapping[str, pd.DataFrame]) -> None:
     """Warns of images that a metadata.csv does not list, and of those that it lists again."""
-    tables = [file.path for file in files if file.name in ImageFolder.METADATA_FILENAMES]
-    if not tables or any(os.path.basename(table) != TABLE for table in tables):
+    lists = [file.path for file in files if file.name in ImageFolder.METADATA_FILENAMES]
+    if not lists or any(path not in tables for path in lists):
         return
     listed: set[str] = set()
     again: list[str] = []
-    for path in tables:
-        table = pd.read_csv(path, dtype=str)
+    for path in lists:
+        table = tables[path]
         for column in filter(NAMES_FILES.fullmatch, table.columns):
             listed |= {os.path.normpath(os.path.join(os.path.dirname(path), name)) for name in table[column].dropna()}
         if "file_name" in table:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from metalr_hf.compare.hunt import DEAD_POINTS, DEAD_SHARE
+from metalr_hf.compare.hunt import is_dead
 from metalr_hf.hub.markdown import table
 
 HERE = Path(__file__).parent
@@ -77,8 +77,7 @@ def dead_runs(runs: pd.DataFrame) -> tuple[str, str]:
         for head in (FRESH, UNGATED, DEFAULT):
             of = runs[(runs["half"] == half) & (runs["head"] == head) & (runs["seed"] == 0)]
             of = of[of["cell"].isin(best.index)].set_index("cell")["balanced_accuracy"]
-            most = pd.Series({cell: min(DEAD_POINTS, DEAD_SHARE * (best[cell] - chance[cell])) for cell in of.index})
-            dead = of[best[of.index] - of > most] if len(of) else of
+            dead = of[[is_dead(figure, best[cell], chance[cell]) for cell, figure in of.items()]]
             counts.append(f"{len(dead)} of {len(of)}" if len(of) else "–")
             if head == DEFAULT:
                 names += [f"{cell} ({figure:.3f}, grid {best[cell]:.3f})" for cell, figure in dead.items()]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from metalr_hf.compare.hunt import DEAD_POINTS, DEAD_SHARE
+from metalr_hf.compare.hunt import is_dead
 from metalr_hf.hub.markdown import table
 
 HERE = Path(__file__).parent
@@ -40,10 +40,6 @@ PAIRS = {
     "decay, head at a third of its rate": DECAY,
 }
 HALVES = {"development": "Development half", "held_out": "Held-out half", "fresh": "Fresh cells"}
-
-
-def is_dead(accuracy: float, best: float, chance: float) -> bool:
-    return accuracy < best - DEAD_POINTS or accuracy < chance + (1 - DEAD_SHARE) * (best - chance)
 
 
 def half(runs: pd.DataFrame, title: str) -> tuple[str, dict[str, list[bool]]]:

@@ -5,16 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from metalr_hf.compare.hunt import DEAD_POINTS, DEAD_SHARE
+from metalr_hf.compare.hunt import is_dead
 from metalr_hf.hub.markdown import table
 
 HERE = Path(__file__).parent
 GRID, AGAIN, DEFAULT = "cosine", "cosine, best rate, another seed", "metalr"
 HALVES = {"development": "Development half", "held_out": "Held-out half", "fresh": "Fresh cells"}
-
-
-def is_dead(accuracy: float, best: float, chance: float) -> bool:
-    return accuracy < best - DEAD_POINTS or accuracy < chance + (1 - DEAD_SHARE) * (best - chance)
 
 
 def cells_of(runs: pd.DataFrame) -> pd.DataFrame:

@@ -94,7 +94,8 @@ def look_through(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     """
     while not has_group_matcher(module) and next(module.parameters(recurse=False), None) is None:
         children = list(children_with_parameters(module))
-        if len(children) != 1:
+        # A list has no forward pass: what holds it is the network.
+        if len(children) != 1 or isinstance(children[0][1], nn.ModuleList):
             break
         path, module = f"{path}{children[0][0]}.", children[0][1]
     return module, path

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import OptimizerNames
 
 from ..data.loading import DataArguments
 from ..messages import did_you_mean, first_line
@@ -21,7 +23,7 @@ COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient
 
 
 def check_training_arguments(training: MetaLRTrainingArguments) -> None:
-    """Raises if a run cannot have its batches, its folder or its trackers.
+    """Raises if a run cannot have its batches, its folder, its optimizer or its trackers.
 
     Args:
         training ([`MetaLRTrainingArguments`]): How to train.
@@ -29,7 +31,7 @@ def check_training_arguments(training: MetaLRTrainingArguments) -> None:
     Raises:
         ValueError: if a count is below 1, or there is no such tracker.
         OSError: if the output folder cannot be made.
-        ImportError: if the package of a tracker is not installed.
+        ImportError: if the package of the optimizer or of a tracker is not installed.
     """
     for name in COUNTS:
         check_count(name, getattr(training, name))
@@ -47,6 +49,13 @@ def check_training_arguments(training: MetaLRTrainingArguments) -> None:
         raise NotADirectoryError(f"output_dir={str(training.output_dir)!r} cannot be made: {there} is no folder.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"output_dir={str(training.output_dir)!r} cannot be written: no permission in {there}.")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except (ImportError, ValueError) as error:
+        # Others are made for the parameters of a model, and there is none yet.
+        if "install" in str(error):
+            name = OptimizerNames(training.optim).value
+            raise ImportError(f"optim={name!r} needs a package more: {first_line(error)}") from error
     for name in training.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
             hint = did_you_mean(name, INTEGRATION_TO_CALLBACK, f"There are: {', '.join(INTEGRATION_TO_CALLBACK)}.")

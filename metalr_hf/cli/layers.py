@@ -103,6 +103,9 @@ def empty_model(name: str | None, *, trust_remote_code: bool = False) -> nn.Modu
             f"--model={name!r}: no configuration there. It must be a local folder, a model that can be reached on the "
             f"Hub, or timm/ and the name of one of timm's architectures. ({first_line(error)})"
         ) from error
+    if config.num_labels == 0:
+        # timm saves backbones without a head, which transformers does not build.
+        config.num_labels = 2
     auto_class = _auto_class(config, name)
     with torch.device("meta"):
         return auto_class.from_config(config, trust_remote_code=trust_remote_code)

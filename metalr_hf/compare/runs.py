@@ -287,6 +287,11 @@ def _check_cell(cell: Cell, comparison: Comparison) -> None:
         raise ValueError(f"The data set of {cell.name!r} has no test split. Name one, or use folds.")
     if comparison.folds > len(cell.train):
         raise ValueError(f"folds={comparison.folds} is more than the {len(cell.train)} rows of {cell.name!r}.")
+    if comparison.train_size is not None and comparison.train_size > len(cell.train):
+        raise ValueError(
+            f"train_size={comparison.train_size} is more than the {len(cell.train)} rows of {cell.name!r}. Leave it "
+            "out to train on all."
+        )
     feature = cell.train.features[LABEL]
     if comparison.noise and not isinstance(feature, datasets.ClassLabel):
         raise ValueError(

@@ -360,6 +360,9 @@ def _choose_columns(split: Any, args: DataArguments, keep_columns: Sequence[str]
     candidates = classes or [name for name in ("label", "labels") if name in features]
     hint = "" if candidates or not images else layout_hint(args.folder)
     label = find_column(features, "label", args.label_column_name, candidates, hint)
+    if args.group_column in (image, label):
+        kind = "labels" if args.group_column == label else "images"
+        raise ValueError(f"group_column={args.group_column!r} is the column of the {kind}. Name the one of the groups.")
     kept = [name for name in keep_columns if name in features]
     split = split.select_columns([image, label, *kept]).rename_columns(
         {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old != new}

@@ -1,3 +1,5 @@
+import importlib.util
+
 import pytest
 from digits import save_images_and_vit, train_vit
 
@@ -35,6 +37,7 @@ BEST = ["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--save_
         (["--learning_rate", "-1"], "learning_rate=-1.0 must be 0 or more. It has no effect while"),
         (["--max_steps", "0"], "max_steps=0 trains nothing."),
         (["--max_steps", "-1", "--num_train_epochs", "0"], "num_train_epochs=0.0 trains nothing."),
+        (["--group_column", "label"], "group_column='label' is the column of the labels."),
         (["--report_to", "wanb"], "report_to='wanb' is no tracker that transformers knows. Did you mean 'wandb'"),
         (
             ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "64"],
@@ -54,6 +57,14 @@ def test_a_tracker_that_is_not_installed(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("metalr_hf.cli.checks.get_available_reporting_integrations", lambda: [])
     assert train(root, tmp_path, "--report_to", "wandb") == 2
     assert "report_to='wandb': its package is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_8bit", "grokadamw"])
+def test_an_optimizer_that_is_not_installed(root, tmp_path, capsys, optim):
+    if importlib.util.find_spec("torchao" if optim == "adamw_torch_8bit" else optim):
+        pytest.skip("it is installed")
+    assert train(root, tmp_path, "--optim", optim) == 2
+    assert f"optim={optim!r} needs a package more:" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made(root, tmp_path, capsys):

@@ -2,8 +2,10 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from layered import vit
+from timm.models import save_for_hf
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from metalr_hf.cli import main
@@ -60,6 +62,12 @@ def test_a_run_of_the_packages_own_networks_needs_no_code_of_its_folder(name, tm
     command = [sys.executable, "-m", "metalr_hf.cli", "layers", "--model", str(tmp_path)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert len(rows(shown)) > 1
+
+
+def test_a_saved_backbone_gets_a_head(tmp_path, capsys):
+    save_for_hf(timm.create_model("test_vit", num_classes=0), tmp_path, model_config={"num_classes": 0})
+    assert main(["layers", "--model", str(tmp_path)]) == 0
+    assert "head" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,8 @@ def test_bad_settings_are_refused_by_name(settings, message):
 def test_bad_cells_and_folders_are_refused_before_the_first_run(tmp_path):
     with pytest.raises(ValueError, match="folds=50 is more than the 48 rows of 'small'"):
         compare([cell()], comparison(folds=50), tmp_path)
+    with pytest.raises(ValueError, match="train_size=50 is more than the 48 rows of 'small'"):
+        compare([cell()], comparison(train_size=50), tmp_path)
     with pytest.raises(ValueError, match="group_column='video' is not a column of 'small'"):
         compare([cell()], comparison(folds=3, group_column="video"), tmp_path)
     with pytest.raises(ValueError, match="cells: 2 have 1 names"):

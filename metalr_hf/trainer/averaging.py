@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -21,31 +20,9 @@ from .meta import EmptyMetaSetError, larger_batch, spare_batches
 logger = logging.get_logger(__name__)
 
 AVERAGE_FILE = "weight_average.pt"
-# Training batches that the statistics of batch norm are estimated from: from fewer or smaller ones they are those of a
-# few images, and cost up to ten points.
-STATISTICS_BATCHES, FEWEST_BATCHES = 8, 4
-
-
-def statistics_batches(batch_size: int) -> tuple[int, int]:
-    """How many batches the statistics of batch norm are estimated from, and of how many images.
-
-    Args:
-        batch_size (`int`): Images that are trained on at a time.
-
-    Returns:
-        `tuple[int, int]`
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.trainer.averaging import statistics_batches
-    >>> statistics_batches(32), statistics_batches(8), statistics_batches(2)
-    ((8, 32), (4, 32), (4, 8))
-
-    ```
-    """
-    size = larger_batch(batch_size)
-    return max(FEWEST_BATCHES, math.ceil(STATISTICS_BATCHES * batch_size / size)), size
+# Batches that the statistics of batch norm are estimated from, as large as those of the looks: from eight they are no
+# better, and from fewer or smaller ones they are those of a few images, and cost up to ten points.
+STATISTICS_BATCHES = 4
 
 
 class AveragingTrainer(Trainer):
@@ -114,8 +91,8 @@ class AveragingTrainer(Trainer):
             yield
 
     def _statistics_forwards(self) -> None:
-        count, size = statistics_batches(self._train_batch_size)
-        batches = spare_batches(self, count * size, size)
+        size = larger_batch(self._train_batch_size)
+        batches = spare_batches(self, STATISTICS_BATCHES * size, size)
         if batches is None:
             logger.warning_once(
                 "The statistics of batch norm are averaged along with the weights, since batches to estimate them from "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -382,7 +383,13 @@ def _balanced_accuracy(labels: Any, guess: Any) -> float:
 
 
 def _auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    if len(np.unique(labels)) < scores.shape[1] or not np.isfinite(scores).all():
+    absent = sorted(set(range(scores.shape[1])) - set(labels.tolist()))
+    if absent:
+        warnings.warn(
+            f"The AUROC is not a number: none of the {len(labels)} images measured is of class {absent[0]}.",
+            stacklevel=2,
+        )
+    if absent or not np.isfinite(scores).all():
         return float("nan")
     if scores.shape[1] == 2:
         return float(roc_auc_score(labels, scores[:, 1]))

@@ -113,6 +113,12 @@ class Segmentation(Task):
         kinds = [name for name in config.architectures or () if "ForSemanticSegmentation" in name]
         return bool(kinds) and config.model_type != MonaiConfig.model_type
 
+    def load_trained(self, arguments: ModelArguments) -> tuple[PreTrainedModel, BaseImageProcessor]:
+        model, processor = super().load_trained(arguments)
+        # Those on the Hub were not saved by this package.
+        _show_whole_images(processor)
+        return model, processor
+
     def read(self, entry: Any, processor: BaseImageProcessor) -> tuple[Tensor, Any]:
         content = file_bytes(entry)
         pixels, size = super().read({**entry, "bytes": content}, processor)
@@ -225,7 +231,8 @@ def load_mask_processor(
     """Loads the image processor that belongs to a segmentation network.
 
     A U-Net on a fresh timm encoder gets a `SegformerImageProcessor` with the scale of the encoder's images: it resizes
-    images and masks, and turns outputs into masks (`post_process_semantic_segmentation`).
+    images and masks, and turns outputs into masks (`post_process_semantic_segmentation`). A processor that cuts out the
+    centre of images is changed to one that resizes the whole image to the size of the centre.
 
     Args:
         model (`transformers.PreTrainedModel`): The model.
@@ -257,6 +264,7 @@ def load_mask_processor(
         processor: Any = load_image_processor(model, name_or_path, image_size, **kwargs)
         # Checkpoints trained on ADE20K would take class 0 for pixels that do not count.
         processor.do_reduce_labels = False
+        _show_whole_images(processor)
         return processor
     if image_size is None:
         image_size = DEMO_IMAGE_SIZE if name_or_path is None else pretrained_cfg["input_size"][-1]
@@ -270,3 +278,10 @@ def load_mask_processor(
     )
     set_channels(processor, input_channels(model.config))
     return processor
+
+
+def _show_whole_images(processor: Any) -> None:
+    """Masks of a centre would be stretched over the whole image when they are brought to its size."""
+    if getattr(processor, "do_center_crop", False):
+        processor.do_center_crop, processor.do_resize = False, True
+        processor.size = type(processor.size)(**{edge: dict(processor.crop_size)[edge] for edge in ("height", "width")})

@@ -11,7 +11,16 @@ from cells import save_cells
 from digits import digit_images, findings, save_image_folder, save_timm, save_vit, save_with_metadata
 from PIL import Image
 from scans import save_dicom, save_dicom_folder, save_nifti
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForSemanticSegmentation,
+    MobileNetV2ImageProcessor,
+    MobileViTImageProcessor,
+    pipeline,
+)
 
 from metalr_hf.cli import main
 from metalr_hf.data.files import read_image
@@ -227,6 +236,32 @@ def test_masks_have_the_size_of_their_images(tmp_path):
     files = splits.test.cast_column("image", datasets.Image(decode=False))
     for row, expected in zip(files, tested, strict=True):
         assert torch.equal(task.read(row["image"], saved)[0], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("saved_by", ["others", "this package"])
+@pytest.mark.parametrize("image_processor", [MobileViTImageProcessor, MobileNetV2ImageProcessor])
+def test_masks_lie_where_their_images_do_if_the_processor_of_the_model_cuts_out_the_centre(
+    tmp_path, saved_by, image_processor
+):
+    config = MobileNetV2Config(depth_multiplier=0.1, min_depth=8, depth_divisible_by=8, image_size=64, num_labels=2)
+    MobileNetV2ForSemanticSegmentation(config).save_pretrained(tmp_path)
+    image_processor(size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    task, arguments = get_task("segmentation"), ModelArguments(str(tmp_path))
+    if saved_by == "this package":
+        model = task.load_model(arguments, {0: "skin", 1: "lesion"})
+        task.load_processor(arguments, model, 32).save_pretrained(tmp_path)
+    _, processor = task.load_trained(arguments)
+    values = np.zeros((200, 400), "uint8")
+    values[:, 150:200] = 255
+    Image.fromarray(values).save(tmp_path / "image.png")
+    pixels, size = task.read({"bytes": None, "path": str(tmp_path / "image.png")}, processor)
+    assert pixels.shape == ((3, 32, 32) if saved_by == "this package" else (3, 64, 64))
+    grey = pixels.mean(0) - (pixels.max() + pixels.min()) / 2
+    (answer,) = task.answers(torch.stack([-grey, grey])[None], ["skin", "lesion"], [size])
+    columns = np.flatnonzero(answer["mask"].any(0))
+    # A pixel of the model's input is as wide as 12.5 of the image.
+    assert (columns[0], columns[-1]) == pytest.approx((150, 199), abs=13)
+    assert answer["mask"].all(0)[columns[0] : columns[-1] + 1].all()
 
 
 def test_masks_of_nifti_slices_lie_where_their_images_do(tmp_path):

@@ -319,7 +319,8 @@ def check_image(
                 f"--num_channels {contents.channels}, or save images of {channels or CHANNELS}"
             )
         if not may_be_cut_short(entry):
-            if not contents.deep and not contents.transparent:
+            # A window of a file of 8 bits makes fractions of its values.
+            if not contents.deep and not contents.transparent and not voi:
                 return False
             if contents.deep and is_windowed and not voi:
                 return True

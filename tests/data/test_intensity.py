@@ -136,6 +136,28 @@ def test_the_window_of_each_file(tmp_path):
         load_images(DataArguments(dataset_name=str(tmp_path), intensity_window=["voi"], test_share=0.25))
 
 
+@pytest.mark.parametrize(
+    ("kind", "tags", "given", "source"),
+    [
+        ("uint8", {"PixelPaddingValue": 255}, None, None),
+        ("uint8", {"WindowCenter": 100, "WindowWidth": 50, "PixelPaddingValue": 255}, ["voi"], "voi"),
+        ("uint8", {}, ["voi"], None),
+        ("int8", {}, None, "training images"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:intensity_window makes no difference")
+def test_dicom_of_8_bits_that_passes_the_check_can_be_trained_on(tmp_path, kind, tags, given, source):
+    values = np.arange(256).reshape(16, 16).astype("uint8").view(kind)
+    for i in range(4):
+        (tmp_path / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        save_dicom(tmp_path / "train" / "ab"[i % 2] / f"{i}.dcm", values, **tags)
+    splits = load_images(DataArguments(dataset_name=str(tmp_path), intensity_window=given, test_share=0.5))
+    assert getattr(splits.window, "source", None) == source
+    pixels = prepare_images(splits, demo_image_processor(), "none").train[0]["pixel_values"]
+    assert pixels.isfinite().all()
+    assert pixels.std() > 0
+
+
 def test_columns_of_nifti_of_paths_and_of_bytes_are_read(tmp_path):
     values = (np.arange(30, dtype="int16").reshape(5, 6) - 10) * 100
     files = [str(save_nifti(tmp_path / f"{i}.nii.gz", values + i)) for i in range(8)]

@@ -49,8 +49,7 @@ def look_at_dicom(file: BinaryIO | str) -> Contents:
         _refuse(dataset)
         if dataset.PhotometricInterpretation == "PALETTE COLOR":
             return Contents(int(dataset.RedPaletteColorLookupTableDescriptor[2]) > 8, 3)
-        shallow = dataset.get("BitsAllocated") in (1, 8) and not _in_other_units(dataset)
-        return Contents(not shallow, int(dataset.get("SamplesPerPixel", 1)))
+        return Contents(not _is_shallow(dataset), int(dataset.get("SamplesPerPixel", 1)))
 
 
 def read_dicom(file: BinaryIO | str, *, voi: bool = False) -> np.ndarray:
@@ -58,7 +57,7 @@ def read_dicom(file: BinaryIO | str, *, voi: bool = False) -> np.ndarray:
 
     Rescale slope and intercept or the modality table are applied, so that CT comes in Hounsfield units. Images in
     which high values are dark (`MONOCHROME1`) are turned within the range of values that can be stored. Pixels that
-    the file calls padding are NaN.
+    the file calls padding are NaN, and black where the image has 8 bits, which hold no NaN.
 
     Args:
         file (`BinaryIO` or `str`): The file or its path.
@@ -95,13 +94,17 @@ def read_dicom(file: BinaryIO | str, *, voi: bool = False) -> np.ndarray:
         values = pixels.apply_modality_lut(stored, dataset)
         # Of what can be stored, in the units.
         ends = pixels.apply_modality_lut(_stored_range(dataset, stored.dtype), dataset)
-        if voi and (shallow := _is_shallow(dataset)) and not _has_window(dataset):
-            voi = not shallow
+        shallow = _is_shallow(dataset)
+        if shallow and not _has_window(dataset):
+            voi = False
         if voi:
             values, ends = _windowed(values, dataset, pixels)
         if kind == "MONOCHROME1":
             values = (ends[0] + ends[-1] - values).astype(values.dtype)
         padding = _padding(dataset, stored)
+        if shallow and not voi:
+            # The check before training goes by the header: floats would have no window here.
+            return np.where(False if padding is None else padding, 0, values).astype(np.uint8)
         if padding is not None and padding.any():
             values = np.where(padding, np.nan, values).astype(np.float32)
         return values
@@ -203,7 +206,8 @@ def _in_other_units(dataset: Any) -> bool:
 
 
 def _is_shallow(dataset: Any) -> bool:
-    return dataset.get("BitsAllocated") in (1, 8) and not _in_other_units(dataset)
+    signed = bool(dataset.get("PixelRepresentation"))
+    return dataset.get("BitsAllocated") in (1, 8) and not signed and not _in_other_units(dataset)
 
 
 def _has_window(dataset: Any) -> bool:

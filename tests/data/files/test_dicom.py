@@ -55,6 +55,32 @@ def test_padding_is_no_value(tmp_path):
     assert (values[VALUES != 0] == VALUES[VALUES != 0] - 1024.0).all()
 
 
+@pytest.mark.parametrize("tags", [{}, {"RescaleSlope": 1, "RescaleIntercept": 0}])
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_of_bytes_is_black(tmp_path, kind, tags):
+    greys = VALUES.astype("uint8")
+    padded = save_dicom(
+        tmp_path / "a.dcm",
+        greys,
+        PixelPaddingValue=200,
+        PixelPaddingRangeLimit=255,
+        PhotometricInterpretation=kind,
+        **tags,
+    )
+    image = read_image(entry(padded))
+    assert image.mode == "L"
+    bright = 255 - greys if kind == "MONOCHROME1" else greys
+    assert (np.asarray(image) == np.where(greys >= 200, 0, bright)).all()
+    assert not look_at(entry(padded)).deep
+
+
+def test_signed_bytes_are_no_grey_image(tmp_path):
+    signed = (VALUES // 20 - 100).astype("int8")
+    file = save_dicom(tmp_path / "a.dcm", signed)
+    assert look_at(entry(file)).deep
+    assert (read_image(entry(file)) == signed).all()
+
+
 def test_the_window_of_a_file_shows_it_from_black_to_white(tmp_path):
     tags = {"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": 40, "WindowWidth": 400}
     shown = read_image(entry(save_dicom(tmp_path / "a.dcm", VALUES, **tags)), voi=True)

@@ -82,7 +82,8 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         `pandas.DataFrame`: indexed by strategy and learning rate (NaN for a strategy without one), in the order of the
             runs; columns `mean`, `std`, `error`, `loss`, `cost`, `runs` (how many), `diverged` and `failed`. A run that
-            diverged counts as zero, one that an error ended not at all.
+            diverged counts as zero, or as the lowest of the cell where that is below zero, as R² may be; one that an
+            error ended counts not at all.
 
     Example:
 
@@ -96,8 +97,10 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     ```
     """
     result = pd.to_numeric(rows.get(metric_of(rows), pd.Series(np.nan, rows.index)))
+    done = rows["status"] == DONE
+    lowest = min([0.0, *result[done].dropna()])
     rows = rows.assign(
-        result=result.where(rows["status"] == DONE, 0.0).where(rows["status"] != FAILED),
+        result=result.where(done, lowest).where(rows["status"] != FAILED),
         test_loss=pd.to_numeric(rows.get("test_loss", np.nan)),
         cost=pd.to_numeric(rows.get("cost", np.nan)),
         diverged=rows["status"] == DIVERGED,
@@ -345,7 +348,7 @@ def _notes(folder: Path, results: pd.DataFrame, timings: pd.DataFrame) -> str:
         f"Settings of all runs: `{(folder / SETTINGS).read_text(encoding='utf-8').strip()}`".replace("\n", " "),
     ]
     for status, meaning in {
-        DIVERGED: "Runs that diverged, counted as zero:",
+        DIVERGED: "Runs that diverged, counted as zero, or as the lowest of their cell where that is below zero:",
         FAILED: "Runs that an error ended, left out of the means; started again, the comparison tries them again:",
     }.items():
         such = results[results["status"] == status]

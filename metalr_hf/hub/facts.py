@@ -26,6 +26,7 @@ from ..models.monai_networks import MonaiConfig
 from ..models.target_losses import TargetLoss
 from ..models.volume_processor import VolumeImageProcessor
 from ..tasks.base import Task
+from ..tasks.registry import TASKS
 from ..tuning.optimizers import unwrap
 from .card import Evaluation, LayerFacts, RunFacts
 from .publish import CARD
@@ -65,6 +66,7 @@ def run_facts(
     base_model = base_model or _hub_id(loaded_from)
     dataset = dataset or trainer.dataset_name or _builder_name(trainer.train_dataset)
     is_timm = hasattr(network, "timm_model")
+    kind = trainer.task or _kind_of_answers(config)
     return RunFacts(
         library="peft" if is_adapter else "timm" if is_timm else "transformers" if is_known else None,
         task=task or (trainer.task.pipeline_tag if trainer.task else _pipeline_tag(network)),
@@ -85,9 +87,9 @@ def run_facts(
         dataset=dataset,
         dataset_on_hub=bool(_hub_id(dataset)),
         classes=class_names(model),
-        answers=(trainer.task or Task).card_sentence,
-        activation=(trainer.task or Task).activation,
-        purpose=trainer.task.purpose if trainer.task else None,
+        answers=kind.card_sentence,
+        activation=kind.activation,
+        purpose=kind.purpose,
         evaluation=trainer.evaluation,
         test_split=trainer.test_split,
         train_images=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
@@ -156,6 +158,13 @@ def _class_results(names: list[str], output: EvalLoopOutput) -> list[list[object
     ]
 
 
+def _kind_of_answers(config: Any) -> Task | type[Task]:
+    """The task of a script, as far as the model's configuration tells it."""
+    problem = getattr(config, "problem_type", None)
+    found = (task for task in TASKS.values() if getattr(task, "problem_type", None) == problem)
+    return Task if problem is None else next(found, Task)
+
+
 def _label_results(names: list[str], output: EvalLoopOutput) -> list[list[object]]:
     predictions, labels = output.predictions, output.label_ids
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
@@ -165,6 +174,9 @@ def _label_results(names: list[str], output: EvalLoopOutput) -> list[list[object
     for name, truth, logit in zip(names, labels.T, logits.T, strict=True):
         # Those below zero are unknown.
         known = truth >= 0
+        if not known.any():
+            results.append([name, "", "", "", 0])
+            continue
         answers = logit[known] > 0
         figures = precision_recall_fscore_support(truth[known], answers, average="binary", zero_division=0.0)[:3]
         results.append([name, *(f"{value:.3f}" for value in figures), int((truth == 1).sum())])

@@ -13,7 +13,7 @@ from transformers.trainer_utils import SchedulerType
 from ..settings import LAYER_GRANULARITIES, META_MODES, check_choice, check_count, check_number, check_settings
 from ..tuning.averaging import averaging_share
 from ..tuning.rules import get_rule
-from .defaults import FilledIn, calibrates, fill_in_schedule, leave_out_again
+from .defaults import FilledIn, calibrates, fill_in_direction, fill_in_schedule, leave_out_again
 from .stopping import prepare_stopping
 
 # Chen et al. 2023, section 3.1, and the reference code, with the sign of the paper's equation.
@@ -264,6 +264,7 @@ class MetaLRTrainingArguments(TrainingArguments):
         fill_in_schedule(self)
         _refuse_watching_schedules(self)
         prepare_stopping(self)
+        fill_in_direction(self)
         super().__post_init__()
         # A run that stops by itself averages whatever its schedule.
         self._average_is_default = isinstance(self.average_weights, FilledIn) and not self.stop_when_converged

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.trainer_utils import SchedulerType, has_length
 
+from ..tasks.metrics import lower_is_better
 from ..tuning.averaging import POLYNOMIAL
 
 # `None` means that it was left out.
@@ -71,6 +72,28 @@ def fill_in_schedule(args: Any) -> None:
     args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
     if args.average_weights is None:
         args.average_weights = FilledIn(POLYNOMIAL)
+
+
+def fill_in_direction(args: Any) -> None:
+    """Sets that the lowest value of `metric_for_best_model` is the best one where it is an error, such as `mae`.
+
+    By transformers it is the highest one of all figures but losses.
+
+    Args:
+        args ([`MetaLRTrainingArguments`]): The arguments, before transformers has looked at them.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf import MetaLRTrainingArguments
+    >>> [MetaLRTrainingArguments(metric_for_best_model=name).greater_is_better for name in ("mae", "r2")]
+    [False, True]
+
+    ```
+    """
+    name = args.metric_for_best_model
+    if args.greater_is_better is None and name is not None and lower_is_better(name):
+        args.greater_is_better = False
 
 
 def leave_out_again(args: Any) -> None:

@@ -41,6 +41,15 @@ def test_means_deviations_and_failures():
     assert free["mean"] == pytest.approx(0.4), "a run that diverged counts as zero"
 
 
+def test_a_run_that_diverged_is_no_better_than_those_that_did_not():
+    same = {"metric": "r2", "strategy": "cosine", "test_loss": None, "cost": 1.0}
+    rows = [
+        {**same, "learning_rate": 1e-4, "status": "done", "r2": -0.2},
+        {**same, "learning_rate": 1e-1, "status": "diverged", "r2": None},
+    ]
+    assert summarise(pd.DataFrame(rows))["mean"].tolist() == [-0.2, -0.2]
+
+
 SCORES = ("accuracy", "macro_f1", "test_loss", "class_accuracy", "cost", "steps")
 FAILED = {"status": "failed", "reason": "OutOfMemoryError: too big"}
 
@@ -69,7 +78,7 @@ def test_the_report_has_a_row_a_strategy_with_the_best_entry_in_bold(tmp_path):
     assert lines["metalr"].count("**0.910 ± 0.006**") == 3
     assert lines["metalr"].endswith("| 2.00x |")
     assert "(1 diverged)" in lines["prodigy"]
-    assert "counted as zero:\n\n- 1 × net → digits, prodigy: training loss nan" in text
+    assert "where that is below zero:\n\n- 1 × net → digits, prodigy: training loss nan" in text
     assert (tmp_path / "report.png").stat().st_size > 5000
 
 

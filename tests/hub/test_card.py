@@ -154,6 +154,26 @@ def test_rates_that_were_not_tuned_are_not_read():
     assert "transfers" not in card.text
 
 
+@pytest.mark.parametrize(
+    ("problem", "labels", "told"),
+    [
+        ("regression", [1.0, 2.0, 3.0], "It estimates, in the units of the data: "),
+        ("multi_label_classification", [1.0, 0.0, -100.0], "It says which of 3 labels an image has: "),
+    ],
+)
+def test_the_card_of_a_script_says_what_its_model_answers(tmp_path, problem, labels, told):
+    model = vit()
+    model.config.problem_type = problem
+    rows = [{"pixel_values": row["pixel_values"], "labels": torch.tensor(labels)} for row in images(8)]
+    run = MetaLRTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows, eval_dataset=rows)
+    run.train()
+    run.evaluate()
+    run.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert told in text
+    assert "classes apart" not in text
+
+
 def test_results_of_other_weights_are_told_apart():
     card = model_card(facts(**{**KNOWN, "step": 100}))
     assert "On the test split at optimizer step 60, not with the final weights:" in card.text

@@ -73,6 +73,14 @@ def test_the_source_follows_from_what_is_there(tmp_path):
         source(has_meta_dataset=True, meta_source="next_batch")
 
 
+@pytest.mark.parametrize("options", [{}, {"stop_when_converged": True}])
+def test_the_best_of_errors_is_the_lowest(tmp_path, options):
+    for name, highest in (("eval_mae", False), ("rmse_age", False), ("hausdorff95", False), ("r2", True)):
+        args = MetaLRTrainingArguments(str(tmp_path), metric_for_best_model=name, **options)
+        assert args.greater_is_better is highest
+    assert MetaLRTrainingArguments(str(tmp_path), metric_for_best_model="mae", greater_is_better=True).greater_is_better
+
+
 def test_a_schedule_chosen_afterwards_takes_the_place_of_the_average(tmp_path):
     def average(**kwargs):
         args = MetaLRTrainingArguments(str(tmp_path), **kwargs).set_lr_scheduler("cosine", num_epochs=5)

@@ -133,7 +133,9 @@ def label_weights(weights: Sequence[Any], figures: np.ndarray, names: Sequence[s
     """
     if list(weights) != [BALANCED]:
         return _one_each(weights, names)
-    return ((figures == 0).sum(0) / np.maximum((figures == 1).sum(0), 1)).tolist()
+    have, others = (figures == 1).sum(0), (figures == 0).sum(0)
+    # Where no image is known to be without a label, there is nothing to balance.
+    return np.where(others > 0, others / np.maximum(have, 1), 1.0).tolist()
 
 
 def class_counts(rows: datasets.Dataset, classes: int) -> np.ndarray:
@@ -210,7 +212,9 @@ def warn_of_rare_classes(rows: Any, names: Sequence[str], weights: Sequence[Any]
 
 
 def warn_of_rare_labels(figures: np.ndarray, names: Sequence[str], weights: Sequence[Any] | None) -> None:
-    """Warns of labels that fewer than ten training images or under 5 % of them have.
+    """Warns of labels that few training images have, or of which none is known to be without.
+
+    Few are fewer than ten, or under 5 % of them.
 
     Args:
         figures (`numpy.ndarray` of shape `(rows, labels)`): 1, 0, or below zero where it is unknown.
@@ -219,6 +223,13 @@ def warn_of_rare_labels(figures: np.ndarray, names: Sequence[str], weights: Sequ
     """
     counts = (figures == 1).sum(0).tolist()
     _warn(rare(counts, len(figures), names), counts, weights)
+    always = [name for name, column in zip(names, figures.T, strict=True) if not (column == 0).any()]
+    if always:
+        more = f" (nor for {len(always) - 1} others)" if len(always) > 1 else ""
+        logger.warning(
+            f"No training image is known to be without the label {always[0]!r}{more}, so that it will be answered for "
+            "every image. An empty entry or -1 means unknown; 0 says that an image does not have it."
+        )
 
 
 def _warn(said: str, counts: Sequence[int], weights: Sequence[Any] | None) -> None:

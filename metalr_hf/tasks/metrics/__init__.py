@@ -9,6 +9,7 @@ from .classes import (
     predicted_classes,
     score_classes,
 )
+from .direction import lower_is_better
 from .labels import LABEL_METRICS, build_label_metrics, score_label_sets
 from .numbers import NUMBER_METRICS, build_number_metrics, score_numbers
 from .refined_loss import refined_losses
@@ -25,6 +26,7 @@ __all__ = [
     "build_number_metrics",
     "build_volume_metrics",
     "load_metric",
+    "lower_is_better",
     "measure_volumes",
     "predicted_classes",
     "refined_losses",

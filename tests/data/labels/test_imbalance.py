@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from digits import NAMES, digit_images
 
-from metalr_hf.data.labels.imbalance import ClassArguments, class_weights, label_weights, rare, warn_of_rare_classes
+from metalr_hf.data.labels.imbalance import (
+    ClassArguments,
+    class_weights,
+    label_weights,
+    rare,
+    warn_of_rare_classes,
+    warn_of_rare_labels,
+)
 
 FEATURES = datasets.Features(label=datasets.ClassLabel(names=["healthy", "ill", "odd"]))
 
@@ -33,6 +40,14 @@ def test_a_class_without_images_has_a_weight_that_is_finite():
 def test_labels_that_are_unknown_are_not_counted():
     figures = np.array([[1, 1], [0, -100], [0, -100], [0, 0]])
     assert label_weights(["balanced"], figures, ["a", "b"]) == [3.0, 1.0]
+
+
+def test_a_label_that_no_image_is_known_to_be_without_still_counts_and_is_warned_of(caplog):
+    figures = np.array([[1, 1], [1, 0], [-100, 1]])
+    assert label_weights(["balanced"], figures, ["a", "b"]) == [1.0, 0.5]
+    with caplog.at_level("WARNING"):
+        warn_of_rare_labels(figures, ["a", "b"], None)
+    assert "No training image is known to be without the label 'a', so" in caplog.text
 
 
 @pytest.mark.parametrize("given", [["blanced"], ["1", "x"], ["0", "1"], ["-1", "2"], ["nan"], ["inf", "1"], [], "2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -20,6 +21,8 @@ from .folds import strata_of
 from .several_labels import divide_rows
 
 SHARES = ("test_share", "validation_share", "meta_split")
+# How often whole groups are drawn where no classes have to be in both parts.
+TRIES = 20
 Splits = TypeVar("Splits", bound="ImageSplits")
 
 
@@ -188,16 +191,13 @@ def hold_out_rows(
         part_of = divide_rows(rows, (len(rows) - size, size), seed, groups) if 0 < size < len(rows) else None
         # Of a few large groups, any that will do.
         if part_of is not None:
-            return rows.select(np.flatnonzero(part_of == 0)), rows.select(np.flatnonzero(part_of == 1))
-        if groups is None:
+            rest, held = np.flatnonzero(part_of == 0), np.flatnonzero(part_of == 1)
+        elif groups is None:
             column = None if strata is None else LABEL
             parts = rows.train_test_split(test_size=size, stratify_by_column=column, seed=seed)
             return parts["train"], parts["test"]
-        if strata is None:
-            how: Any = GroupShuffleSplit(1, test_size=size / len(rows), random_state=seed)
         else:
-            how = StratifiedGroupKFold(max(2, round(len(rows) / size)), shuffle=True, random_state=seed)
-        rest, held = next(how.split(np.arange(len(rows)), strata, groups))
+            rest, held = _divide_groups(groups, size, seed, strata)
     except ValueError as error:
         kept = "every class" if group_column is None else f"each value of {group_column!r} on one side and every class"
         raise ValueError(
@@ -205,7 +205,34 @@ def hold_out_rows(
             f"({first_line(error)}).{_enough(argument, size, strata) if group_column is None else ''}"
             f"{_single(rows, strata)}"
         ) from error
+    if groups is not None and abs(len(held) - size) > size / 2:
+        largest = np.unique(groups, return_counts=True)[1].max()
+        warnings.warn(
+            f"{argument}: {size} of {len(rows)} training images were to be held out, but it became {len(held)}, for "
+            f"images that share a value of group_column={group_column!r} stay together, up to {largest} of them. Put "
+            "images aside in a split of their own, or ask for another share.",
+            UserWarning,
+            stacklevel=2,
+        )
     return rows.select(rest), rows.select(held)
+
+
+def _divide_groups(
+    groups: np.ndarray, size: int, seed: int, strata: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of several divisions that keep groups whole, the one with every class in both parts that is closest in size."""
+    if strata is None:
+        how: Any = GroupShuffleSplit(TRIES, test_size=size / len(groups), random_state=seed)
+    else:
+        how = StratifiedGroupKFold(max(2, round(len(groups) / size)), shuffle=True, random_state=seed)
+
+    classes = 0 if strata is None else len(np.unique(strata))
+
+    def rank(parts: tuple[np.ndarray, np.ndarray]) -> tuple[bool, int]:
+        lacks_a_class = strata is not None and any(len(np.unique(strata[part])) < classes for part in parts)
+        return lacks_a_class, abs(len(parts[1]) - size)
+
+    return min(how.split(groups, strata, groups), key=rank)
 
 
 def _enough(argument: str, size: int, strata: np.ndarray | None) -> str:

@@ -65,6 +65,41 @@ def test_a_patient_stays_on_one_side(labels):
         assert 4 <= len(held) <= 12
 
 
+def rows_of_patients(sizes, labels):
+    """A patient of each size; `labels` takes the numbers of a patient and of an image."""
+    numbered = [(patient, image) for patient, size in enumerate(sizes) for image in range(size)]
+    columns = {"label": [labels(*both) for both in numbered], "patient": [patient for patient, _ in numbered]}
+    return datasets.Dataset.from_dict(columns)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        lambda patient, image: image % 2,
+        lambda patient, image: image % 2 if patient == 0 else patient % 2,
+        lambda patient, image: image + 0.5,
+    ],
+    ids=["classes", "one class a patient but of the largest", "numbers"],
+)
+def test_a_patient_with_most_of_the_images_is_trained_on(labels):
+    data = rows_of_patients((200, 30, 25, 20, 15, 10), labels)
+    for seed in range(10):
+        rest, held = hold_out_rows(data, "test_share", 60, seed, group_column="patient")
+        assert 30 <= len(held) <= 90
+        assert not set(rest["patient"]) & set(held["patient"])
+        if isinstance(data[0]["label"], int):
+            assert set(rest["label"]) == set(held["label"]) == {0, 1}
+    assert hold_out_rows(data, "test_share", 60, seed, group_column="patient")[1]["patient"] == held["patient"]
+
+
+def test_a_share_that_whole_patients_make_another_one_is_warned_of():
+    data = rows_of_patients((200, 30, 25, 20, 15, 10), lambda patient, image: patient % 2)
+    expected = "test_share: 60 of 300 training images .* became 25, .* group_column='patient' .* up to 200 of them. Put"
+    with pytest.warns(UserWarning, match=expected):
+        rest, held = hold_out_rows(data, "test_share", 60, 0, group_column="patient")
+    assert set(rest["label"]) == set(held["label"]) == {0, 1}
+
+
 def test_every_split_that_is_made_keeps_patients_together(tmp_path):
     arguments = DataArguments(dataset_name=saved(tmp_path, train=rows()), group_column="patient", test_share=0.25)
     splits = load_images(arguments, seed=1)

@@ -84,6 +84,29 @@ def is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in TEXT_TYPES
 
 
+def as_whole(value: Any) -> Any:
+    """A value as it was before a table turned it into a fraction.
+
+    Whole numbers are fractions to pandas once their column had a blank, or was joined to another table.
+
+    Args:
+        value (`Any`): What a row holds.
+
+    Returns:
+        `Any`: a whole number where it is a fraction without a remainder, and all else as it is.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.data.columns import as_whole
+    >>> as_whole(7.0), as_whole(0.5), as_whole("7.0")
+    (7, 0.5, '7.0')
+
+    ```
+    """
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def place(where: str, entry: Mapping[str, Any] | None) -> str:
     """A place with the path of a file, where that is known.
 

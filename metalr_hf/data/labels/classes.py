@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from ..columns import IMAGE, LABEL, place
+from ..columns import IMAGE, LABEL, as_whole, place
 from ..files.folders import walk
 from ..files.layout import refuse_nested_classes
 
@@ -69,7 +69,7 @@ def class_labels(
         )
     else:
         _refuse_missing(splits, folder)
-        values = [_whole(value) for value in train.unique(LABEL)]
+        values = [as_whole(value) for value in train.unique(LABEL)]
         others = [value for value in values if isinstance(value, (float, list, dict))]
         if others:
             advice = ", or learn the numbers with --task regression" if isinstance(others[0], float) else ""
@@ -180,18 +180,13 @@ def _warn_of_unseen_classes(splits: Mapping[str, Any], train_name: str, names: S
             )
 
 
-def _whole(value: Any) -> Any:
-    """Whole numbers are fractions to pandas once their column had a blank, or was joined to another table."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _cast_labels(name: str, split: Any, class_names: tuple[str, ...]) -> Any:
     target = datasets.ClassLabel(names=list(class_names))
     if isinstance(split, datasets.IterableDataset):
         return split
     feature = split.features[LABEL]
     if not isinstance(feature, datasets.ClassLabel):
-        values = {str(_whole(value)) for value in split.unique(LABEL)}
+        values = {str(as_whole(value)) for value in split.unique(LABEL)}
         if values - set(class_names):
             raise ValueError(
                 f"Split {name!r} has the labels {sorted(values - set(class_names))[:5]}, which the training split does "

@@ -15,7 +15,7 @@ from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold
 
 from ...messages import first_line
 from ...settings import check_seed
-from ..columns import LABEL
+from ..columns import LABEL, as_whole
 from ..intensity import IntensityWindow, find_window, parse_window
 from .folds import strata_of
 from .several_labels import divide_rows
@@ -290,7 +290,7 @@ def groups_of(rows: datasets.Dataset, column: str, name: str) -> np.ndarray:
             f"group_column={column!r}: {len(missing)} of the {name} images have no group, the first in row "
             f"{missing[0]}. Give each image one, a name of its own where nothing is known, or leave it out."
         )
-    return np.array([str(value) for value in values])
+    return np.array([str(as_whole(value)) for value in values])
 
 
 def refuse_shared_groups(splits: Mapping[str, Any], column: str) -> None:

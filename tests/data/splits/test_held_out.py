@@ -117,6 +117,14 @@ def test_splits_that_share_a_patient_are_refused_unless_that_is_wanted(tmp_path)
     assert splits.test.num_rows == 12
 
 
+def test_a_patient_who_is_a_whole_number_in_one_split_and_a_fraction_in_the_other_is_shared(tmp_path):
+    whole = rows().remove_columns("patient").add_column("patient", [i // 4 for i in range(40)])
+    fractions = rows(8, 60).remove_columns("patient").add_column("patient", [9.0] * 4 + [10.0] * 4)
+    name = saved(tmp_path, train=whole, test=fractions)
+    with pytest.raises(ValueError, match=r"'train' and 'test' share 1 of its values \(9\)"):
+        load_images(DataArguments(dataset_name=name, group_column="patient"))
+
+
 def test_bad_groups_are_told_before_training(tmp_path):
     name = saved(tmp_path / "a", train=rows())
     with pytest.raises(ValueError, match=r"group_column='subject' is not a column of the data set: \['image'"):

@@ -70,7 +70,7 @@ def look_at_picture(file: bytes | str, channels: int | None = None) -> Contents:
         with Image.open(file if isinstance(file, str) else io.BytesIO(file)) as image:
             if not _is_tiff(image) or not _is_for_tifffile(image, channels):
                 _refuse_lost_bits(image)
-                _refuse_lost_pages(image)
+                refuse_lost_pages(image)
                 return Contents(image.mode in DEEP_MODES, len(image.getbands()), image.has_transparency_data)
     except UnidentifiedImageError:
         # Of TIFF files that Pillow does not know, tifffile may.
@@ -98,11 +98,11 @@ def read_picture(entry: Mapping[str, Any], content: bytes, channels: int | None 
         ImportError: if it is a TIFF file that Pillow does not read as it is, and tifffile is not installed.
         OSError: if it cannot be read.
     """
-    if _needs_tifffile(content, channels):
+    if needs_tifffile(content, channels):
         return _read_tiff(content, channels)
     with Image.open(io.BytesIO(content)) as image:
         _refuse_lost_bits(image)
-        _refuse_lost_pages(image)
+        refuse_lost_pages(image)
     decoded = datasets.Image().decode_example({"bytes": content, "path": entry.get("path")})
     return np.asarray(decoded) if decoded.mode in DEEP_MODES else decoded
 
@@ -157,7 +157,16 @@ def read_array(content: bytes, channels: int | None = None) -> np.ndarray:
     return channels_last(values, channels)
 
 
-def _needs_tifffile(content: bytes, channels: int | None) -> bool:
+def needs_tifffile(content: bytes, channels: int | None) -> bool:
+    """Whether a file is a TIFF that Pillow does not read as it is.
+
+    Args:
+        content (`bytes`): The file.
+        channels (`int`, *optional*): How many channels are expected.
+
+    Returns:
+        `bool`
+    """
     if content[:4] not in TIFF_HEADS:
         return False
     try:
@@ -194,7 +203,13 @@ def _refuse_lost_bits(image: Image.Image) -> None:
         )
 
 
-def _refuse_lost_pages(image: Image.Image) -> None:
+def refuse_lost_pages(image: Image.Image, advice: str | None = None) -> None:
+    """Raises `UnusableFileError` if an image is a TIFF file of several pages, of which Pillow reads the first.
+
+    Args:
+        image (`PIL.Image.Image`): As `PIL.Image.open` gives it.
+        advice (`str`, *optional*): What to do; by default that for an image to learn from.
+    """
     # Of other formats, counting the frames may mean to decode them all.
     pages = getattr(image, "n_frames", 1) if _is_tiff(image) else 1
     if pages == 1:
@@ -203,8 +218,9 @@ def _refuse_lost_pages(image: Image.Image) -> None:
     image.seek(1)
     # A smaller one is a thumbnail, or a level of a pyramid.
     if image.size == size:
-        raise UnusableFileError(
-            f"the TIFF file has {pages} pages, of which only the first would be read. Save those to learn from as "
-            f"files of one page each, or give num_channels={pages} if they are the channels of one image"
+        advice = advice or (
+            "Save those to learn from as files of one page each, or give "
+            f"num_channels={pages} if they are the channels of one image"
         )
+        raise UnusableFileError(f"the TIFF file has {pages} pages, of which only the first would be read. {advice}")
     image.seek(0)

@@ -5,26 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import datasets
 import numpy as np
-from PIL import ExifTags
 
 from ...models.losses import IGNORE_INDEX
 from ..cells import CLASS_NAMES, demo_cells
-from ..columns import IMAGE, LABEL, find_column, open_image, place, read_at
-from ..files import read_image
+from ..columns import IMAGE, LABEL, find_column, place, read_at
 from ..files.nifti import check_place
-from ..files.reading import file_bytes, format_of
+from ..files.reading import file_bytes
 from ..loading import SHUFFLE_BUFFER_SIZE, DataArguments, as_image_files, image_columns, load_splits
 from ..splits import ImageSplits, arrange
+from .reading import kind_of, read_mask, size_of
 
 MASK_NAME = re.compile(
     r"(.*_)?(masks?|labels?|annotations?|segmentations?(_maps?)?|seg|targets?|ground_truth|gt)(_.*)?", re.IGNORECASE
 )
-# Masks of one channel; in `P` the colours stand for the ids.
-MASK_MODES = ("1", "L", "P", "I", "I;16")
 # As an 8-bit image of 0 and 1 shows nothing, masks of two classes are often written so.
 BLACK_AND_WHITE = (0, 255)
 WHITE = BLACK_AND_WHITE[-1]
@@ -187,80 +185,6 @@ def load_masks(args: MaskArguments, *, seed: int = 42, keep_columns: Sequence[st
     return MaskSplits(class_names=classes.names, classes=classes, **arrange(chosen, names, args, seed))
 
 
-def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
-    """The values of a mask.
-
-    Args:
-        entry (`Mapping[str, Any]`): `bytes` or `path` of its file, as `datasets.Image(decode=False)` gives them.
-
-    Returns:
-        `numpy.ndarray` of shape `(height, width)`, an integer type
-
-    Raises:
-        ValueError: if it is a picture with colours, or its values are no whole numbers.
-
-    Example:
-
-    ```python
-    >>> from metalr_hf.data.masks import MaskArguments, load_masks, read_mask
-    >>> mask = read_mask(load_masks(MaskArguments()).train[0]["label"])
-    >>> mask.shape, sorted(set(mask.ravel().tolist()))
-    ((96, 96), [0, 1])
-
-    ```
-    """
-    if _kind(entry) != "picture":
-        return _of_one_channel(np.asarray(read_image(entry)))
-    with open_image(entry) as picture:
-        mode = picture.mode
-        values = np.asarray(picture if mode in (*MASK_MODES, "F") else picture.convert("RGB"))
-    if mode == "F":
-        return _whole_numbers(values)
-    if mode not in MASK_MODES:
-        if (values != values[..., :1]).any():
-            raise ValueError(
-                f"the mask has colours (mode {mode}), but a mask has one channel that holds class ids. Convert the "
-                "colours to ids"
-            )
-        # Grey, stored as three channels that are equal.
-        return values[..., 0]
-    return values.astype(np.uint8) if values.dtype == bool else values
-
-
-def _kind(entry: Mapping[str, Any]) -> str:
-    return format_of(file_bytes(entry), str(entry.get("path") or ""))
-
-
-def _of_one_channel(values: np.ndarray) -> np.ndarray:
-    if values.ndim == 3:
-        raise ValueError(
-            f"the mask has {values.shape[2]} channels, but a mask has one channel that holds class ids. Convert them "
-            "to ids"
-        )
-    return _whole_numbers(values) if values.dtype.kind == "f" else values
-
-
-def _whole_numbers(values: np.ndarray) -> np.ndarray:
-    whole = np.nan_to_num(values, nan=0.5).round().astype(np.int64)
-    if (whole != values).any():
-        raise ValueError(
-            f"the mask holds the value {values[whole != values][0]:.6g} (mode F), but a mask holds class ids, which "
-            "are whole numbers. Round them"
-        )
-    return whole
-
-
-def _size(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of an image as it will be decoded, from its header where that tells."""
-    if _kind(entry) != "picture":
-        height, width = np.asarray(read_image(entry)).shape[:2]
-        return height, width
-    with open_image(entry) as picture:
-        width, height = picture.size
-        # The orientations from 5 on lie on their side, and `datasets` turns them when it decodes.
-        return (width, height) if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (height, width)
-
-
 def _choose_columns(split: Any, args: MaskArguments, keep_columns: Sequence[str]) -> Any:
     features = split.features or dict.fromkeys(next(iter(split)))
     given = (args.image_column_name, args.mask_column_name)
@@ -295,6 +219,7 @@ def named_columns(rows: Any, image: str, mask: str, others: Sequence[str]) -> An
 
 def _check_masks(splits: Mapping[str, Any], train_name: str, args: MaskArguments) -> MaskClasses:
     """Looks at the size and the values of every mask, and says which classes the training masks hold."""
+    size = partial(size_of, channels=args.num_channels)
     first: dict[str, dict[int, str]] = {}
     for name, split in splits.items():
         first[name] = {}
@@ -303,8 +228,8 @@ def _check_masks(splits: Mapping[str, Any], train_name: str, args: MaskArguments
             if entry[LABEL] is None or entry[IMAGE] is None:
                 raise ValueError(f"{where}: there is no {'mask' if entry[LABEL] is None else 'image'}.")
             mask = read_at(where, read_mask, entry[LABEL])
-            check_size(where, mask.shape, read_at(of_image, _size, entry[IMAGE]))
-            if "nifti" == _kind(entry[LABEL]) == _kind(entry[IMAGE]):
+            check_size(where, mask.shape, read_at(of_image, size, entry[IMAGE]))
+            if "nifti" == kind_of(entry[LABEL]) == kind_of(entry[IMAGE]):
                 check_place(where, file_bytes(entry[LABEL]), file_bytes(entry[IMAGE]))
             first[name] = dict.fromkeys(_values(mask), where) | first[name]
     classes = named_classes(args, set(first[train_name]), first[train_name])

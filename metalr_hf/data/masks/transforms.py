@@ -17,7 +17,8 @@ from ..columns import IMAGE, LABEL, place
 from ..intensity import channels_of, to_input, window_of
 from ..loading import AUGMENTATIONS
 from ..transforms import random_crop
-from .loading import MaskClasses, check_size, read_mask
+from .loading import MaskClasses, check_size
+from .reading import read_mask
 
 
 class MaskTransform:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,6 +19,9 @@ from .targets import TargetArguments, TargetRows, Targets, figures_of, is_list
 
 # What Trainer takes for a label that does not count, so that it counts the known ones of an accumulated batch.
 UNKNOWN = -100.0
+# What whole numbers are that say whether an image has a label.
+FLAGS = (0, 1, -1, None)
+FIGURES = re.compile("bool|float|u?int")
 HINT = (
     "It takes a column of lists, or several columns of 0 and 1, named with target_column_names; text such as "
     "'edema|effusion' is divided by label_separator."
@@ -80,7 +84,7 @@ def load_label_sets(args: LabelSetArguments, *, seed: int = 42, keep_columns: Se
     """
     rows = TargetRows(args, demo_label_sets, lambda features: _candidates(features, args), keep_columns, HINT)
     read = {name: _read(targets, args) for name, targets in rows.targets.items()}
-    if args.target_column_names or all(_are_flags(one) for one in read.values()):
+    if args.target_column_names or _are_flags(read.values()):
         known, figures = _from_flags(read, rows, args)
     else:
         known, figures = _from_names(read, rows)
@@ -132,18 +136,27 @@ def _read(targets: Targets, args: LabelSetArguments) -> _Lists:
     raise ValueError(f"{targets.place(column, 0)}: the labels are no lists but such as {shown!r}. {HINT}")
 
 
-def _are_flags(read: _Lists) -> bool:
+def _are_flags(read: Iterable[_Lists]) -> bool:
     """Whether lists hold a 0 or a 1 for each label, rather than the labels that there are."""
-    if isinstance(read.inner, datasets.ClassLabel):
+    # The labels of a test split may be held back, so that its lists say nothing.
+    given = [one for one in read if any(one.lists)]
+    kinds = [str(getattr(one.inner, "dtype", "")) for one in given]
+    if any(isinstance(one.inner, datasets.ClassLabel) for one in given) or not all(map(FIGURES.match, kinds)):
         return False
-    kind = str(getattr(read.inner, "dtype", ""))
-    if kind == "bool" or kind.startswith("float"):
+    numbers = [
+        row for one, kind in zip(given, kinds, strict=True) if "int" in kind for row in one.lists if row is not None
+    ]
+    if not numbers:
         return True
-    if not kind.startswith(("int", "uint")):
-        return False
-    given = [row for row in read.lists if row is not None]
-    lengths = {len(row) for row in given}
-    return len(lengths) == 1 and max(lengths) > 1 and all(value in (0, 1, -1, None) for row in given for value in row)
+    lengths = {len(row) for row in numbers}
+    signs = (
+        len(lengths) == 1 and max(lengths) > 1,
+        all(value in FLAGS for row in numbers for value in row),
+        # No image has the same label twice.
+        any(len(set(row)) < len(row) for row in numbers),
+    )
+    # With one odd entry, or one odd length, they still are, and the row is told.
+    return sum(signs) >= 2
 
 
 def _flag(value: Any) -> float | None:
@@ -156,8 +169,8 @@ def _flag(value: Any) -> float | None:
 def _from_flags(
     read: dict[str, _Lists], rows: TargetRows, args: LabelSetArguments
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    first: Sequence[Any] = next((row for row in read[rows.names.train].lists if row is not None), [])
-    names = tuple(args.target_column_names or args.class_names or map(str, range(len(first))))
+    longest = max((len(row) for row in read[rows.names.train].lists if row is not None), default=0)
+    names = tuple(args.target_column_names or args.class_names or map(str, range(longest)))
     figures = {}
     for split, one in read.items():
         columns = args.target_column_names or [one.column] * len(names)

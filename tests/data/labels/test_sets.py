@@ -78,6 +78,51 @@ def test_numbers_of_labels_are_no_figures(tmp_path):
     assert splits.train[0]["label"] == {"nil": [0, 1, 1], "one": [0, 0, 0], "two": [1, 0, 0]}[names[0]]
 
 
+@pytest.mark.parametrize("held_back", [None, []], ids=str)
+def test_a_test_split_whose_labels_are_held_back_leaves_figures_what_they_are(tmp_path, held_back):
+    folder, names = saved(tmp_path, FIGURES.get, datasets.List(datasets.Value("int64")), test=lambda name: held_back)
+    if held_back is None:
+        splits = load(folder)
+        assert splits.class_names == ("0", "1", "2")
+        assert [list(label) for label in splits.train["label"]] == [FIGURES[name] for name in names]
+        assert splits.test["label"][0] == [UNKNOWN] * 3
+    else:
+        with pytest.raises(ValueError, match="Split 'test', column 'findings', row 0 has 0 figures for 3 labels"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ([0, 2, 0], "row 1 holds 2, which is neither 0 nor 1"),
+        ([0, 1, 2], "row 1 holds 2, which is neither 0 nor 1"),
+        ([], "row 1 has 0 figures for 3 labels"),
+        ([1, 0], "row 1 has 2 figures for 3 labels"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_one_odd_list_does_not_make_labels_of_figures(tmp_path, split, odd, message):
+    images, names = digit_images(12)
+    lists = [FIGURES[name] for name in names]
+    kind = datasets.Features(image=datasets.Image(), findings=datasets.List(datasets.Value("int64")))
+    rows = {
+        name: datasets.Dataset.from_dict(
+            {"image": images, "findings": [lists[0], odd, *lists[2:]] if name == split else lists}, features=kind
+        )
+        for name in ("train", "test")
+    }
+    datasets.DatasetDict(rows).save_to_disk(str(tmp_path))
+    with pytest.raises(ValueError, match=f"Split '{split}', column 'findings', {message}"):
+        load(str(tmp_path))
+
+
+def test_numbers_of_labels_of_which_every_image_has_as_many(tmp_path):
+    numbers = {"nil": [4, 7], "one": [1, 4], "two": [7, 1]}
+    folder, _ = saved(tmp_path, numbers.get, datasets.List(datasets.Value("int64")), test=lambda name: None)
+    assert load(folder).class_names == ("1", "4", "7")
+
+
 def test_a_missing_list_is_unknown_and_some_labels_can_be_chosen(tmp_path):
     values = {**LISTS, "one": None}
     folder, names = saved(tmp_path, values.get, datasets.List(datasets.Value("string")))

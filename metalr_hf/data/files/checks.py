@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ...messages import first_line
 from .folders import NEVER_IMAGES, is_image_file, walk
-from .layout import ARCHIVE, TRAIN, has_metadata, holds_images
+from .layout import ARCHIVE, TRAIN, folders_of_splits, has_metadata, holds_images
 
 # Of many folders and files, how many a message names.
 NAMED = 6
@@ -63,6 +64,40 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]], has_scans: b
     for part in parts:
         _refuse_archives(part, files[part], has_scans)
         _check_listing(part, files[part], tables)
+
+
+def texts_lost(folder: str, split: str, column: str) -> dict[str, int]:
+    r"""The texts of a column of the `metadata.csv` of a split that are read as if there were none, such as `None`.
+
+    Args:
+        folder (`str`): The folder of images.
+        split (`str`): The split.
+        column (`str`): The column.
+
+    Returns:
+        `dict[str, int]`: each to the number of its rows; an empty entry and `nan` are none.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from metalr_hf.data.files.checks import texts_lost
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     table = Path(folder) / "metadata.csv"
+    ...     _ = table.write_text("file_name,findings\n0.png,edema\n1.png,None\n2.png,\n")
+    ...     texts_lost(folder, "train", "findings")
+    {'None': 1}
+
+    ```
+    """
+    lost: Counter[str] = Counter()
+    for part in folders_of_splits(folder).get(split, []):
+        for file in (file for level in walk(str(part)) for file in level.files if file.name == TABLE):
+            read, written = (pd.read_csv(file.path, dtype=str, keep_default_na=how) for how in (True, False))
+            if column in read:
+                lost.update(written[column][read[column].isna()])
+    return {text: count for text, count in lost.items() if text.strip("-").lower() not in ("", "nan")}
 
 
 def _refuse_dead_links(folder: str, files: Mapping[Path, Sequence[os.DirEntry[str]]]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..columns import is_text
 from ..digits import demo_label_sets
+from ..files.checks import texts_lost
 from ..splits import ImageSplits
 from .imbalance import ClassArguments
 from .targets import TargetArguments, TargetRows, Targets, figures_of, is_list
@@ -130,10 +131,23 @@ def _read(targets: Targets, args: LabelSetArguments) -> _Lists:
         return _Lists(targets, column, values, feature.feature)
     separator = args.label_separator
     if separator and is_text(feature):
+        if args.folder is not None and None in values:
+            _refuse_lost(args.folder, targets.split, column, separator)
         lists = [None if v is None else [part for p in v.split(separator) if (part := p.strip())] for v in values]
         return _Lists(targets, column, lists, datasets.Value("string"))
     shown = next((value for value in values if value is not None), None)
     raise ValueError(f"{targets.place(column, 0)}: the labels are no lists but such as {shown!r}. {HINT}")
+
+
+def _refuse_lost(folder: str, split: str, column: str, separator: str) -> None:
+    """Images without findings would be left out of the training and of the test where a table calls them `None`."""
+    if lost := texts_lost(folder, split, column):
+        texts = ", ".join(f"{text!r} in {count} rows" for text, count in lost.items())
+        raise ValueError(
+            f"Split {split!r}, column {column!r}: the metadata.csv holds {texts}, which is read as an empty entry, so "
+            f"that the labels of these images would be unknown. Write {separator!r} and nothing else for an image that "
+            "has none of the labels, leave the entry empty where they are unknown, or use another word for a label."
+        )
 
 
 def _are_flags(read: Iterable[_Lists]) -> bool:

@@ -13,6 +13,7 @@ from scans import save_dicom_folder
 from metalr_hf.data import LabelSetArguments, QuantityArguments, load_label_sets, load_quantities
 from metalr_hf.data.files import folders
 from metalr_hf.data.files.local import load_folder
+from metalr_hf.data.labels.sets import UNKNOWN
 from metalr_hf.data.loading import DataArguments, load_images
 
 pytestmark = [pytest.mark.usefixtures("offline", "open_files_are_left_here"), LEFT_OPEN]
@@ -149,6 +150,26 @@ def test_unknown_labels_in_one_split_alone(tmp_path):
     splits = load_label_sets(LabelSetArguments(dataset_name=str(tmp_path), target_column_names=columns))
     assert splits.train[1]["label"] == splits.test[1]["label"] == [1, 0]
     assert splits.train[0]["label"][0] != 0
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("word", ["None", "N/A"])
+def test_words_that_a_table_is_read_without_are_told(tmp_path, word, split):
+    texts = ["edema|effusion", word, "edema", "", word, "nan"]
+    for name in ("train", "test"):
+        table(tmp_path / name, "findings", *(texts if name == split else texts[::2][:2]))
+    arguments = LabelSetArguments(dataset_name=str(tmp_path), label_separator="|", label_column_name="findings")
+    message = (
+        rf"Split '{split}', column 'findings': the metadata.csv holds '{word}' in 2 rows, .* Write '\|' and nothing"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_label_sets(arguments)
+    # As the message says.
+    written = tmp_path / split / "metadata.csv"
+    written.write_text(written.read_text().replace(f",{word}", ",|"))
+    labels = list(getattr(load_label_sets(arguments), split)["label"])
+    assert [labels[row] for row in (0, 1, 2, 4)] == [[1, 1], [0, 0], [1, 0], [0, 0]]
+    assert labels[3] == labels[5] == [UNKNOWN, UNKNOWN]
 
 
 def test_whole_numbers_in_one_split_and_fractions_in_another(tmp_path):

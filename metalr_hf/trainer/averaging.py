@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,9 +21,31 @@ from .meta import EmptyMetaSetError, larger_batch, spare_batches
 logger = logging.get_logger(__name__)
 
 AVERAGE_FILE = "weight_average.pt"
-# Batches that the statistics of batch norm are estimated from, as large as those of the looks: from eight they are no
-# better, and from fewer or smaller ones they are those of a few images, and cost up to ten points.
-STATISTICS_BATCHES = 4
+# Training batches that the statistics of batch norm are estimated from: from smaller ones, or from two, they are those
+# of a few images, and cost up to ten points. From eight they are hardly better.
+STATISTICS_BATCHES, FEWEST_BATCHES = 6, 4
+
+
+def statistics_batches(batch_size: int) -> tuple[int, int]:
+    """How many batches the statistics of batch norm are estimated from, and of how many images.
+
+    Args:
+        batch_size (`int`): Images that are trained on at a time.
+
+    Returns:
+        `tuple[int, int]`
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.trainer.averaging import statistics_batches
+    >>> statistics_batches(32), statistics_batches(8), statistics_batches(2)
+    ((6, 32), (4, 32), (4, 8))
+
+    ```
+    """
+    size = larger_batch(batch_size)
+    return max(FEWEST_BATCHES, math.ceil(STATISTICS_BATCHES * batch_size / size)), size
 
 
 class AveragingTrainer(Trainer):
@@ -91,8 +114,8 @@ class AveragingTrainer(Trainer):
             yield
 
     def _statistics_forwards(self) -> None:
-        size = larger_batch(self._train_batch_size)
-        batches = spare_batches(self, STATISTICS_BATCHES * size, size)
+        count, size = statistics_batches(self._train_batch_size)
+        batches = spare_batches(self, count * size, size)
         if batches is None:
             logger.warning_once(
                 "The statistics of batch norm are averaged along with the weights, since batches to estimate them from "

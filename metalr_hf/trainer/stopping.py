@@ -15,10 +15,9 @@ from transformers.utils import logging
 from ..settings import check_number
 from ..tasks.metrics import refined_losses
 from ..tuning.averaging import POLYNOMIAL, has_statistics
-from .averaging import STATISTICS_BATCHES
+from .averaging import statistics_batches
 from .convergence import Evaluated, best_evaluation, earliest_stop, evaluation_steps, has_converged
 from .measuring import MeasuringTrainer
-from .meta import larger_batch
 
 logger = logging.get_logger(__name__)
 
@@ -193,9 +192,8 @@ class StoppingTrainer(MeasuringTrainer):
         images_of_step = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         cost = self._evaluation_images() / images_of_step / 3
         if getattr(self, "average_weights", None) is not None and any(map(has_statistics, self.model.modules())):
-            # Every process estimates all of them.
-            batches = STATISTICS_BATCHES * larger_batch(self._train_batch_size) / self._train_batch_size
-            cost += batches / args.gradient_accumulation_steps / 3
+            batches, size = statistics_batches(self._train_batch_size)
+            cost += batches * size / self._train_batch_size / args.gradient_accumulation_steps / 3
         return cost
 
     def evaluations(self) -> list[Evaluated]:

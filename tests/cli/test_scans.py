@@ -50,7 +50,7 @@ def test_nothing_of_the_patient_leaves_the_files(tmp_path, scans, vit, capfd, ca
     told = [said.out, said.err, caplog.text]
     told += [file.read_bytes().decode("latin-1") for file in tmp_path.rglob("*") if file.is_file()]
     assert len(told) > 8
-    for secret in (NAME, NAME.split("^")[0] + "^", PRIVATE, "train-0", "19700101"):
+    for secret in (NAME, NAME.split("^")[0] + "^", PRIVATE, "patient-train-0", "19700101"):
         assert not [text for text in told if secret in text]
     # What goes to the Hub names no path either.
     for name in ("README.md", "config.json", "preprocessor_config.json", "all_results.json", "lr_history.csv"):
@@ -75,7 +75,7 @@ def test_nothing_of_the_patient_goes_to_the_hub(tmp_path, scans, vit, hub, user)
     assert len(pushed) >= 7
     for file in pushed:
         text = file.read_bytes().decode("latin-1")
-        for secret in ("Mustermann", PRIVATE, "train-0", "19700101", str(tmp_path), scans):
+        for secret in ("Mustermann", PRIVATE, "patient-train-0", "19700101", str(tmp_path), scans):
             assert secret not in text
     window = json.loads((hub.folder("me/scans") / "preprocessor_config.json").read_text())["intensity_window"]
     assert window == {"low": -160.0, "high": 900.0, "source": "given"}

@@ -60,7 +60,7 @@ def save_dicom_folder(folder, train=24, test=8, endings=(".dcm",), seed=0, patie
             kind = i % 2
             target = Path(folder) / split / ("left", "right")[kind]
             target.mkdir(parents=True, exist_ok=True)
-            patient = f"{split}-{i % patients}"
+            patient = f"patient-{split}-{i % patients}"
             file = target / f"IM{i:04}{endings[i % len(endings)]}"
             save_dicom(file, scan(generator, kind), patient, RescaleSlope=1, RescaleIntercept=-1024)
     return Path(folder)

@@ -156,9 +156,13 @@ class CommandParser(HfArgumentParser):
             `dict[str, Any]`: argument to value.
         """
         values, known = read_arguments_file(file), self.names()
-        for name in values:
+        lists = {action.dest for action in self._actions if action.nargs == "+"}
+        for name, value in values.items():
             if name not in known:
                 self.refuse(name, f"argument in {file!r}")
+            # On the command line, one value is a list of one.
+            if name in lists and isinstance(value, (str, int, float)):
+                values[name] = [value]
         return values
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:

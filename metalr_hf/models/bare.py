@@ -108,11 +108,11 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     ```
     """
     if not labels.is_floating_point():
-        if labels.dim() == 1 and logits.shape[1] > 1:
-            return functional.cross_entropy(logits, labels)
-        if labels.dim() > 1 and labels.shape != logits.shape:
+        if labels.dim() == 1 and logits.dim() > 1 and logits.shape[1] > 1:
+            return functional.cross_entropy(logits, labels.long())
+        if 1 < labels.dim() == logits.dim() - 1:
             sized = resize_logits(logits, labels.shape[1:])
-            return functional.cross_entropy(sized, labels, ignore_index=IGNORE_INDEX)
+            return functional.cross_entropy(sized, labels.long(), ignore_index=IGNORE_INDEX)
     elif logits.shape[1:].numel() == 1 and labels.numel() == logits.numel():
         return functional.mse_loss(logits.reshape(-1), labels.reshape(-1))
     elif labels.shape == logits.shape and bool((labels.sum(1) - 1).abs().max() < SHARES_ADD_UP):

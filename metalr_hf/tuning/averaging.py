@@ -71,7 +71,7 @@ class WeightAverage:
         model (`torch.nn.Module`): The model.
         kind (`str` or `float`, *optional*, defaults to `"polynomial"`): See [`averaging_share`].
         parameters (`Iterable[torch.Tensor]`, *optional*): The parameters to average, by default those of the model that
-            require gradients.
+            require gradients. Give them if some of them are thawed later.
 
     Example:
 
@@ -102,6 +102,7 @@ class WeightAverage:
         self.share = averaging_share(kind)
         self.steps = 0
         wanted = None if parameters is None else {id(p) for p in parameters}
+        self._looks_for_thawed = parameters is None
         self._parameters = {
             name: p for name, p in model.named_parameters() if (p.requires_grad if wanted is None else id(p) in wanted)
         }
@@ -115,7 +116,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the weights as they are now into the average. Call it after each optimizer step."""
+        """Takes the weights as they are now into the average. Call it after each optimizer step.
+
+        Raises:
+            ValueError: if a parameter is trained that was frozen when the average was made.
+        """
+        if self._looks_for_thawed:
+            self._refuse_thawed()
         self.steps += 1
         live = self._live()
         if self.steps == 1:
@@ -128,6 +135,14 @@ class WeightAverage:
             torch._foreach_lerp_([self._average[name] for name in same], [live[name] for name in same], share)
         for name in live.keys() - same:
             self._average[name].lerp_(live[name].to(self._average[name].dtype), share)
+
+    def _refuse_thawed(self) -> None:
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and name not in self._parameters:
+                raise ValueError(
+                    f"{name!r} is trained, but was frozen when the average was made, which would leave it out. Pass "
+                    "parameters=..., all that are ever trained, or make a new average now."
+                )
 
     def restart(self) -> None:
         """Forgets the average, for a run that begins anew."""

@@ -67,7 +67,7 @@ def fit_head(features: Tensor, labels: Tensor, classes: int, weights: Tensor | N
     ```
     """
     # An accelerator may have no float64, and the matrix is small.
-    x, labels = features.detach().to("cpu", torch.float64), labels.detach().cpu()
+    x, labels = features.detach().to("cpu", torch.float64), labels.detach().cpu().long()
     if len(x) < 2 or not bool(x.isfinite().all()):
         return FittedHead(torch.zeros(classes, x.shape[1]), torch.zeros(classes), math.inf)
     targets = functional.one_hot(labels, classes).double()

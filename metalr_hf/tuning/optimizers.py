@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,7 @@ def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> list[torch.
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if (own := reference()) is not None:
+            refuse_closure(args, kwargs)
             own.before_optimizer_step(optimizer)
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -47,6 +48,20 @@ def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> list[torch.
         hook.remove()
     _HOOKS[base] = [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
     return _HOOKS[base]
+
+
+def refuse_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a step is given a closure, which would compute the gradients after they are read.
+
+    Args:
+        args (`Sequence`): What `optimizer.step` was called with, the optimizer first.
+        kwargs (`Mapping[str, Any]`): The same by keyword.
+    """
+    if kwargs.get("closure") is not None or any(value is not None for value in args[1:]):
+        raise ValueError(
+            "optimizer.step(closure) cannot be tuned: the gradients have to be there before the step. Call the closure "
+            "first: closure(); optimizer.step()."
+        )
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:

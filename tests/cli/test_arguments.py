@@ -58,6 +58,16 @@ def test_with_own_images_or_model_there_are_no_demo_settings(tmp_path):
     assert own_model.data.image_size is None
 
 
+def test_one_value_in_a_file_is_a_list_of_one_where_a_list_is_taken(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"output_dir: {tmp_path}\ntask: regression\ndata_dir: photos\ntarget_column_names: age\nhead_module: fc\n"
+    )
+    arguments = parse_train_arguments([str(file)])
+    assert arguments.data.target_column_names == ["age"]
+    assert arguments.training.head_module == ["fc"]
+
+
 @pytest.mark.parametrize("kind", ["json", "yaml"])
 def test_a_file_and_arguments_that_override_it(tmp_path, kind):
     file = tmp_path / f"run.{kind}"

@@ -258,6 +258,16 @@ def test_class_ids_for_a_single_logit_are_refused(labels):
         label_loss(torch.zeros(3, 1), torch.tensor(labels))
 
 
+def test_class_ids_of_any_integer_type_are_class_ids_and_for_a_squeezed_logit_they_are_refused():
+    logits, ids = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([0, 1])
+    for kind in (torch.uint8, torch.int32, torch.bool):
+        assert label_loss(logits, ids.to(kind)) == label_loss(logits, ids)
+    with pytest.raises(ValueError, match=r"torch.int64 for logits of shape \(2,\)"):
+        label_loss(logits[:, 0], ids)
+    with pytest.raises(ValueError, match=r"Labels of shape \(2, 1\) .* for logits of shape \(2, 2\)"):
+        label_loss(logits, ids[:, None])
+
+
 def test_on_one_device_a_vector_of_losses_is_refused_and_a_loss_in_one_is_taken(tmp_path):
     with pytest.raises(ValueError, match=r"LossOfEach returns a tensor of shape \(2,\) .* return its \.mean\(\)"):
         train(tmp_path, LossOfEach())

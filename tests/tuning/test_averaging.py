@@ -47,6 +47,25 @@ def test_the_polynomial_average_is_that_of_a_plain_loop_over_saved_weights():
     assert all(torch.equal(value, saved[-1][name]) for name, value in weights(model).items())
 
 
+def test_what_is_thawed_later_is_averaged_if_it_was_given_and_refused_if_not():
+    model = network()
+    for parameter in model[0].parameters():
+        parameter.requires_grad_(False)
+    looking, given = WeightAverage(model), WeightAverage(model, parameters=model.parameters())
+    looking.update()
+    given.update()
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'0.weight' is trained, but was frozen when the average was made"):
+        looking.update()
+    saved = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    given.update()
+    with given.applied():
+        assert (model[0].weight > saved).all()
+        assert (model[0].weight < saved + 1).all()
+
+
 def test_an_exponential_average_is_torchs_once_it_is_warm():
     model = network(norm=False)
     average = WeightAverage(model, 0.2)

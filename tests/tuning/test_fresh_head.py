@@ -16,6 +16,11 @@ def examples(n=24, features=5, classes=3, noise=2.5, seed=0):
     return means[labels] + noise * torch.randn(n, features, generator=generator), labels
 
 
+def test_labels_may_be_of_any_integer_type():
+    x, labels = examples()
+    assert torch.equal(fit_head(x, labels.to(torch.uint8), 3).weight, fit_head(x, labels, 3).weight)
+
+
 def ridge(x, targets, counts, penalty):
     """Weighted ridge regression with an intercept that is not penalised, from its normal equations."""
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)

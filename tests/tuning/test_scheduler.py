@@ -24,6 +24,13 @@ def train(model, optimizer, scheduler, steps, first=0, meta=True):
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("source", ["stream", "next_batch"])
+def test_a_step_that_computes_its_gradients_itself_is_refused(source):
+    model, optimizer, _scheduler = make(meta_source=source)
+    with pytest.raises(ValueError, match=r"Call the closure first: closure\(\); optimizer.step\(\)"):
+        optimizer.step(lambda: loss_of(model, torch.arange(32)))
+
+
 def test_groups_of_a_layer_share_one_learning_rate_and_groups_without_a_layer_stand_alone():
     model, optimizer, scheduler = make()
     assert scheduler.layers == ["stem", "head"]

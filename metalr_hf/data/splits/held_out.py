@@ -22,7 +22,7 @@ from .several_labels import divide_rows
 
 SHARES = ("test_share", "validation_share", "meta_split")
 # How often whole groups are drawn where no classes have to be in both parts.
-TRIES = 20
+TRIES, STRATIFIED_TRIES = 20, 5
 Splits = TypeVar("Splits", bound="ImageSplits")
 
 
@@ -221,18 +221,28 @@ def _divide_groups(
     groups: np.ndarray, size: int, seed: int, strata: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of several divisions that keep groups whole, the one with every class in both parts that is closest in size."""
+
+    def off(parts: tuple[np.ndarray, np.ndarray]) -> int:
+        return abs(len(parts[1]) - size)
+
     if strata is None:
-        how: Any = GroupShuffleSplit(TRIES, test_size=size / len(groups), random_state=seed)
-    else:
-        how = StratifiedGroupKFold(max(2, round(len(groups) / size)), shuffle=True, random_state=seed)
-
-    classes = 0 if strata is None else len(np.unique(strata))
-
-    def rank(parts: tuple[np.ndarray, np.ndarray]) -> tuple[bool, int]:
-        lacks_a_class = strata is not None and any(len(np.unique(strata[part])) < classes for part in parts)
-        return lacks_a_class, abs(len(parts[1]) - size)
-
-    return min(how.split(groups, strata, groups), key=rank)
+        shuffled = GroupShuffleSplit(TRIES, test_size=size / len(groups), random_state=seed)
+        return min(shuffled.split(groups, groups=groups), key=off)
+    classes = np.unique(strata)
+    for one in classes:
+        if len(np.unique(groups[strata == one])) == 1:
+            raise ValueError("all images of a class are of one group")
+    folds = min(len(np.unique(groups)), max(2, round(len(groups) / size)))
+    for attempt in range(STRATIFIED_TRIES):
+        how = StratifiedGroupKFold(folds, shuffle=True, random_state=(seed + attempt) % 2**32)
+        whole = [
+            parts
+            for parts in how.split(groups, strata, groups)
+            if all(len(np.unique(strata[part])) == len(classes) for part in parts)
+        ]
+        if whole:
+            return min(whole, key=off)
+    raise ValueError(f"none was found in {STRATIFIED_TRIES} tries")
 
 
 def _enough(argument: str, size: int, strata: np.ndarray | None) -> str:

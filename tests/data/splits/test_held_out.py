@@ -92,6 +92,21 @@ def test_a_patient_with_most_of_the_images_is_trained_on(labels):
     assert hold_out_rows(data, "test_share", 60, seed, group_column="patient")[1]["patient"] == held["patient"]
 
 
+def test_a_few_patients_are_divided_if_they_can_be():
+    rest, held = hold_out_rows(
+        rows_of_patients((100,) * 4, lambda patient, image: image % 2), "test_share", 80, 0, group_column="patient"
+    )
+    assert (len(rest), len(held)) == (300, 100)
+
+
+def test_a_class_of_a_single_patient_is_refused_by_what_is_wrong():
+    data = rows_of_patients((8,) * 10, lambda patient, image: int(patient == 3))
+    with pytest.raises(
+        ValueError, match="test_share: 16 of 80 .* in both parts .*all images of a class are of one group"
+    ):
+        hold_out_rows(data, "test_share", 16, 0, group_column="patient")
+
+
 def test_a_share_that_whole_patients_make_another_one_is_warned_of():
     data = rows_of_patients((200, 30, 25, 20, 15, 10), lambda patient, image: patient % 2)
     expected = "test_share: 60 of 300 training images .* became 25, .* group_column='patient' .* up to 200 of them. Put"

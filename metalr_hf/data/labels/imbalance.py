@@ -225,7 +225,7 @@ def warn_of_rare_labels(figures: np.ndarray, names: Sequence[str], weights: Sequ
     _warn(rare(counts, len(figures), names), counts, weights)
     always = [name for name, column in zip(names, figures.T, strict=True) if not (column == 0).any()]
     if always:
-        more = f" (nor for {len(always) - 1} others)" if len(always) > 1 else ""
+        more = f" (nor without each of {len(always) - 1} more)" if len(always) > 1 else ""
         logger.warning(
             f"No training image is known to be without the label {always[0]!r}{more}, so that it will be answered for "
             "every image. An empty entry or -1 means unknown; 0 says that an image does not have it."

@@ -21,7 +21,7 @@ from .folds import strata_of
 from .several_labels import divide_rows
 
 SHARES = ("test_share", "validation_share", "meta_split")
-# How often whole groups are drawn where no classes have to be in both parts.
+# How often whole groups are drawn: where no classes have to be in both parts, and where each draw is a set of folds.
 TRIES, STRATIFIED_TRIES = 20, 5
 Splits = TypeVar("Splits", bound="ImageSplits")
 
@@ -189,7 +189,6 @@ def hold_out_rows(
     try:
         groups = None if group_column is None else groups_of(rows, group_column, "training")
         part_of = divide_rows(rows, (len(rows) - size, size), seed, groups) if 0 < size < len(rows) else None
-        # Of a few large groups, any that will do.
         if part_of is not None:
             rest, held = np.flatnonzero(part_of == 0), np.flatnonzero(part_of == 1)
         elif groups is None:

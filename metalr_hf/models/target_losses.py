@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class TargetLoss(ABC):
         """
 
     @abstractmethod
-    def reads(self, labels: Any) -> bool:
+    def reads(self, labels: Any) -> TypeGuard[Tensor]:
         """Whether labels are of the kind that the loss is for.
 
         Args:
@@ -123,7 +123,7 @@ class ClassLoss(TargetLoss):
         loss = functional.cross_entropy(logits, labels, reduction="none")
         return loss if self.weights is None else loss * self.weights.to(logits.device)[labels.clamp(min=0)]
 
-    def reads(self, labels: Any) -> bool:
+    def reads(self, labels: Any) -> TypeGuard[Tensor]:
         return isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
 
     def constant_loss(self, labels: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class LabelSetLoss(TargetLoss):
         loss = functional.binary_cross_entropy_with_logits(logits, truth, pos_weight=weight, reduction="none")
         return loss * known
 
-    def reads(self, labels: Any) -> bool:
+    def reads(self, labels: Any) -> TypeGuard[Tensor]:
         return isinstance(labels, Tensor) and labels.dim() == 2 and labels.is_floating_point()
 
     def constant_loss(self, labels: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ class QuantityLoss(TargetLoss):
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         return ((logits - labels) / self.scale.to(logits.device)).square()
 
-    def reads(self, labels: Any) -> bool:
+    def reads(self, labels: Any) -> TypeGuard[Tensor]:
         return isinstance(labels, Tensor) and labels.dim() == 2 and labels.is_floating_point()
 
     def constant_loss(self, labels: Tensor) -> Tensor:

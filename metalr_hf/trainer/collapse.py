@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from ..models.bare import logits_of
 from ..models.target_losses import ClassLoss, TargetLoss
 from ..tuning.contexts import untouched
 from .meta import batches_to_look_at
+
+if TYPE_CHECKING:
+    from .metalr import MetaLRTrainer
+
 
 logger = logging.get_logger(__name__)
 
@@ -189,7 +193,7 @@ def guard_for(model: nn.Module, loss: Any = None) -> CollapseGuard | None:
     return CollapseGuard(model, loss=loss)
 
 
-def undo_collapse(trainer: Any, batches: Sequence[Any]) -> None:
+def undo_collapse(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
     """Goes back to the first weights of a run that has collapsed, and on with lower learning rates.
 
     Args:

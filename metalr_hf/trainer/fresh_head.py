@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast
@@ -19,6 +19,10 @@ from ..tuning.contexts import untouched
 from ..tuning.fresh_head import fit_head
 from .defaults import fits_head
 from .meta import EmptyMetaSetError, spare_batches
+
+if TYPE_CHECKING:
+    from .metalr import MetaLRTrainer
+
 
 # Training images that a head is fitted to, at most, and as a share of those that the run will be trained on.
 IMAGES, SHARE_OF_RUN = 512, 0.2
@@ -65,7 +69,7 @@ class FreshHead:
         self.is_due = True
         self.images = 0
 
-    def fit_when_due(self, trainer: Any) -> None:
+    def fit_when_due(self, trainer: MetaLRTrainer) -> None:
         """Fits the head once the start rates are calibrated, if it is to be fitted at all.
 
         Args:
@@ -83,7 +87,7 @@ class FreshHead:
             if trainer.collapse_guard is not None:
                 trainer.collapse_guard.measure_anew()
 
-    def fit_again(self, trainer: Any) -> None:
+    def fit_again(self, trainer: MetaLRTrainer) -> None:
         """Fits the head once more, after the first weights of the run have been put back.
 
         Args:
@@ -93,7 +97,7 @@ class FreshHead:
         self.fit_when_due(trainer)
 
     @torch.no_grad()
-    def fit(self, trainer: Any) -> int:
+    def fit(self, trainer: MetaLRTrainer) -> int:
         """Fits the head of a trainer's model, where there is one to fit.
 
         Args:
@@ -180,7 +184,7 @@ def last_linear(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> nn.Lin
     return found[-1] if found and found[-1].weight.is_floating_point() else None
 
 
-def _images_to_fit(trainer: Any) -> int:
+def _images_to_fit(trainer: MetaLRTrainer) -> int:
     """How many training images to fit a head to."""
     args, dataset = trainer.args, trainer.train_dataset
     a_step = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -188,7 +192,7 @@ def _images_to_fit(trainer: Any) -> int:
     return min(IMAGES, affordable, len(dataset) if has_length(dataset) else IMAGES)
 
 
-def _batches(trainer: Any, linear: nn.Linear, images: int) -> Generator[tuple[Tensor, Tensor, Tensor] | None]:
+def _batches(trainer: MetaLRTrainer, linear: nn.Linear, images: int) -> Generator[tuple[Tensor, Tensor, Tensor] | None]:
     """Features, logits and classes of some training images; `None` where they are not those of a linear head."""
     model, seen = trainer.model, []
     hook = linear.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,6 +15,9 @@ from ..tuning.calibration import LOOKS
 from ..tuning.contexts import untouched
 from .collapse import undo_collapse
 from .meta import batches_to_look_at, largest_step
+
+if TYPE_CHECKING:
+    from .metalr import MetaLRTrainer
 
 
 class StepHooks(TrainerCallback):
@@ -27,7 +30,7 @@ class StepHooks(TrainerCallback):
         trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer whose run it is.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: MetaLRTrainer):
         self.trainer = trainer
         self.coming: list[Any] = []
 
@@ -61,7 +64,7 @@ class StepHooks(TrainerCallback):
 
 
 @contextmanager
-def step_hooks(trainer: Any) -> Iterator[StepHooks]:
+def step_hooks(trainer: MetaLRTrainer) -> Iterator[StepHooks]:
     """A context in which a trainer has [`StepHooks`], after the callbacks of the user.
 
     Args:
@@ -79,7 +82,7 @@ def step_hooks(trainer: Any) -> Iterator[StepHooks]:
         trainer.callback_handler.callbacks.remove(hooks)
 
 
-def calibrate_on(trainer: Any, batches: Sequence[Any]) -> None:
+def calibrate_on(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
     """Calibrates the step before on the images of the coming one, or on more where those are few.
 
     Args:
@@ -93,9 +96,11 @@ def calibrate_on(trainer: Any, batches: Sequence[Any]) -> None:
     images = [find_batch_size(batch) or 1 for batch in looked_at]
 
     def loss() -> torch.Tensor:
-        losses = [trainer.compute_meta_loss(batch) for batch in looked_at]
         # The mean over images: batches need not be of one size.
-        return sum(loss * (count / sum(images)) for loss, count in zip(losses, images, strict=True))
+        shares = [count / sum(images) for count in images]
+        return torch.stack(
+            [share * trainer.compute_meta_loss(b) for share, b in zip(shares, looked_at, strict=True)]
+        ).sum()
 
     if model.training:
         scheduler.calibrate(loss)
@@ -108,7 +113,7 @@ def calibrate_on(trainer: Any, batches: Sequence[Any]) -> None:
     scheduler.count_forwards(round(max(0.0, times) * (scheduler.calibration_forwards - before)))
 
 
-def fetch_validation_batch(trainer: Any) -> None:
+def fetch_validation_batch(trainer: MetaLRTrainer) -> None:
     """Fetches the batch of a step that is tuned by a stream.
 
     Args:

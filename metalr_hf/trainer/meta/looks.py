@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.trainer_utils import has_length
@@ -14,6 +14,10 @@ from ...tuning.calibration.looks import LARGEST_STEP
 from ...tuning.contexts import preserve_random_state
 from .batches import EmptyMetaSetError
 from .sets import spare_batches
+
+if TYPE_CHECKING:
+    from ..metalr import MetaLRTrainer
+
 
 # Eight images of ten classes cannot tell a good rate of the head from a thousandth of it. Without gradients four times
 # as many images fit in at a time as are trained on.
@@ -70,7 +74,7 @@ def images_of_a_look(batch_size: int, images_of_the_run: int) -> int:
     return max(batch_size, 2, min(larger_batch(batch_size), int(SHARE_OF_RUN * images_of_the_run)))
 
 
-def batches_to_look_at(trainer: Any, coming: Sequence[Any]) -> list[Any]:
+def batches_to_look_at(trainer: MetaLRTrainer, coming: Sequence[Any]) -> list[Any]:
     """The batches that the step before is judged on: those of the coming step, or others where they are too few.
 
     They are too few with small batches, and where an epoch ends with the few images that are left. With gradient
@@ -109,7 +113,7 @@ def batches_to_look_at(trainer: Any, coming: Sequence[Any]) -> list[Any]:
     return taken or list(coming[:1])
 
 
-def largest_step(trainer: Any, coming: Sequence[Any]) -> float:
+def largest_step(trainer: MetaLRTrainer, coming: Sequence[Any]) -> float:
     """By which share of its norm a step with the start rates may move the backbone.
 
     Steps of fewer images are noisier. With Adam they do as well where they are shorter by the square root of the number

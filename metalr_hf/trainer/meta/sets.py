@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 from torch.utils.data import IterableDataset
@@ -12,11 +12,15 @@ from transformers import Trainer
 
 from .stream import MetaStream, check_meta_dataset, split_meta_dataset
 
+if TYPE_CHECKING:
+    from ..metalr import MetaLRTrainer
+
+
 # What a subclass overrides to draw training images in its own way.
 OWN_DATA = ("get_train_dataloader", "_get_train_sampler")
 
 
-def prepare_meta_dataset(trainer: Any) -> None:
+def prepare_meta_dataset(trainer: MetaLRTrainer) -> None:
     """Holds out the share of the training set that `meta_split` names, or checks the meta set that was given.
 
     Args:
@@ -47,7 +51,7 @@ def prepare_meta_dataset(trainer: Any) -> None:
         )
 
 
-def create_meta_stream(trainer: Any) -> MetaStream:
+def create_meta_stream(trainer: MetaLRTrainer) -> MetaStream:
     """Makes the stream of validation batches, from the meta set or else from the training set.
 
     Args:
@@ -76,7 +80,7 @@ def create_meta_stream(trainer: Any) -> MetaStream:
     )
 
 
-def _refuse_to_read_beside(trainer: Any) -> None:
+def _refuse_to_read_beside(trainer: MetaLRTrainer) -> None:
     own_data, dataset = own_data_methods(trainer), trainer.train_dataset
     if own_data or dataset is None:
         which = own_data[0] if own_data else "train_dataset=None"
@@ -94,7 +98,7 @@ def _refuse_to_read_beside(trainer: Any) -> None:
     )
 
 
-def own_data_methods(trainer: Any) -> list[str]:
+def own_data_methods(trainer: Trainer) -> list[str]:
     """The methods by which a subclass draws training images in its own way.
 
     Args:
@@ -107,7 +111,7 @@ def own_data_methods(trainer: Any) -> list[str]:
 
 
 def stream_of(
-    trainer: Any,
+    trainer: Trainer,
     dataset: Any,
     batch_size: int,
     seed: int = 0,
@@ -151,7 +155,7 @@ def stream_of(
 
 
 def spare_batches(
-    trainer: Any, images: int, batch_size: int | None = None, seed: int = 0, alone: bool = True
+    trainer: Trainer, images: int, batch_size: int | None = None, seed: int = 0, alone: bool = True
 ) -> Iterator[Any] | None:
     """A few training batches beside those that are trained on.
 
@@ -179,7 +183,7 @@ def _may_be_read_once(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) and not isinstance(dataset, datasets.IterableDataset)
 
 
-def _label_column(trainer: Any, dataset: Any) -> str:
+def _label_column(trainer: MetaLRTrainer, dataset: Any) -> str:
     columns = getattr(dataset, "column_names", None) or []
     candidates = [*(trainer.args.label_names or []), "labels", "label"]
     return next((name for name in candidates if name in columns), candidates[0])

@@ -40,8 +40,8 @@ class MetaLRTrainingArguments(TrainingArguments):
     """Arguments of [`MetaLRTrainer`]: all of [`~transformers.TrainingArguments`], and the following.
 
     `learning_rate` is where every layer starts if `calibrate` is off. `lr_scheduler_type` and warm-up are the shape
-    that multiplies the tuned rates. If it is left out, they stay constant after the warm-up, and weights are averaged
-    (with FSDP they decay instead). `warmup_stable_decay` is linear decay over the last 70 % of the steps
+    that multiplies the tuned rates. If it is left out, they stay constant after the warm-up, and weights are averaged.
+    `warmup_stable_decay` is linear decay over the last 70 % of the steps
     (`lr_scheduler_kwargs={"num_decay_steps": ..., "decay_type": "cosine"}` changes its length and form).
     `layer_granularity` and `head_module` (names as in `model.named_modules()`) are handed to [`layer_groups`]; a map of
     layers given to the trainer goes before them.

@@ -82,11 +82,6 @@ class AveragingTrainer(Trainer):
     def _prepare_average(self) -> None:
         if self.average_weights is None:
             return
-        if self.is_fsdp_enabled:
-            raise ValueError(
-                f"average_weights={self.average_weights!r}: an average of weights that FSDP shards is not there yet. "
-                "Choose a schedule with lr_scheduler_type, such as warmup_stable_decay, and no average, or use DDP."
-            )
         if "schedule_free" in self.args.optim:
             raise ValueError(
                 f"average_weights={self.average_weights!r}: a schedule-free optimizer averages the weights itself. "
@@ -151,9 +146,12 @@ class AveragingTrainer(Trainer):
         self.weight_average.update()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.weight_average is not None and self.args.should_save:
-            torch.save(self.weight_average.state_dict(), os.path.join(output_dir, AVERAGE_FILE))
+        # With FSDP, the model of a checkpoint is written here, and read from here as the best one.
+        with self.averaged() if self.is_fsdp_enabled else nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
+        state = None if self.weight_average is None else self.weight_average.state_dict()
+        if state is not None and self.args.should_save:
+            torch.save(state, os.path.join(output_dir, AVERAGE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

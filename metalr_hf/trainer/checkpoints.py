@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TrainerState
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..settings import check_saved_layers
@@ -224,9 +224,13 @@ class CheckpointingTrainer(Trainer):
             batches_trained = steps * self.args.gradient_accumulation_steps
         return epochs_trained, batches_trained
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.is_fsdp_enabled:
+            # Trainer looks whether the best checkpoint is there before its first shard is, and each process by itself.
+            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            os.makedirs(os.path.join(self._get_output_dir(trial=trial), checkpoint), exist_ok=True)
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(model, trial)
         except Exception as error:
             # What torch says of a full disk is "iostream error" or less.
             folder = str(self.args.output_dir)

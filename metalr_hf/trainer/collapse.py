@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..models.bare import logits_of
 from ..models.target_losses import ClassLoss, TargetLoss
 from ..tuning.contexts import untouched
+from ..tuning.sharding import local, reshard, shard_of, whole
 from .meta import batches_to_look_at
 
 if TYPE_CHECKING:
@@ -135,7 +136,10 @@ class CollapseGuard:
         """
         assert self._start is not None
         # Frozen ones are where they were.
-        model.load_state_dict(self._start.load(), strict=False)
+        present = model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, value in self._start.load().items():
+                local(present[name]).copy_(shard_of(value.to(present[name].device), present[name]))
 
     def measure_anew(self) -> None:
         """Forgets how far apart the answers were, and the losses: the head is another one, of another scale."""
@@ -224,6 +228,7 @@ def undo_collapse(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
             enough = (find_batch_size(batches[0]) or 0) > 1
             looked_at = batches[:1] if enough else batches_to_look_at(trainer, batches)
             answers = [logits_of(model(**trainer._prepare_inputs(batch))) for batch in looked_at]
+        reshard(model)
         found = [answer for answer in answers if answer is not None]
         return torch.cat(found) if found else None
 
@@ -249,7 +254,11 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     """What may change during the run: beside adapters, the frozen weights are by far the larger part."""
     state = model.state_dict(keep_vars=True)
     frozen = {name for name, value in state.items() if isinstance(value, nn.Parameter) and not value.requires_grad}
-    return {name: value.detach() for name, value in state.items() if name not in frozen and isinstance(value, Tensor)}
+    return {
+        name: whole(local(value), value)
+        for name, value in state.items()
+        if name not in frozen and isinstance(value, Tensor)
+    }
 
 
 class _StoredWeights:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 from transformers.trainer_utils import SchedulerType, has_length
@@ -40,8 +39,7 @@ class FilledIn(str):
 def fill_in_schedule(args: Any) -> None:
     """Sets how a run ends where no schedule was chosen: constant rates and an average of the weights.
 
-    The average of FSDP's shards is not there yet, so that rates decay there, as they do where the form of a decay is
-    given by `lr_scheduler_kwargs`, or where `average_weights` is `"none"`.
+    Rates decay where the form of a decay is given by `lr_scheduler_kwargs`, or where `average_weights` is `"none"`.
 
     Args:
         args ([`MetaLRTrainingArguments`]): The arguments, before transformers has looked at them.
@@ -64,8 +62,7 @@ def fill_in_schedule(args: Any) -> None:
         args.average_weights = None
     if args.lr_scheduler_type is not None:
         return
-    sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not averages or args.lr_scheduler_kwargs or sharded:
+    if not averages or args.lr_scheduler_kwargs:
         args.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
         return
     # Also without a warm-up, which may be set afterwards, by a search for one.

@@ -17,6 +17,7 @@ from ..models.bare import logits_of
 from ..models.target_losses import ClassLoss
 from ..tuning.contexts import untouched
 from ..tuning.fresh_head import fit_head
+from ..tuning.sharding import local, reshard, shard_of
 from .defaults import fits_head
 from .meta import EmptyMetaSetError, spare_batches
 
@@ -79,8 +80,8 @@ class FreshHead:
         if not (self.is_due and scheduler.start_is_known):
             return
         self.is_due = False
-        # A loss of the user's own need not be one of classes, and FSDP holds no whole layer.
-        if fits_head(trainer.args) and not (trainer._computes_own_loss or trainer.is_fsdp_enabled):
+        # A loss of the user's own need not be one of classes.
+        if fits_head(trainer.args) and not trainer._computes_own_loss:
             scheduler.count_forwards(self.fit(trainer))
         if self.images:
             scheduler.close_step()
@@ -128,14 +129,15 @@ class FreshHead:
         fitted = fit_head(features, labels, classes, loss.weights)
         present = loss.losses(logits.float(), labels).mean()
         is_fresh = present > LEARNED * loss.constant_loss(labels)
-        is_better = (is_fresh & (fitted.loss <= CLEARLY_BETTER * present)).to(linear.weight)
-        parts = [is_better, fitted.weight.to(linear.weight), fitted.bias.to(linear.bias)]
+        is_better = is_fresh & (fitted.loss <= CLEARLY_BETTER * present)
+        is_better = is_better.to(linear.weight.device, linear.weight.dtype)
+        parts = [is_better, fitted.weight.to(is_better), fitted.bias.to(is_better)]
         if trainer.args.world_size > 1:
             # Every process has seen the same images, but may have rounded in another way.
             parts = broadcast(parts)
         if parts[0] > 0:
-            linear.weight.copy_(parts[1])
-            linear.bias.copy_(parts[2])
+            for parameter, value in zip((linear.weight, linear.bias), parts[1:], strict=True):
+                local(parameter).copy_(shard_of(value, parameter))
             self.images = len(labels)
         return forwards
 
@@ -218,6 +220,7 @@ def _batches(trainer: MetaLRTrainer, linear: nn.Linear, images: int) -> Generato
                 yield (features, logits, labels) if is_last and logits.shape[1] > 1 else None
     finally:
         hook.remove()
+        reshard(model)
 
 
 def _is_cross_entropy(outputs: Any, logits: Tensor, labels: Tensor) -> bool:

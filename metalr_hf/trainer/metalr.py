@@ -21,9 +21,9 @@ from ..models.bare import LossAlone, wrap_bare_module
 from ..tuning.contexts import untouched
 from ..tuning.history import LRHistory
 from ..tuning.hypergradient.linearity import check_optimizer_name
-from ..tuning.hypergradient.sharding import refuse_fsdp1, reshard
 from ..tuning.optimizers import unwrap
 from ..tuning.scheduler import MetaLRScheduler
+from ..tuning.sharding import refuse_fsdp1, reshard
 from .arguments import MetaLRTrainingArguments, refuse_deepspeed, with_tuning_arguments
 from .averaging import AveragingTrainer
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
@@ -268,7 +268,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         """Makes anew what a run has beside its learning rates, and gives the scheduler what checkpoints are to hold."""
         args = self.args
         self._meta_stream = create_meta_stream(self) if self.meta_source == "stream" else None
-        can_collapse = args.hyper_lr > 0 and args.tuning_steps and not (self.is_fsdp_enabled or self._computes_own_loss)
+        can_collapse = args.hyper_lr > 0 and args.tuning_steps and not self._computes_own_loss
         self.collapse_guard = guard_for(self.model, self.compute_loss_func) if can_collapse else None
         self.fresh_head = FreshHead()
         parts = {"meta_stream": self._meta_stream, "collapse_guard": self.collapse_guard, "fresh_head": self.fresh_head}

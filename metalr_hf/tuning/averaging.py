@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..settings import check_number
+from .sharding import local, reshard, shard_of, whole
 
 POLYNOMIAL = "polynomial"
 POLYNOMIAL_ETA = 3.0
@@ -154,7 +155,7 @@ class WeightAverage:
         Args:
             forwards (`Callable`, *optional*): See [`~WeightAverage.applied`].
         """
-        _copy(self._live(), self._average)
+        self._put(self._average)
         if forwards is None or not self._norms or not self.steps:
             return
         if self._estimated_at != self.steps:
@@ -183,12 +184,18 @@ class WeightAverage:
             self.copy_to_model(forwards)
             yield
         finally:
-            _copy(self._live(), self._weights)
+            self._put(self._weights)
             self._weights = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, and the weights that training goes on from."""
-        return {"steps": self.steps, "average": dict(self._average), "weights": self._weights or self._live()}
+        """The average, and the weights that training goes on from.
+
+        Where parameters are sharded, all processes have to call it, and each gets whole ones.
+        """
+        weights = self._weights or self._live()
+        return {"steps": self.steps, "average": self._laid_out(whole, self._average)} | {
+            "weights": self._laid_out(whole, weights)
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what [`~WeightAverage.state_dict`] gave, the model's own weights among it.
@@ -203,13 +210,22 @@ class WeightAverage:
         if weights.keys() != live.keys():
             other = sorted(weights.keys() ^ live.keys())
             raise ValueError(f"The saved average is of other parameters: {other[0]} and {len(other) - 1} more differ.")
-        _copy(live, weights)
-        self.steps, average = state_dict["steps"], state_dict["average"]
+        self._put(self._laid_out(shard_of, weights))
+        average = self._laid_out(shard_of, state_dict["average"])
         self._average = {name: value.to(live[name].device, copy=True) for name, value in average.items()}
+        self.steps = state_dict["steps"]
 
     def _live(self) -> dict[str, Tensor]:
         # Asked for anew: moving a model to a device replaces its buffers.
-        return {name: p.detach() for name, p in self._parameters.items()} | self._buffers()
+        return {name: local(p) for name, p in self._parameters.items()} | self._buffers()
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        _copy(self._live(), values)
+        reshard(self._model)
+
+    def _laid_out(self, lay_out: Callable[[Tensor, Tensor], Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        of = self._parameters
+        return {name: lay_out(value, of[name]) if name in of else value for name, value in values.items()}
 
     def _buffers(self) -> dict[str, Tensor]:
         buffers = ("running_mean", "running_var")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
-from small_runs import images, resnet, streamed, vit
+from small_runs import Kill, images, resnet, streamed, vit
 from torch import nn
 from torch.profiler import profile
 from torch.utils.data import IterableDataset
@@ -17,7 +17,7 @@ from transformers import TrainerCallback, set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.models.target_losses import ClassLoss
-from metalr_hf.tuning.hypergradient.sharding import local, whole
+from metalr_hf.tuning.sharding import local, whole
 
 torch.set_num_threads(1)
 
@@ -114,6 +114,7 @@ def run(
     evaluated_on=0,
     saves_alone=False,
     class_loss=False,
+    killed_at=None,
     **arguments,
 ):
     folder = Path(folder)
@@ -137,6 +138,8 @@ def run(
         callbacks=[rates],
         compute_loss_func=ClassLoss([1.0, 1.0, 1.0]) if class_loss else None,
     )
+    if killed_at is not None:
+        trainer.add_callback(Kill(at=killed_at))
     if saves_alone:
         trainer.add_callback(save := SaveAlone())
         save.trainer = trainer
@@ -152,6 +155,7 @@ def run(
         "steps": [trainer.state.global_step, trainer.state.best_global_step],
         "stopped_because": trainer.stopped_because,
         "fitted_to": trainer.fresh_head.images,
+        "restarted_at": trainer.lr_scheduler.restarted_at,
         "reduced": [event.input_shapes for event in events if event.name == "gloo:all_reduce"],
         "non_finite": trainer.lr_scheduler.guard.non_finite,
         "history": trainer.lr_history.learning_rates.tolist(),

@@ -263,19 +263,7 @@ def test_it_is_the_default_where_no_schedule_is_chosen(tmp_path, monkeypatch):
     assert chosen(average_weights="none") == chosen(average_weights=False) == ("warmup_stable_decay", None)
     assert chosen(preset="paper") == ("constant", None)
     assert chosen(lr_scheduler_kwargs={"decay_type": "cosine"}) == ("warmup_stable_decay", None)
-    assert chosen(fsdp="full_shard") == ("warmup_stable_decay", None)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert chosen() == ("warmup_stable_decay", None)
-
-
-def test_fsdp_is_refused(tmp_path):
-    class Sharded(MetaLRTrainer):
-        def create_accelerator_and_postprocess(self):
-            super().create_accelerator_and_postprocess()
-            self.is_fsdp_enabled = True
-
-    with pytest.raises(ValueError, match=r"average_weights='polynomial': an average of weights that FSDP shards"):
-        Sharded(vit(), arguments(tmp_path, average_weights="polynomial"), train_dataset=images())
+    assert chosen(fsdp="full_shard") == ("constant_with_warmup", "polynomial")
 
 
 def test_a_schedule_free_optimizer_is_refused(tmp_path):

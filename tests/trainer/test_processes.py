@@ -31,6 +31,7 @@ LAYERS = 5
 STEADY = {"max_steps": 30, "adam_epsilon": 1e-3, "lr_scheduler_type": "warmup_stable_decay"}
 # The head of an untrained network is fitted to features that hardly differ, and enlarges their rounding.
 EXACT = {**STEADY, "fit_head": False}
+COLLAPSES = {**EXACT, "max_steps": 14, "learning_rate": 1e-2, "killed_at": 2}
 # Images whose number two processes cannot divide evenly.
 STOPS_ITSELF = {"max_steps": -1, "stop_when_converged": True, "save_strategy": "steps", "evaluated_on": 47}
 SOURCES = ("stream", "next_batch")
@@ -92,15 +93,16 @@ def folder(request, tmp_path_factory):
         runs.append({"folder": str(root / source), **EXACT, **half})
         runs += saved_and_resumed(source, **half)
     runs.append({**runs[0], "folder": str(root / "spoiled"), "max_steps": 6, "spoiled_step": 3, "calibrate": False})
+    averaged = {**way, **common, "meta_source": "next_batch", "average_weights": "polynomial"}
+    runs.append({"folder": str(root / "averaged"), **EXACT, **averaged})
+    runs.append({"folder": str(root / "fitted"), **STEADY, **common, **way})
+    runs += saved_and_resumed("averaged", **averaged, model="resnet" if not way else "vit with dropout")
+    runs.append({"folder": str(root / "collapsed"), **COLLAPSES, **common, **way})
+    runs.append({"folder": str(root / "stopped"), "per_device_train_batch_size": 4, **STOPS_ITSELF, **way})
     if not way:
         runs.append({**runs[0], "folder": str(root / "profiled"), "max_steps": 12, "profiled": True})
         unused = {"model": "vit with an unused layer", "ddp_find_unused_parameters": True}
         runs.append({**runs[0], "folder": str(root / "unused"), "max_steps": 12, **unused})
-        averaged = {**common, "meta_source": "next_batch", "average_weights": "polynomial"}
-        runs.append({"folder": str(root / "averaged"), **EXACT, **averaged})
-        runs.append({"folder": str(root / "fitted"), **STEADY, **common})
-        runs += saved_and_resumed("averaged", **averaged, model="resnet")
-        runs.append({"folder": str(root / "stopped"), "per_device_train_batch_size": 4, **STOPS_ITSELF})
         for name, sets in STREAMS.items():
             runs += saved_and_resumed(name, **sets, dataloader_num_workers=2)
     launch(runs, root)
@@ -117,8 +119,6 @@ def test_two_processes_of_a_batch_are_one_of_a_batch_twice_as_large(folder, tmp_
 
 
 def test_the_average_of_two_processes_is_that_of_one(folder, tmp_path):
-    if not is_ddp(folder):
-        pytest.skip("not with FSDP yet")
     options = {"meta_source": "next_batch", "average_weights": "polynomial", **EXACT}
     run(str(tmp_path), per_device_train_batch_size=8, **options)
     assert far_apart(tmp_path, folder / "averaged") < 1e-6
@@ -127,8 +127,6 @@ def test_the_average_of_two_processes_is_that_of_one(folder, tmp_path):
 
 
 def test_two_processes_fit_the_head_that_one_does(folder, tmp_path):
-    if not is_ddp(folder):
-        pytest.skip("not with FSDP yet")
     run(str(tmp_path), per_device_train_batch_size=8, meta_source="stream", **STEADY)
     fitted_to = [of_process(folder / "fitted", process)["fitted_to"] for process in (0, 1)]
     assert fitted_to == [48, 48]
@@ -137,14 +135,19 @@ def test_two_processes_fit_the_head_that_one_does(folder, tmp_path):
 
 
 def test_two_processes_stop_at_the_step_at_which_one_does(folder, tmp_path):
-    if not is_ddp(folder):
-        pytest.skip("no average with FSDP yet")
     run(str(tmp_path), per_device_train_batch_size=8, **STOPS_ITSELF)
     one, two = of_process(tmp_path), of_process(folder / "stopped")
     assert two["steps"] == of_process(folder / "stopped", 1)["steps"] == one["steps"]
     assert "converged" in one["stopped_because"]
     assert two["stopped_because"] == one["stopped_because"]
     assert far_apart(tmp_path, folder / "stopped") < 1e-3
+
+
+def test_two_processes_go_back_from_a_collapse_as_one_does(folder, tmp_path):
+    run(str(tmp_path), per_device_train_batch_size=8, meta_source="stream", **COLLAPSES)
+    assert of_process(tmp_path)["restarted_at"] == 10
+    assert [of_process(folder / "collapsed", process)["restarted_at"] for process in (0, 1)] == [10, 10]
+    assert far_apart(tmp_path, folder / "collapsed") < 1e-5
 
 
 def test_a_layer_without_gradients_changes_nothing(folder, tmp_path):
@@ -162,7 +165,7 @@ def test_every_process_has_the_same_rates(folder, source):
     assert of_process(folder / source, 0)["rates"] == of_process(folder / source, 1)["rates"]
 
 
-@pytest.mark.parametrize("name", [*SOURCES, *STREAMS])
+@pytest.mark.parametrize("name", [*SOURCES, "averaged", *STREAMS])
 def test_a_resumed_run_ends_bitwise_as_the_one_that_was_not_interrupted(folder, name):
     if name in STREAMS and not is_ddp(folder):
         pytest.skip("the loaders are those of DDP")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .sharding import local
+from ..sharding import local
 
 # Of a param group, what the length and direction of a step depend on besides the state.
 OPTIONS = {Adam: ("lr", "betas", "eps", "weight_decay", "amsgrad"), SGD: ("lr",)}

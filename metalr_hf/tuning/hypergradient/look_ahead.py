@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..contexts import preserve_random_state
+from ..sharding import local, shard_of, shards, whole
 from .displacement import Backwards, StepFromState, dot, step_options
-from .sharding import local, shard_of, shards, whole
 from .validation import clear_gradients, validation_gradient
 
 

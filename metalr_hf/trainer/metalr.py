@@ -30,16 +30,16 @@ from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_r
 from .collapse import CollapseGuard, guard_for, undo_collapse
 from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
 from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients
+from .finishing import FinishingTrainer
 from .fresh_head import FreshHead
 from .meta import MetaStream, create_meta_stream, prepare_meta_dataset
 from .schedules import schedule_shape
 from .step_hooks import StepHooks, calibrate_on, fetch_validation_batch, step_hooks
-from .stopping import StoppingTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, HubTrainer):
+class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, HubTrainer):
     """[`~transformers.Trainer`] with one meta-tuned learning rate per layer.
 
     The start rates are found along the first steps, so that `args.learning_rate` makes no difference. Then a fresh head
@@ -63,6 +63,9 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
             Further positional arguments of `Trainer`, in its order.
         meta_dataset (`datasets.Dataset`, `datasets.IterableDataset` or torch dataset, *optional*):
             Labelled images to take validation batches from, prepared like the training set.
+        held_back (torch dataset, *optional*):
+            With `args.stop_when_converged`, images that are trained on only when the run has converged, prepared like
+            the training set: those of `eval_dataset`.
         layer_groups (`Mapping[str, Sequence[str]]`, *optional*):
             Layer name to parameter names, input side first and the head last. Defaults to
             [`layer_groups`]`(model)`.
@@ -97,6 +100,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         args: TrainingArguments | None = None,
         *trainer_args: Any,
         meta_dataset: Any = None,
+        held_back: Any = None,
         layer_groups: Mapping[str, Sequence[str]] | None = None,
         **kwargs: Any,
     ):
@@ -133,7 +137,7 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         self.collapse_guard: CollapseGuard | None = None
         self.fresh_head = FreshHead()
         self._step_hooks: StepHooks | None = None
-        super().__init__(model, args, *trainer_args, **kwargs)
+        super().__init__(model, args, *trainer_args, held_back=held_back, **kwargs)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
             refuse_fsdp1(plugin.fsdp_version)
@@ -166,15 +170,19 @@ class MetaLRTrainer(StoppingTrainer, AveragingTrainer, CheckpointingTrainer, Hub
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None and self.model_init is None:
             check_checkpoint(checkpoint, list(self._layer_groups(self.model)))
-        if self._has_trained and self._created_optimizer:
+        if self._has_trained:
             # A second run, which Trainer would begin with the moments of the first.
-            self.optimizer = None
+            self._forget_optimizer()
         self._has_trained = True
         with step_hooks(self) as self._step_hooks:
             result = super().train(checkpoint, *args, **kwargs)
         if isinstance(self.lr_scheduler, MetaLRScheduler):
             self.lr_scheduler.settle()
         return result
+
+    def _forget_optimizer(self) -> None:
+        if self._created_optimizer:
+            self.optimizer = None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer's, also in each run of a search; a plain module is wrapped like one that is passed as `model`."""

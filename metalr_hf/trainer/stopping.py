@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -100,6 +101,10 @@ class StoppingTrainer(MeasuringTrainer):
     args: Any
     model: Any
     stopped_because: str | None = None
+    # Images that are trained on only when the run has converged.
+    held_back: Any = None
+    # While a run that has converged goes on with all images: what its log says of that.
+    goes_on: dict[str, int] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -117,7 +122,8 @@ class StoppingTrainer(MeasuringTrainer):
         if self.eval_dataset is None:
             raise ValueError(
                 "stop_when_converged=True needs eval_dataset: images that are not trained on, which tell when the run "
-                "has converged. Pass eval_dataset, such as a fifth of the training images."
+                "has converged. Pass eval_dataset, such as 50 of the training images, and the same ones as held_back "
+                "if they are to be trained on in the end."
             )
         sets: dict[str, Any] = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
         if sets and not any(_metric(self.args).startswith(f"eval_{name}_") for name in sets):
@@ -225,7 +231,8 @@ class StoppingTrainer(MeasuringTrainer):
         self.stopped_because = None
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         # Of a run that had ended, no epoch is left.
-        return (epochs, 0) if self.args.stop_when_converged and self.has_converged() else start
+        has_ended = self.args.stop_when_converged and self.has_converged() and self.goes_on is None
+        return (epochs, 0) if has_ended else start
 
 
 def _has_error(evaluated: Evaluated) -> bool:
@@ -247,11 +254,19 @@ class _StopWhenConverged(TrainerCallback):
     def __init__(self, trainer: StoppingTrainer):
         self.trainer = trainer
         self.metric = _metric(trainer.args)
+        self.started = math.nan
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.started, self.timeout = time.monotonic(), False
+        goes_on = self.trainer.goes_on
+        if goes_on is None or math.isnan(self.started):
+            self.started = time.monotonic()
+        self.timeout = False
+        if goes_on is not None:
+            if not any(goes_on.items() <= row.items() for row in state.log_history):
+                self.trainer.log(dict(goes_on))
+            return
         self.cost = self.trainer.evaluation_cost()
         self._look_ahead(state)
 
@@ -259,18 +274,36 @@ class _StopWhenConverged(TrainerCallback):
         if args.max_minutes is not None:
             self.timeout = self._agreed(time.monotonic() - self.started > 60 * args.max_minutes)
             control.should_training_stop |= self.timeout
+        is_last = self.timeout or state.global_step >= state.max_steps
+        if self.trainer.goes_on is not None:
+            if is_last:
+                # Trainer deletes what it does not take for the best.
+                state.best_global_step, control.should_save = state.global_step, True
+            return
         # The last weights may be the best.
-        if self.timeout or state.global_step >= min(self.next, state.max_steps):
+        if is_last or state.global_step >= self.next:
             control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         metrics: Mapping[str, float] = kwargs["metrics"]
         if self.metric not in metrics or not self.trainer.is_in_train or not state.global_step:
             return
+        if self.trainer.goes_on is not None:
+            return
         self._look_ahead(state)
         control.should_training_stop |= self.trainer.has_converged()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if (goes_on := self.trainer.goes_on) is not None:
+            converged_at, goes_on_from = goes_on.values()
+            self._say(
+                f"Stopped at step {state.global_step}. By step {converged_at} the run had converged, and went on from "
+                f"step {goes_on_from}, the best, with the images too that it had been evaluated on."
+            )
+            return
+        if self.trainer.held_back is not None and self.trainer.has_converged():
+            # It goes on, and says more at its end.
+            return
         if self.timeout:
             reason = f"by max_minutes={args.max_minutes:g}"
         elif self.trainer.has_converged():
@@ -286,6 +319,9 @@ class _StopWhenConverged(TrainerCallback):
                 f" The model is that of step {state.best_global_step}: its {self.metric}, {state.best_metric:.4g}, is "
                 "the best, or cannot be told from the best."
             )
+        self._say(reason)
+
+    def _say(self, reason: str) -> None:
         self.trainer.stopped_because = reason
         logger.warning(reason)
 

@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from digits import NAMES, digit_images, save_image_folder, save_timm, save_vit, 
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from metalr_hf import LRHistory
+from metalr_hf import LRHistory, MetaLRTrainer
 from metalr_hf.cli import main
 from metalr_hf.cli.train import RUN_FILES, _validation_share
 from metalr_hf.data.splits import hold_out
@@ -344,15 +346,36 @@ def test_a_run_without_any_number_stops_by_itself(tmp_path, images, vit, capsys)
     more = ["--stop_when_converged", "--augment", "none", "--calibrate", "false", "--learning_rate", "3e-3"]
     assert run(tmp_path, images, vit, *more) == 0
     state = json.loads((tmp_path / "trainer_state.json").read_text())
-    seen = [row["step"] for row in state["log_history"] if "eval_loss" in row]
-    assert seen[-1] == state["global_step"] >= state["best_global_step"] >= seen[0]
-    # A fifth of the training images was held out, once in five epochs of the others.
-    assert state["epoch"] == pytest.approx(state["global_step"] / 5)
+    (mark,) = (row for row in state["log_history"] if "converged_at_step" in row)
+    best = mark["goes_on_from_step"]
+    assert best < state["global_step"] == math.ceil(best * 4 / 3)
+    # A fifth of the training images was held out, once in five epochs of the others, until it had converged.
+    assert mark["epoch"] == pytest.approx(best / 5)
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert accuracy(tmp_path) == pytest.approx(results["test_accuracy"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"Stopped at step {state['global_step']}, converged." in shown
-    assert f"The model is that of step {state['best_global_step']}" in shown
+    assert f"Stopped at step {state['global_step']}. By step {mark['converged_at_step']} the run had converged" in shown
+    assert f"went on from step {best}, the best" in shown
+
+
+def test_a_validation_split_of_its_own_is_never_trained_on(tmp_path, vit, monkeypatch):
+    made = []
+
+    class Noted(MetaLRTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr("metalr_hf.cli.train.MetaLRTrainer", Noted)
+    folder = save_image_folder(tmp_path / "data")
+    more = ["--stop_when_converged", "--max_steps", "2", "--calibrate", "false"]
+    assert run(tmp_path / "share", str(folder), vit, *more) == 0
+    shutil.copytree(folder / "test", folder / "validation")
+    assert run(tmp_path / "split", str(folder), vit, *more) == 0
+    of_share, of_split = made
+    assert len(of_share.held_back) == len(of_share.eval_dataset) == 12
+    assert of_split.held_back is None
+    assert len(of_split.eval_dataset) == 30
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,16 @@ def resnet():
     )
 
 
+STOPPING = {
+    "stop_when_converged": True,
+    "max_steps": -1,
+    "save_strategy": "steps",
+    "logging_steps": 1000,
+    "learning_rate": 3e-3,
+    "per_device_train_batch_size": 16,
+}
+
+
 def arguments(folder, **kwargs):
     defaults = {
         "max_steps": 6,
@@ -88,6 +98,13 @@ def trainer(folder, model=None, train_dataset=None, meta_dataset=None, eval_data
         eval_dataset=eval_dataset,
         **own,
     )
+
+
+def noisy(n=24):
+    """Images a third of which have the label of another class: to learn them all is to overfit."""
+    rows = images(n)
+    labels = [(label + (i % 8 < 3)) % 3 for i, label in enumerate(torch.tensor(rows["labels"]).tolist())]
+    return rows.remove_columns("labels").add_column("labels", labels)
 
 
 class OwnLoader:

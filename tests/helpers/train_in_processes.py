@@ -112,6 +112,7 @@ def run(
     slow_to_save=False,
     profiled=False,
     evaluated_on=0,
+    holds_back=False,
     saves_alone=False,
     class_loss=False,
     killed_at=None,
@@ -135,6 +136,7 @@ def run(
         train_dataset=TRAINING_SETS[train](),
         eval_dataset=images(evaluated_on, seed=1) if evaluated_on else None,
         meta_dataset=META_SETS[meta](),
+        held_back=images(evaluated_on, seed=1) if holds_back else None,
         callbacks=[rates],
         compute_loss_func=ClassLoss([1.0, 1.0, 1.0]) if class_loss else None,
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import DETECTORS, boxes_for, keep_labels_apart
 from networks import Network
-from small_runs import arguments, images, resnet, same_weights, trainer, vit
+from small_runs import STOPPING, arguments, images, noisy, resnet, same_weights, trainer, vit
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
@@ -12,27 +12,11 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.trainer.convergence import EVALUATION_SHARE, earliest_stop, has_converged
 
-STOPPING = {
-    "stop_when_converged": True,
-    "max_steps": -1,
-    "save_strategy": "steps",
-    "logging_steps": 1000,
-    "learning_rate": 3e-3,
-    "per_device_train_batch_size": 16,
-}
-
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Runs that may stop after 40 steps already."""
     monkeypatch.setattr("metalr_hf.trainer.convergence.FIRST_STOP", 40)
-
-
-def noisy(n=24):
-    """Images a third of which have the label of another class: to learn them all is to overfit."""
-    rows = images(n)
-    labels = [(label + (i % 8 < 3)) % 3 for i, label in enumerate(torch.tensor(rows["labels"]).tolist())]
-    return rows.remove_columns("labels").add_column("labels", labels)
 
 
 def overfitting(folder, **kwargs):

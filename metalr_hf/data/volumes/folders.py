@@ -133,9 +133,9 @@ def read_volume_folder(folder: str) -> tuple[dict[str, datasets.Dataset], Folder
             f"{file} cannot be read: {type(error).__name__}: {first_line(error)}. It must hold `labels`, and "
             "`channel_names` where images have several channels."
         ) from error
-    splits = {"train": _rows(root, "Tr")}
+    splits = {"train": _rows(root, "Tr", "train")}
     if any((root / "labelsTs").glob("*")):
-        splits["test"] = _rows(root, "Ts")
+        splits["test"] = _rows(root, "Ts", "test")
     return splits, facts
 
 
@@ -160,7 +160,7 @@ def _case(path: Path) -> str | None:
     return None if ending is None or path.name.startswith(".") else path.name.removesuffix(ending)
 
 
-def _rows(root: Path, part: str) -> datasets.Dataset:
+def _rows(root: Path, part: str, split: str) -> datasets.Dataset:
     images, masks = root / f"images{part}", root / f"labels{part}"
     if not masks.is_dir():
         raise FileNotFoundError(f"{masks} is missing: the folder of the masks of {images}.")
@@ -191,4 +191,5 @@ def _rows(root: Path, part: str) -> datasets.Dataset:
         IMAGE: [[str(path) for path in files] for files in by_case.values()],
         LABEL: [str(found[case]) for case in by_case],
     }
-    return datasets.Dataset.from_dict(rows, features=features)
+    # By which a share that is held out of it is told from a split of its own.
+    return datasets.Dataset.from_dict(rows, features=features, split=datasets.NamedSplit(split))

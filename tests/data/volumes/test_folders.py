@@ -123,3 +123,9 @@ def test_a_table_of_volumes_is_no_layout_of_them(tmp_path):
     kinds = "'image' holds images, 'mask' holds images, 'site' holds text|'site' holds text, 'image' holds images, .*"
     with pytest.raises(ValueError, match=f"no column of volumes: ({kinds}). .* dataset.json, imagesTr and labelsTr"):
         load_volumes(VolumeArguments(dataset_name=str(tmp_path)))
+
+
+def test_a_share_held_out_of_the_training_split_is_told_from_a_split_of_its_own(folder, tmp_path):
+    of_its_own = load_volumes(VolumeArguments(str(folder))).test
+    held_out = load_volumes(VolumeArguments(str(save_folder(tmp_path / "one", test=0)), test_share=0.34)).test
+    assert (str(of_its_own.split), str(held_out.split)) == ("test", "train")

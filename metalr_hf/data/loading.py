@@ -52,7 +52,7 @@ class DataArguments:
         validation_share (`float`, *optional*):
             Share of the training split to evaluate on during training where there is no split for it. It is held out
             only if evaluations are asked for. By default a fifth; of a run that stops by itself 50 images, if they are
-            at most a fifth and at least a tenth. These are trained on too when it has converged.
+            at most a fifth and at least a tenth. Such a run trains on them too once it has converged.
         group_column (`str`, *optional*):
             Column of the patients, videos or slides, or a tag of DICOM files such as `PatientID`: rows that share a
             value of it stay on one side of every split that is made here, and splits that share one are refused.
@@ -132,7 +132,7 @@ class DataArguments:
         metadata={
             "help": "Share of the training split to evaluate on during training where there is no split for it. It is "
             "held out only if evaluations are asked for. By default a fifth; of a run that stops by itself 50 images, "
-            "if they are at most a fifth and at least a tenth. These are trained on too when it has converged."
+            "if they are at most a fifth and at least a tenth. Such a run trains on them too once it has converged."
         },
     )
     group_column: str | None = field(

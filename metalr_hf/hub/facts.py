@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from sklearn.metrics import precision_recall_fscore_support
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput, SchedulerType
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType, has_length
 from yaml import YAMLError
 
 from ..data.intensity import CHANNELS, channels_of, window_of
@@ -92,8 +92,14 @@ def run_facts(
         purpose=kind.purpose,
         evaluation=trainer.evaluation,
         test_split=trainer.test_split,
-        train_images=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        train_images=_train_images(trainer),
     )
+
+
+def _train_images(trainer: HubTrainer) -> int | None:
+    if not has_length(trainer.train_dataset):
+        return None
+    return len(trainer.train_dataset) + (0 if trainer.converged_at is None else len(trainer.held_back))
 
 
 def read_evaluation(model: Any, output: EvalLoopOutput, split: str, step: int) -> Evaluation | None:

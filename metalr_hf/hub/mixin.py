@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class HubTrainer(Trainer):
     hub_model_id: Any
     dataset_name: str | None = None
     task: Task | None = None
+    converged_at: int | None = None
+    held_back: Any = None
     test_split: str | None = "test"
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -57,7 +60,9 @@ class HubTrainer(Trainer):
     @property
     def evaluation(self) -> Evaluation | None:
         """The last evaluation of the current weights, preferably on the test split; else that of earlier weights."""
-        known = list(self._evaluations.values())
+        # Images that were trained on since say nothing.
+        converged_at = math.inf if self.converged_at is None else self.converged_at
+        known = [one for one in self._evaluations.values() if one.split == "test" or one.step <= converged_at]
         known.sort(key=lambda one: (one.step == self.step_of_weights, one.split == "test", one.step))
         return known[-1] if known else None
 

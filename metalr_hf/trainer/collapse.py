@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..models.bare import logits_of
 from ..models.target_losses import ClassLoss, TargetLoss
 from ..tuning.contexts import untouched
-from ..tuning.sharding import local, reshard, shard_of, whole
+from ..tuning.sharding import local, reshard, saved, shard_of
 from .meta import batches_to_look_at
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     frozen = {name for name, value in state.items() if isinstance(value, nn.Parameter) and not value.requires_grad}
     return {
-        name: whole(local(value), value)
+        name: saved(local(value), value)
         for name, value in state.items()
         if name not in frozen and isinstance(value, Tensor)
     }

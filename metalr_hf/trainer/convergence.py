@@ -135,6 +135,39 @@ def has_converged(evaluations: Sequence[Evaluated], greater_is_better: bool) -> 
     return step >= earliest_stop(best_step) and sum(other.step > best_step for other in evaluations) >= FEWEST_WORSE
 
 
+def is_clearly_worse(evaluations: Sequence[Evaluated], greater_is_better: bool) -> bool:
+    """Whether the last evaluation is worse than the best by more than noise.
+
+    That is by more than a fiftieth of the largest value up to then, and more than the standard error of the best.
+
+    Args:
+        evaluations (`Sequence[Evaluated]`): Those up to now.
+        greater_is_better (`bool`): Of the metric.
+
+    Returns:
+        `bool`: also `True` if the last one is not a number.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.trainer.convergence import Evaluated, is_clearly_worse
+    >>> evaluations = [Evaluated(20, 1.0), Evaluated(40, 0.5), Evaluated(60, 0.51)]
+    >>> is_clearly_worse(evaluations, greater_is_better=False)
+    False
+    >>> is_clearly_worse([*evaluations, Evaluated(80, 0.6)], greater_is_better=False)
+    True
+
+    ```
+    """
+    last, sign = evaluations[-1], 1 if greater_is_better else -1
+    finite = [one for one in evaluations if math.isfinite(one.metric)]
+    if not math.isfinite(last.metric):
+        return True
+    best = max(finite, key=lambda one: sign * one.metric)
+    noise = max(IMPROVEMENT * max(abs(one.metric) for one in finite), best.error)
+    return sign * (best.metric - last.metric) > noise
+
+
 def earliest_stop(best_step: int) -> int:
     """The first step at which a run may stop if its best is that of a step.
 

@@ -1,32 +1,75 @@
-"""A run that has stopped by itself goes on from its best weights with the images that it was evaluated on."""
+"""A run that stops by itself and, once it has converged, trains on with the images that it was evaluated on."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import ConcatDataset
-from transformers.trainer import TRAINER_STATE_NAME, TrainerState
-from transformers.trainer_utils import TrainOutput, has_length
+import torch
+from torch.utils.data import ConcatDataset, IterableDataset, RandomSampler, Sampler
+from transformers.trainer_utils import has_length
 
+from .convergence import is_clearly_worse
+from .meta import own_data_methods
 from .stopping import StoppingTrainer
 
-# How many steps the run goes on for, as a share of those that its best weights took. The average of the weights then is
-# one over steps with all images, mostly.
+# How many steps a run goes on for, as a share of those up to then. The average of the weights then is one over steps
+# with all images, mostly.
 FURTHER_STEPS = 1 / 3
-# In the log of the run, from the step on at which it goes on.
-CONVERGED_AT, GOES_ON_FROM = "converged_at_step", "goes_on_from_step"
+# In the log, from the step on at which a run goes on.
+CONVERGED_AT = "converged_at_step"
+
+
+class HeldBackSampler(Sampler[int]):
+    """Random rows of a data set whose last ones are held back until they are let in.
+
+    An epoch always has as many rows as are not held back. Its order depends on the seed and on the number of the epoch
+    alone, so that it is the same in all processes and in a run that is resumed.
+
+    Args:
+        kept (`int`): How many rows are not held back.
+        rows (`int`): How many there are.
+        seed (`int`): Of the order.
+
+    Attributes:
+        epoch (`int`): The number of the next epoch.
+        lets_in (`bool`): Whether the rows that were held back are drawn too.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.trainer.finishing import HeldBackSampler
+    >>> sampler = HeldBackSampler(kept=3, rows=5, seed=0)
+    >>> sorted(sampler)
+    [0, 1, 2]
+    >>> sampler.lets_in = True
+    >>> len(list(sampler)), len({row for epoch in range(20) for row in sampler})
+    (3, 5)
+
+    ```
+    """
+
+    def __init__(self, kept: int, rows: int, seed: int):
+        self.kept, self.rows, self.seed = kept, rows, seed
+        self.epoch, self.lets_in = 0, False
+
+    def __len__(self) -> int:
+        return self.kept
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        self.epoch += 1
+        order = torch.randperm(self.rows if self.lets_in else self.kept, generator=generator)
+        return iter(order[: self.kept].tolist())
 
 
 class FinishingTrainer(StoppingTrainer):
     """[`StoppingTrainer`] that trains on the images that were held back, too, once the run has converged.
 
-    A run that stops by itself needs images that it is not trained on, and where there are few, they are missed: what
-    it lost against one of the best length was what the same length lost without these images. So it goes back to its
-    best weights and trains on for a third of their steps, with all images. Nothing is evaluated any more by then.
+    A run that stops by itself has to be evaluated on images that it is not trained on, and where there are few, they
+    are missed. So it does not stop when it has converged, but goes on for a third of its steps with all images, and is
+    not evaluated any more. Where it has come to overfit, so that it goes back to earlier weights, it stops at once.
 
     Args:
         *args: Of `Trainer`, in its order.
@@ -35,83 +78,95 @@ class FinishingTrainer(StoppingTrainer):
         **kwargs: Of `Trainer`, by keyword.
 
     Raises:
-        ValueError: if `held_back` is given and the run does not stop by itself, or a data set has no length.
+        ValueError: if `held_back` is given and the run does not stop by itself, or it cannot say which images are
+            drawn.
     """
 
     def __init__(self, *args: Any, held_back: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.held_back = held_back
-        if held_back is None:
-            return
+        self._sampler: HeldBackSampler | None = None
+        if held_back is not None:
+            self._check_held_back()
+
+    def _check_held_back(self) -> None:
         if not self.args.stop_when_converged:
             raise ValueError(
                 "held_back is for runs that stop by themselves. Set stop_when_converged=True, or put its images into "
                 "train_dataset."
             )
-        if self.args.save_only_model:
-            raise ValueError(
-                "save_only_model=True leaves no checkpoint to go on from when the run has converged. Leave out "
-                "save_only_model, or held_back."
-            )
-        for name, dataset in (("train_dataset", self.train_dataset), ("held_back", held_back)):
-            if not has_length(dataset):
+        for name, dataset in (("train_dataset", self.train_dataset), ("held_back", self.held_back)):
+            if not has_length(dataset) or isinstance(dataset, IterableDataset):
                 raise ValueError(
-                    f"held_back needs data sets with a length, and {name} is a {type(dataset).__name__}, which has "
-                    "none. Leave out held_back."
+                    f"held_back needs data sets whose rows have numbers, and {name} is a {type(dataset).__name__}. "
+                    "Leave out held_back."
                 )
+        own = own_data_methods(self)
+        if own or not isinstance(self._get_train_sampler(), RandomSampler):
+            which = f"{own[0]} of {type(self).__name__}" if own else "train_sampling_strategy"
+            raise ValueError(
+                f"held_back: {which} says which images are drawn, and would not know of those. Leave out held_back."
+            )
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains; see [`~metalr_hf.MetaLRTrainer.train`]."""
-        if self.held_back is None:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        checkpoint, first, log = resume_from_checkpoint, None, _log_of(resume_from_checkpoint)
-        places = next(((row[CONVERGED_AT], row[GOES_ON_FROM]) for row in log if CONVERGED_AT in row), None)
-        if places is None:
-            first = super().train(checkpoint, *args, **kwargs)
-            checkpoint = self.state.best_model_checkpoint
-            if not self.has_converged() or checkpoint is None:
-                return first
-            places = self.state.global_step, self.state.best_global_step
-        with self._with_all_images(*places):
-            if first is not None:
-                # Their states are those of the checkpoint again.
-                self._forget_optimizer()
-            last = super().train(checkpoint, *args, **kwargs)
-        return last if first is None else _joined(first, last)
+    # Not `get_train_dataloader`, by whose being overridden a loader of the user's own is known.
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("is_training") and self.held_back is not None:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            kept, dataset = len(dataset), ConcatDataset([dataset, self.held_back])
+            self._sampler = sampler = HeldBackSampler(kept, len(dataset), seed)
+            kwargs["sampler_fn"] = lambda _: sampler
+        return super()._get_dataloader(dataset, *args, **kwargs)
 
-    @contextmanager
-    def _with_all_images(self, converged_at: int, goes_on_from: int) -> Iterator[None]:
-        before = self.train_dataset, self.args.max_steps, self.args.load_best_model_at_end
-        limit = self.args.max_steps if self.args.max_steps > 0 else math.inf
-        further = math.ceil(round(FURTHER_STEPS * goes_on_from, 6))
-        kept: Any = self.train_dataset
-        self.train_dataset = ConcatDataset([kept, self.held_back])
-        self.args.max_steps, self.args.load_best_model_at_end = int(min(goes_on_from + further, limit)), False
-        self.goes_on = {CONVERGED_AT: converged_at, GOES_ON_FROM: goes_on_from}
-        try:
-            yield
-        finally:
-            self.goes_on = None
-            self.train_dataset, self.args.max_steps, self.args.load_best_model_at_end = before
+    def num_examples(self, dataloader: Any) -> int:
+        """Trainer's; of the training set, those that an epoch has."""
+        parts: Any = getattr(getattr(dataloader, "dataset", None), "datasets", ())
+        is_training_set = self._sampler is not None and len(parts) == 2 and parts[1] is self.held_back
+        return len(parts[0]) if is_training_set else super().num_examples(dataloader)
 
-    def _forget_optimizer(self) -> None:
-        """Lets the optimizer be made anew, if it is not the user's own."""
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        self.converged_at = None
+        start = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        marks = [int(row[CONVERGED_AT]) for row in self.state.log_history if CONVERGED_AT in row]
+        converged_at = marks[0] if marks else None
+        if converged_at is not None and self.held_back is None:
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r} is of a run that was trained on its held_back "
+                "images from some step on, and there are none here. Pass the same held_back."
+            )
+        if self._sampler is None:
+            return start
+        if converged_at is not None:
+            self._let_in(converged_at)
+            done = self.state.global_step - converged_at
+            # The epoch in which it converged was left.
+            begun = math.ceil(converged_at / steps_per_epoch) + done // steps_per_epoch
+            batches = done % steps_per_epoch * self.args.gradient_accumulation_steps
+            start = (epochs, 0) if self.state.global_step >= self.last_step else (begun, batches)
+        self._sampler.epoch = start[0]
+        return start
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # What is evaluated by now is trained on.
-        return self.goes_on is None and super()._determine_best_metric(metrics, trial)
+    def _let_in(self, converged_at: int) -> None:
+        assert self._sampler is not None
+        self.converged_at, self._sampler.lets_in = converged_at, True
 
+    @property
+    def last_step(self) -> int:
+        """The step that the run ends at, as far as is known."""
+        if self.converged_at is None:
+            return self.state.max_steps
+        further = math.ceil(round(FURTHER_STEPS * self.converged_at, 6))
+        return min(self.converged_at + further, self.state.max_steps)
 
-def _log_of(checkpoint: Any) -> list[dict[str, Any]]:
-    file = os.path.join(str(checkpoint or ""), TRAINER_STATE_NAME)
-    return TrainerState.load_from_json(file).log_history if checkpoint and os.path.isfile(file) else []
-
-
-def _joined(first: TrainOutput, last: TrainOutput) -> TrainOutput:
-    """What both parts of a run gave together."""
-    runtimes = [part.metrics["train_runtime"] for part in (first, last)]
-    metrics = {**last.metrics, "train_runtime": sum(runtimes)}
-    for name in ("train_samples_per_second", "train_steps_per_second"):
-        done = sum(part.metrics[name] * runtime for part, runtime in zip((first, last), runtimes, strict=True))
-        metrics[name] = round(done / max(sum(runtimes), 1e-9), 3)
-    return TrainOutput(last.global_step, last.training_loss, metrics)
+    def _end(self) -> bool:
+        step, evaluations = self.state.global_step, self.evaluations()
+        overfits = is_clearly_worse(evaluations, self.args.greater_is_better)
+        if self._sampler is None or overfits or self.control.should_training_stop or step >= self.state.max_steps:
+            return super()._end()
+        self._let_in(step)
+        self.log({CONVERGED_AT: step})
+        # The next one draws from all images.
+        self.control.should_epoch_stop = True
+        self.state.best_metric, self.state.best_global_step = evaluations[-1].metric, step
+        return True

@@ -65,7 +65,7 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
             Labelled images to take validation batches from, prepared like the training set.
         held_back (torch dataset, *optional*):
             With `args.stop_when_converged`, images that are trained on only when the run has converged, prepared like
-            the training set: those of `eval_dataset`.
+            the training set: those of `eval_dataset`. Then it goes on for a third of its steps with all images.
         layer_groups (`Mapping[str, Sequence[str]]`, *optional*):
             Layer name to parameter names, input side first and the head last. Defaults to
             [`layer_groups`]`(model)`.
@@ -170,19 +170,15 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None and self.model_init is None:
             check_checkpoint(checkpoint, list(self._layer_groups(self.model)))
-        if self._has_trained:
+        if self._has_trained and self._created_optimizer:
             # A second run, which Trainer would begin with the moments of the first.
-            self._forget_optimizer()
+            self.optimizer = None
         self._has_trained = True
         with step_hooks(self) as self._step_hooks:
             result = super().train(checkpoint, *args, **kwargs)
         if isinstance(self.lr_scheduler, MetaLRScheduler):
             self.lr_scheduler.settle()
         return result
-
-    def _forget_optimizer(self) -> None:
-        if self._created_optimizer:
-            self.optimizer = None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer's, also in each run of a search; a plain module is wrapped like one that is passed as `model`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -101,10 +100,8 @@ class StoppingTrainer(MeasuringTrainer):
     args: Any
     model: Any
     stopped_because: str | None = None
-    # Images that are trained on only when the run has converged.
-    held_back: Any = None
-    # While a run that has converged goes on with all images: what its log says of that.
-    goes_on: dict[str, int] | None = None
+    # The step from which on a run that had converged was trained on with all images.
+    converged_at: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -184,9 +181,21 @@ class StoppingTrainer(MeasuringTrainer):
         lower_is_better = not self.args.greater_is_better
         if lowest is not None and lower_is_better and not is_best and value <= lowest.metric + lowest.error:
             is_best, self.state.best_metric, self.state.best_global_step = True, value, self.state.global_step
+        if self.has_converged():
+            is_best |= self._end()
         # Trainer does so with save_strategy="best" alone.
         self.control.should_save |= is_best
         return is_best
+
+    def _end(self) -> bool:
+        """Ends the run, which has converged; or says that its present weights count as the best, and does not."""
+        self.control.should_training_stop = True
+        return False
+
+    @property
+    def last_step(self) -> int:
+        """The step that the run ends at, as far as is known."""
+        return self.state.max_steps
 
     def evaluation_cost(self) -> float:
         """What an evaluation costs, in optimizer steps; a forward pass alone counts as a third of an image trained on.
@@ -231,8 +240,7 @@ class StoppingTrainer(MeasuringTrainer):
         self.stopped_because = None
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         # Of a run that had ended, no epoch is left.
-        has_ended = self.args.stop_when_converged and self.has_converged() and self.goes_on is None
-        return (epochs, 0) if has_ended else start
+        return (epochs, 0) if self.args.stop_when_converged and self.has_converged() else start
 
 
 def _has_error(evaluated: Evaluated) -> bool:
@@ -254,19 +262,11 @@ class _StopWhenConverged(TrainerCallback):
     def __init__(self, trainer: StoppingTrainer):
         self.trainer = trainer
         self.metric = _metric(trainer.args)
-        self.started = math.nan
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        goes_on = self.trainer.goes_on
-        if goes_on is None or math.isnan(self.started):
-            self.started = time.monotonic()
-        self.timeout = False
-        if goes_on is not None:
-            if not any(goes_on.items() <= row.items() for row in state.log_history):
-                self.trainer.log(dict(goes_on))
-            return
+        self.started, self.timeout = time.monotonic(), False
         self.cost = self.trainer.evaluation_cost()
         self._look_ahead(state)
 
@@ -274,35 +274,33 @@ class _StopWhenConverged(TrainerCallback):
         if args.max_minutes is not None:
             self.timeout = self._agreed(time.monotonic() - self.started > 60 * args.max_minutes)
             control.should_training_stop |= self.timeout
-        is_last = self.timeout or state.global_step >= state.max_steps
-        if self.trainer.goes_on is not None:
-            if is_last:
-                # Trainer deletes what it does not take for the best.
-                state.best_global_step, control.should_save = state.global_step, True
+        is_last = self.timeout or state.global_step >= self.trainer.last_step
+        if self.trainer.converged_at is None:
+            # The last weights may be the best.
+            control.should_evaluate |= is_last or state.global_step >= self.next
             return
-        # The last weights may be the best.
-        if is_last or state.global_step >= self.next:
-            control.should_evaluate = True
+        control.should_evaluate = False
+        control.should_training_stop |= is_last
+        if control.should_training_stop:
+            # Trainer goes back to the best at the end, and deletes what it does not take for it.
+            state.best_metric, state.best_global_step, control.should_save = None, state.global_step, True
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # All images are trained on by then.
+        control.should_evaluate &= self.trainer.converged_at is None
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         metrics: Mapping[str, float] = kwargs["metrics"]
         if self.metric not in metrics or not self.trainer.is_in_train or not state.global_step:
             return
-        if self.trainer.goes_on is not None:
-            return
         self._look_ahead(state)
-        control.should_training_stop |= self.trainer.has_converged()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if (goes_on := self.trainer.goes_on) is not None:
-            converged_at, goes_on_from = goes_on.values()
+        if (converged_at := self.trainer.converged_at) is not None:
             self._say(
-                f"Stopped at step {state.global_step}. By step {converged_at} the run had converged, and went on from "
-                f"step {goes_on_from}, the best, with the images too that it had been evaluated on."
+                f"Converged at step {converged_at}, and trained on to step {state.best_global_step} with the images "
+                "too that it had been evaluated on."
             )
-            return
-        if self.trainer.held_back is not None and self.trainer.has_converged():
-            # It goes on, and says more at its end.
             return
         if self.timeout:
             reason = f"by max_minutes={args.max_minutes:g}"
@@ -329,9 +327,10 @@ class _StopWhenConverged(TrainerCallback):
         evaluations = self.trainer.evaluations()
         self.next = evaluation_steps(evaluations[-1].step if evaluations else 0, self.cost)
         best = best_evaluation(evaluations, self.trainer.args.greater_is_better)
-        self._set_end_of_bar(min(max(self.next, earliest_stop(best.step if best else 0)), state.max_steps))
+        in_sight = max(self.next, earliest_stop(best.step if best else 0))
+        self.set_end_of_bar(min(in_sight, self.trainer.last_step))
 
-    def _set_end_of_bar(self, step: int) -> None:
+    def set_end_of_bar(self, step: int) -> None:
         # Of the terminal's and of notebooks'; there is no other way to change where they end.
         for callback in self.trainer.callback_handler.callbacks:
             for name in ("training_bar", "training_tracker"):

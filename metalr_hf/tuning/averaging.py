@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..settings import check_number
-from .sharding import local, reshard, shard_of, whole
+from .sharding import local, reshard, saved, shard_of
 
 POLYNOMIAL = "polynomial"
 POLYNOMIAL_ETA = 3.0
@@ -190,12 +190,10 @@ class WeightAverage:
     def state_dict(self) -> dict[str, Any]:
         """The average, and the weights that training goes on from.
 
-        Where parameters are sharded, all processes have to call it, and each gets whole ones.
+        Where parameters are sharded, all processes have to call it, and each gets whole ones, on the CPU.
         """
-        weights = self._weights or self._live()
-        return {"steps": self.steps, "average": self._laid_out(whole, self._average)} | {
-            "weights": self._laid_out(whole, weights)
-        }
+        average, weights = (self._laid_out(saved, part) for part in (self._average, self._weights or self._live()))
+        return {"steps": self.steps, "average": average, "weights": weights}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what [`~WeightAverage.state_dict`] gave, the model's own weights among it.

@@ -67,6 +67,19 @@ def whole(part: Tensor, parameter: Tensor) -> Tensor:
     return tensor.full_tensor()
 
 
+def saved(part: Tensor, parameter: Tensor) -> Tensor:
+    """As [`whole`], for a checkpoint: what is sharded leaves the device, on which not all of it may have room.
+
+    Args:
+        part (`torch.Tensor`): This process's part, laid out as that of `parameter`.
+        parameter (`torch.Tensor`): The parameter.
+
+    Returns:
+        `torch.Tensor` of the shape of `parameter`, on the CPU; `part` itself if it is not sharded.
+    """
+    return whole(part, parameter).cpu() if is_sharded(parameter) else part
+
+
 def shard_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of a whole tensor; the inverse of [`whole`].
 

@@ -1,16 +1,14 @@
 """A run that has converged goes on with the images that it was evaluated on: how far, with which, and resumed."""
 
-import json
 import math
 
-import numpy as np
 import pytest
-from small_runs import STOPPING, ReadOnce, arguments, images, noisy, same_weights, streamed, vit
-from torch.utils.data import ConcatDataset
-from transformers import set_seed
+from small_runs import STOPPING, OwnLoader, ReadOnce, arguments, images, noisy, same_weights, streamed, vit
+from torch.utils.data import WeightedRandomSampler
+from transformers import TrainerCallback, set_seed
 
 from metalr_hf import MetaLRTrainer
-from metalr_hf.trainer.finishing import CONVERGED_AT, GOES_ON_FROM
+from metalr_hf.trainer.finishing import CONVERGED_AT
 
 HELD_BACK = 12
 
@@ -29,126 +27,169 @@ class Noting(MetaLRTrainer):
         return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
-        self.seen[self.state.global_step + 1] = set(inputs["pixel_values"][:, 0, 0, 0].tolist())
+        self.seen.setdefault(self.state.global_step + 1, set()).update(names(inputs["pixel_values"]))
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def finishing(folder, held_back=None, eval_dataset=None, **kwargs):
+def names(pixels):
+    return set(pixels[:, 0, 0, 0].tolist())
+
+
+HELD = names(images(HELD_BACK, seed=1)[:]["pixel_values"])
+
+
+def finishing(folder, kind=Noting, train=None, held_back=None, callbacks=None, **kwargs):
     held_back = images(HELD_BACK, seed=1) if held_back is None else held_back
-    eval_dataset = images(HELD_BACK, seed=1) if eval_dataset is None else eval_dataset
-    args = arguments(folder, **{**STOPPING, **kwargs})
-    return Noting(vit(0.0), args, train_dataset=noisy(), eval_dataset=eval_dataset, held_back=held_back)
+    return kind(
+        vit(0.0),
+        arguments(folder, **{**STOPPING, **kwargs}),
+        train_dataset=images(24) if train is None else train,
+        eval_dataset=images(HELD_BACK, seed=1),
+        held_back=held_back,
+        callbacks=callbacks,
+    )
 
 
-def marks(run):
-    return [(row[CONVERGED_AT], row[GOES_ON_FROM]) for row in run.state.log_history if CONVERGED_AT in row]
+def converged_at(run):
+    (step,) = (row[CONVERGED_AT] for row in run.state.log_history if CONVERGED_AT in row)
+    return step
 
 
-def test_it_goes_on_for_a_third_from_its_best_weights_with_all_images(tmp_path):
+def evaluated_at(run):
+    return [row["step"] for row in run.state.log_history if "eval_loss" in row]
+
+
+def test_it_goes_on_for_a_third_with_all_images(tmp_path):
     run = finishing(tmp_path)
     result = run.train()
-    ((converged_at, best),) = marks(run)
-    assert best < converged_at
-    assert result.global_step == run.state.global_step == math.ceil(best * 4 / 3)
-    assert "went on from step" in run.stopped_because
-    held = set(images(HELD_BACK, seed=1)[:]["pixel_values"][:, 0, 0, 0].tolist())
-    end = run.state.global_step
-    after = [run.seen[step] for step in range(best + 1, end + 1)]
-    assert held <= set.union(*after)
-    evaluated_at = [row["step"] for row in run.state.log_history if "eval_loss" in row]
-    assert max(evaluated_at) <= best, "of what came after, the run has no record: it went back"
+    step, end = converged_at(run), run.state.global_step
+    assert result.global_step == end == math.ceil(step * 4 / 3)
+    assert run.stopped_because.startswith(f"Converged at step {step}, and trained on to step {end} with the images too")
+    assert not HELD & set.union(*(run.seen[i] for i in range(1, step + 1)))
+    assert set.union(*(run.seen[i] for i in range(step + 1, end + 1))) == HELD | names(images(24)[:]["pixel_values"])
+    assert evaluated_at(run)[-1] == step
     assert len(run.lr_history) == end
-    # As it was, for another run.
-    assert not isinstance(run.train_dataset, ConcatDataset)
-    assert (run.args.max_steps, run.args.load_best_model_at_end) == (-1, True)
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{end}"]
-    # What is evaluated now is what was saved: the average at the end.
-    assert same_weights(run.model, type(run.model).from_pretrained(tmp_path / f"checkpoint-{end}"))
+    # The model is the average at the end, and so is the only checkpoint that is left.
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{end}"
+    assert same_weights(run.model, type(run.model).from_pretrained(checkpoint))
+    assert (run.state.best_global_step, run.state.best_metric) == (end, None)
 
 
-def test_the_best_weights_may_be_those_at_which_it_stopped(tmp_path):
-    # Of so few images no evaluation can be told from the best, and the last one is taken.
-    run = finishing(tmp_path, images(4, seed=1), eval_dataset=images(4, seed=1))
+@pytest.mark.parametrize("more", [{"eval_strategy": "steps", "eval_steps": 5}, {"eval_strategy": "epoch"}], ids=str)
+def test_it_is_not_evaluated_on_what_it_is_trained_on(tmp_path, more):
+    run = finishing(tmp_path, **more)
     run.train()
-    ((converged_at, best),) = marks(run)
-    assert best == converged_at
-    assert run.state.global_step == math.ceil(best * 4 / 3)
-    assert max(run.seen) == run.state.global_step
+    assert evaluated_at(run)[-1] <= converged_at(run) < run.state.global_step
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{run.state.global_step}"]
 
 
-def test_until_then_it_is_the_run_that_holds_them_back(tmp_path):
-    run = finishing(tmp_path / "a")
+def test_a_run_that_overfits_goes_back_and_never_sees_them(tmp_path):
+    run = finishing(tmp_path, train=noisy(), learning_rate=1e-2)
     run.train()
-    plain = Noting(
-        vit(0.0),
-        arguments(tmp_path / "b", **STOPPING),
-        train_dataset=noisy(),
-        eval_dataset=images(HELD_BACK, seed=1),
-    )
-    plain.train()
-    ((converged_at, best),) = marks(run)
-    assert (plain.state.global_step, plain.state.best_global_step) == (converged_at, best)
-    assert np.array_equal(plain.lr_history.learning_rates[:best], run.lr_history.learning_rates[:best])
+    assert not any(CONVERGED_AT in row for row in run.state.log_history)
+    assert run.state.best_global_step < run.state.global_step
+    assert not HELD & set.union(*run.seen.values())
+    assert "converged. The model is that of step" in run.stopped_because
 
 
-@pytest.mark.parametrize("save", [{}, {"save_steps": 7, "save_total_limit": 50}], ids=["best", "steps"])
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path, save):
-    whole = finishing(tmp_path, **save)
+@pytest.mark.parametrize("save", [{}, {"save_steps": 7}], ids=["best", "steps"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, save, accumulated):
+    options = {**save, "save_total_limit": 50, "gradient_accumulation_steps": accumulated}
+    options["per_device_train_batch_size"] = 5
+    whole = finishing(tmp_path, **options)
     whole.train()
-    ((converged_at, best),) = marks(whole)
-    for checkpoint in sorted(tmp_path.glob("checkpoint-*")):
-        step = int(checkpoint.name.rsplit("-", 1)[1])
-        again = finishing(tmp_path / "again" / str(step), **save)
+    step, end = converged_at(whole), whole.state.global_step
+    checkpoints = {int(path.name.rsplit("-", 1)[1]): path for path in tmp_path.glob("checkpoint-*")}
+    assert {step, end} <= checkpoints.keys() or save
+    assert any(step < saved < end for saved in checkpoints) or not save
+    for saved, checkpoint in checkpoints.items():
+        if saved < step - 14:
+            continue
+        again = finishing(tmp_path / "again" / str(saved), **options)
         again.train(resume_from_checkpoint=str(checkpoint))
-        assert marks(again) == [(converged_at, best)]
-        assert again.state.global_step == whole.state.global_step
-        assert same_weights(whole.model, again.model), step
-        steps_taken = len(again.seen)
-        assert (steps_taken == 0) == (step == whole.state.global_step)
+        assert again.state.global_step == end
+        assert converged_at(again) == step
+        assert same_weights(whole.model, again.model), saved
+        assert again.seen == {i: rows for i, rows in whole.seen.items() if i > saved}
 
 
 def test_a_second_run_is_the_first_one_again(tmp_path):
     run = finishing(tmp_path)
     set_seed(0)
     run.train()
-    first = marks(run), run.state.global_step
+    first = converged_at(run), run.state.global_step, run.seen
     run.model.load_state_dict(vit(0.0).state_dict())
     set_seed(0)
     run.train()
-    assert (marks(run), run.state.global_step) == first
+    assert (converged_at(run), run.state.global_step, run.seen) == first
 
 
-def test_a_run_that_reaches_its_limit_before_holds_them_back_to_the_end(tmp_path):
-    run = finishing(tmp_path, max_steps=30)
+def test_limits_hold(tmp_path):
+    free = finishing(tmp_path / "free")
+    free.train()
+    step = converged_at(free)
+    for limit in (step - 10, step, step + 1):
+        run = finishing(tmp_path / str(limit), max_steps=limit)
+        run.train()
+        assert run.state.global_step == limit
+        assert any(CONVERGED_AT in row for row in run.state.log_history) == (limit > step)
+    # Of two steps each.
+    run = finishing(tmp_path / "epochs", max_steps=-1, num_train_epochs=step // 2 + 2)
     run.train()
-    assert marks(run) == []
-    assert run.state.global_step == 30
-    assert "before it had converged" in run.stopped_because
+    assert run.state.global_step <= step + 4
 
 
-def test_the_limit_holds_for_the_last_part_too(tmp_path):
-    run = finishing(tmp_path / "a")
+def test_stopped_by_another_callback_it_keeps_what_it_has_become(tmp_path):
+    class StopEarly(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if any(CONVERGED_AT in row for row in state.log_history):
+                control.should_training_stop = True
+
+    run = finishing(tmp_path, callbacks=[StopEarly()])
     run.train()
-    ((converged_at, best),) = marks(run)
-    limited = finishing(tmp_path / "b", max_steps=converged_at)
-    limited.train()
-    assert limited.state.global_step == min(math.ceil(best * 4 / 3), converged_at)
+    step = converged_at(run)
+    assert run.state.global_step == run.state.best_global_step == step + 1
+    assert f"trained on to step {step + 1}" in run.stopped_because
 
 
-def test_both_parts_count_in_what_the_run_took(tmp_path):
+def test_the_card_counts_them_and_shows_no_figure_of_them(tmp_path):
     run = finishing(tmp_path)
-    metrics = run.train().metrics
-    ((converged_at, best),) = marks(run)
-    steps = converged_at + run.state.global_step - best
-    assert metrics["train_steps_per_second"] * metrics["train_runtime"] == pytest.approx(steps, rel=0.05)
-    json.dumps(metrics)
+    run.train()
+    run.evaluate()
+    assert run.evaluation is None or run.evaluation.step <= converged_at(run)
+    run.create_model_card()
+    assert f"with {24 + HELD_BACK} training images" in " ".join((tmp_path / "README.md").read_text().split())
+
+
+def test_a_run_that_was_trained_on_them_is_not_resumed_without(tmp_path):
+    run = finishing(tmp_path)
+    run.train()
+    checkpoint = str(tmp_path / f"checkpoint-{run.state.global_step}")
+    args = arguments(tmp_path / "again", **STOPPING)
+    other = MetaLRTrainer(vit(0.0), args, train_dataset=images(24), eval_dataset=images(HELD_BACK, seed=1))
+    with pytest.raises(ValueError, match=r"is of a run that was trained on its held_back images from some step on"):
+        other.train(resume_from_checkpoint=checkpoint)
+
+
+class OwnSampler(MetaLRTrainer):
+    def _get_train_sampler(self, *args):
+        return WeightedRandomSampler([1.0] * 24, 24)
+
+
+class WithLoader(OwnLoader, MetaLRTrainer):
+    pass
 
 
 def test_what_cannot_be_held_back_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"held_back is for runs that stop by themselves\. Set stop_when_converged"):
         finishing(tmp_path, stop_when_converged=False, max_steps=3)
-    with pytest.raises(ValueError, match=r"save_only_model=True leaves no checkpoint"):
-        finishing(tmp_path, save_only_model=True)
     for rows in (streamed(images()), ReadOnce(images())):
-        with pytest.raises(ValueError, match=rf"held_back is a {type(rows).__name__}, which has none"):
+        with pytest.raises(ValueError, match=rf"rows have numbers, and held_back is a {type(rows).__name__}\."):
             finishing(tmp_path, held_back=rows)
+    for kind, name in ((OwnSampler, "_get_train_sampler"), (WithLoader, "get_train_dataloader")):
+        with pytest.raises(ValueError, match=rf"held_back: {name} of {kind.__name__} says which images are drawn"):
+            finishing(tmp_path, kind)
+    with pytest.raises(ValueError, match=r"held_back: train_sampling_strategy says which images are drawn"):
+        finishing(tmp_path, train_sampling_strategy="sequential")

@@ -138,10 +138,11 @@ def has_converged(evaluations: Sequence[Evaluated], greater_is_better: bool) -> 
 def is_clearly_worse(evaluations: Sequence[Evaluated], greater_is_better: bool) -> bool:
     """Whether the last evaluation is worse than the best by more than noise.
 
-    That is by more than a fiftieth of the largest value up to then, and more than the standard error of the best.
+    That is by more than a fiftieth of the largest value up to then, and more than the standard error of the best. Where
+    there are standard errors, evaluations whose error is zero do not count: few images that all are answered well.
 
     Args:
-        evaluations (`Sequence[Evaluated]`): Those up to now.
+        evaluations (`Sequence[Evaluated]`): Those up to now, at least one.
         greater_is_better (`bool`): Of the metric.
 
     Returns:
@@ -163,7 +164,7 @@ def is_clearly_worse(evaluations: Sequence[Evaluated], greater_is_better: bool) 
     finite = [one for one in evaluations if math.isfinite(one.metric)]
     if not math.isfinite(last.metric):
         return True
-    best = max(finite, key=lambda one: sign * one.metric)
+    best = max([one for one in finite if one.error > 0] or finite, key=lambda one: sign * one.metric)
     noise = max(IMPROVEMENT * max(abs(one.metric) for one in finite), best.error)
     return sign * (best.metric - last.metric) > noise
 

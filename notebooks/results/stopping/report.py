@@ -10,9 +10,25 @@ from metalr_hf.hub.markdown import table
 HERE = Path(__file__).parent
 TEXT = """# Runs that stop by themselves
 
-## With a fitted head
+## With all images in the end
 
-The default of today, on one machine, with images that were drawn and resized in another way than below; otherwise as it
+The default of today. A run with `stop_when_converged` holds 50 of its 500 images back. Where it has not come to overfit
+by the step at which it has converged, it goes on for a third of its steps with all images. AdamW with a weight decay of
+0.01, batches of 32 unless it says otherwise, one thread, seeds 0 and 1. Images have 32 × 32 pixels, on the ViT 16 × 16.
+Balanced accuracy on all test images, 719 digits, 396 blood cells or 235 of breast ultrasound. *60*, *240* and *1,000
+steps* are looks at the average along one run with all 500 images, of 1,000 steps, or of 240 where there is no figure of
+1,000; the head was fitted to all images, where one of 60 steps by itself would take 384. *Converged* is empty where the
+run overfitted, and went back to the weights of the step *model*.
+
+{all_images}
+
+{all_images_means}
+
+PLACEHOLDER
+
+## Before that, with a fitted head
+
+On one machine, with images that were drawn and resized in another way than below; otherwise as it
 says there. The networks without batch norm have 1,000 steps too.
 
 {fitted}
@@ -80,11 +96,41 @@ def lines_of(results: pd.DataFrame, by: list[str]) -> str:
     return table(header, lines, align="l" + "r" * (len(header) - 1), escaped=True)
 
 
+LENGTHS = ("60 steps", "240 steps", "1,000 steps")
+
+
+def all_images_lines(runs: pd.DataFrame) -> str:
+    header = ["cell", "seed", "converged", "steps", "model", "then, with 450 images", "stops by itself", *LENGTHS]
+    columns = ["converged_at", "steps", "model", "held_back", "accuracy", *LENGTHS]
+    lines = [[row["cell"], row["seed"], *(shown(row[column]) for column in columns)] for _, row in runs.iterrows()]
+    return table(header, lines, align="l" + "r" * (len(header) - 1), escaped=True)
+
+
+def all_images_means(runs: pd.DataFrame) -> str:
+    """The means of the lengths that all seeds of a cell have."""
+    columns = ["steps", "accuracy", *LENGTHS]
+    lines = []
+    for cell, group in runs.groupby("cell", sort=False):
+        means = {column: group[column].mean(skipna=False) for column in columns}
+        behind = 100 * (max(means[length] for length in LENGTHS if not pd.isna(means[length])) - means["accuracy"])
+        lines.append([cell, *(shown(means[column]) for column in columns), f"{-behind:+.1f}"])
+    header = ["cell", "steps", "stops by itself", *LENGTHS, "beside the best length"]
+    return table(header, lines, align="l" + "r" * (len(header) - 1), escaped=True)
+
+
+def shown(value: float) -> str:
+    if pd.isna(value):
+        return ""
+    return f"{value:.3f}" if value <= 1 else f"{value:.0f}"
+
+
 def main() -> None:
     results = pd.DataFrame([json.loads(row) for row in (HERE / "results.jsonl").read_text().splitlines()])
     is_fitted = results["head"] == "fitted"
     fresh = results[~is_fitted]
-    text = TEXT.replace("{fitted}", lines_of(results[is_fitted], ["cell"]))
+    runs = pd.DataFrame([json.loads(row) for row in (HERE / "all_images.jsonl").read_text().splitlines()])
+    text = TEXT.replace("{all_images}", all_images_lines(runs)).replace("{all_images_means}", all_images_means(runs))
+    text = text.replace("{fitted}", lines_of(results[is_fitted], ["cell"]))
     text = text.replace("{runs}", lines_of(fresh, ["cell", "seed"])).replace("{means}", lines_of(fresh, ["cell"]))
     (HERE / "report.md").write_text(text, encoding="utf-8")
 

@@ -19,6 +19,7 @@ ERRORS = 0.5
 # The rates are tuned during the first 40 steps, and a loss may rise and fall again in the next.
 FIRST_STOP = 200
 FEWEST_WORSE = 2
+WORSE_BY_ERRORS = 2.0
 
 
 class Evaluated(NamedTuple):
@@ -138,8 +139,8 @@ def has_converged(evaluations: Sequence[Evaluated], greater_is_better: bool) -> 
 def is_clearly_worse(evaluations: Sequence[Evaluated], greater_is_better: bool) -> bool:
     """Whether the last evaluation is worse than the best by more than noise.
 
-    That is by more than a fiftieth of the largest value up to then, and more than the standard error of the best. Where
-    there are standard errors, evaluations whose error is zero do not count: few images that all are answered well.
+    That is by more than a fiftieth of the largest value up to then, and more than twice the larger of their standard
+    errors: the best of many evaluations on few images may be a lucky one, with hardly any error.
 
     Args:
         evaluations (`Sequence[Evaluated]`): Those up to now, at least one.
@@ -164,8 +165,8 @@ def is_clearly_worse(evaluations: Sequence[Evaluated], greater_is_better: bool) 
     finite = [one for one in evaluations if math.isfinite(one.metric)]
     if not math.isfinite(last.metric):
         return True
-    best = max([one for one in finite if one.error > 0] or finite, key=lambda one: sign * one.metric)
-    noise = max(IMPROVEMENT * max(abs(one.metric) for one in finite), best.error)
+    best = max(finite, key=lambda one: sign * one.metric)
+    noise = max(IMPROVEMENT * max(abs(one.metric) for one in finite), WORSE_BY_ERRORS * max(best.error, last.error))
     return sign * (best.metric - last.metric) > noise
 
 

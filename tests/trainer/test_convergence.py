@@ -41,11 +41,11 @@ def test_noise_and_creeping_do_not_count_as_better():
 
 
 def test_what_is_clearly_worse_than_the_best():
-    # Within the standard error of the best, and beyond it.
-    assert not is_clearly_worse(seen((20, 1.0, 0.1), (40, 0.5, 0.1), (60, 0.59, 0.1)), False)
-    assert is_clearly_worse(seen((20, 1.0, 0.1), (40, 0.5, 0.1), (60, 0.61, 0.1)), False)
-    # Where no image is answered badly, the error says nothing.
-    assert not is_clearly_worse(seen((20, 0.07, 0.05), (40, 0.0, 0.0), (60, 0.03, 0.03)), False)
+    # Within two standard errors, and beyond.
+    assert not is_clearly_worse(seen((20, 1.0, 0.1), (40, 0.5, 0.1), (60, 0.69, 0.1)), False)
+    assert is_clearly_worse(seen((20, 1.0, 0.1), (40, 0.5, 0.1), (60, 0.71, 0.1)), False)
+    # Where no image is answered badly, the error of that evaluation says nothing.
+    assert not is_clearly_worse(seen((20, 0.07, 0.05), (40, 0.0, 0.0), (60, 0.03, 0.02)), False)
     # Of figures without an error, by a fiftieth of the largest.
     assert not is_clearly_worse(seen((20, 0.80), (40, 0.90), (60, 0.885)), True)
     assert is_clearly_worse(seen((20, 0.80), (40, 0.90), (60, 0.88)), True)

@@ -38,13 +38,13 @@ def names(pixels):
 HELD = names(images(HELD_BACK, seed=1)[:]["pixel_values"])
 
 
-def finishing(folder, kind=Noting, train=None, held_back=None, callbacks=None, **kwargs):
+def finishing(folder, kind=Noting, train=None, held_back=None, evaluated_on=None, callbacks=None, **kwargs):
     held_back = images(HELD_BACK, seed=1) if held_back is None else held_back
     return kind(
         vit(0.0),
         arguments(folder, **{**STOPPING, **kwargs}),
         train_dataset=images(24) if train is None else train,
-        eval_dataset=images(HELD_BACK, seed=1),
+        eval_dataset=images(HELD_BACK, seed=1) if evaluated_on is None else evaluated_on,
         held_back=held_back,
         callbacks=callbacks,
     )
@@ -85,7 +85,8 @@ def test_it_is_not_evaluated_on_what_it_is_trained_on(tmp_path, more):
 
 
 def test_a_run_that_overfits_goes_back_and_never_sees_them(tmp_path):
-    run = finishing(tmp_path, train=noisy(), learning_rate=1e-2)
+    # On enough images to tell.
+    run = finishing(tmp_path, train=noisy(), evaluated_on=images(48, seed=1), learning_rate=1e-2)
     run.train()
     assert not any(CONVERGED_AT in row for row in run.state.log_history)
     assert run.state.best_global_step < run.state.global_step

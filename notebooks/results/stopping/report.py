@@ -24,7 +24,14 @@ run overfitted, and went back to the weights of the step *model*.
 
 {all_images_means}
 
-PLACEHOLDER
+**It is within half a point of the best length in six cells of seven**, and 0.6 behind it on EfficientNet-Lite0 →
+digits, after 238 to 306 steps; on ViT → digits it is a point above the best length, after 492. Training on with all
+images, beside the average at the step at which the run had converged:
+{gain}.
+
+The rule was chosen on the digits and blood cells: a run was to be one standard error worse than its best to go back,
+and it is two now, since one of ViT → digits and one of EfficientNet-Lite0 → digits had gone back for a single lucky
+evaluation (.955 and .975). Nothing was chosen on breast ultrasound.
 
 ## Before that, with a fitted head
 
@@ -129,7 +136,13 @@ def main() -> None:
     is_fitted = results["head"] == "fitted"
     fresh = results[~is_fitted]
     runs = pd.DataFrame([json.loads(row) for row in (HERE / "all_images.jsonl").read_text().splitlines()])
-    text = TEXT.replace("{all_images}", all_images_lines(runs)).replace("{all_images_means}", all_images_means(runs))
+    gains = 100 * (runs["accuracy"] - runs["held_back"]).dropna()
+    gain = f"{gains.mean():+.1f} ± {gains.sem():.1f} points in {len(gains)} runs, {(gains > 0).sum()} of them better"
+    text = (
+        TEXT.replace("{gain}", gain)
+        .replace("{all_images}", all_images_lines(runs))
+        .replace("{all_images_means}", all_images_means(runs))
+    )
     text = text.replace("{fitted}", lines_of(results[is_fitted], ["cell"]))
     text = text.replace("{runs}", lines_of(fresh, ["cell", "seed"])).replace("{means}", lines_of(fresh, ["cell"]))
     (HERE / "report.md").write_text(text, encoding="utf-8")

@@ -86,6 +86,7 @@ class FinishingTrainer(StoppingTrainer):
         super().__init__(*args, **kwargs)
         self.held_back = held_back
         self._sampler: HeldBackSampler | None = None
+        self._steps_per_epoch = 1
         if held_back is not None:
             self._check_held_back()
 
@@ -126,7 +127,7 @@ class FinishingTrainer(StoppingTrainer):
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
-        self.converged_at = None
+        self.converged_at, self._steps_per_epoch = None, steps_per_epoch
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         marks = [int(row[CONVERGED_AT]) for row in self.state.log_history if CONVERGED_AT in row]
         converged_at = marks[0] if marks else None
@@ -154,15 +155,19 @@ class FinishingTrainer(StoppingTrainer):
     @property
     def last_step(self) -> int:
         """The step that the run ends at, as far as is known."""
-        if self.converged_at is None:
-            return self.state.max_steps
-        further = math.ceil(round(FURTHER_STEPS * self.converged_at, 6))
-        return min(self.converged_at + further, self.state.max_steps)
+        return self.state.max_steps if self.converged_at is None else self._last_step_after(self.converged_at)
+
+    def _last_step_after(self, converged_at: int) -> int:
+        further = math.ceil(round(FURTHER_STEPS * converged_at, 6))
+        # Where there is a limit, so many epochs are left after the one in which it converged.
+        epochs_left = int(self.state.num_train_epochs) - math.ceil(converged_at / self._steps_per_epoch)
+        return min(converged_at + min(further, epochs_left * self._steps_per_epoch), self.state.max_steps)
 
     def _end(self) -> bool:
         step, evaluations = self.state.global_step, self.evaluations()
         overfits = is_clearly_worse(evaluations, self.args.greater_is_better)
-        if self._sampler is None or overfits or self.control.should_training_stop or step >= self.state.max_steps:
+        may_go_on = self._sampler is not None and not self.control.should_training_stop
+        if overfits or not may_go_on or self._last_step_after(step) <= step:
             return super()._end()
         self._let_in(step)
         self.log({CONVERGED_AT: step})

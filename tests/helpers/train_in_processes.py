@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from transformers import TrainerCallback, set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.models.target_losses import ClassLoss
+from metalr_hf.trainer import convergence
 from metalr_hf.tuning.sharding import local, whole
 
 torch.set_num_threads(1)
@@ -113,6 +115,7 @@ def run(
     profiled=False,
     evaluated_on=0,
     holds_back=False,
+    first_stop=convergence.FIRST_STOP,
     saves_alone=False,
     class_loss=False,
     killed_at=None,
@@ -147,7 +150,8 @@ def run(
         save.trainer = trainer
     trainer.spoiled_step, trainer.slow_to_save = spoiled_step, slow_to_save
     trainer.train_rows, trainer.meta_rows = [], []
-    with profile(record_shapes=True) if profiled else nullcontext() as profiler:
+    with profile(record_shapes=True) if profiled else nullcontext() as profiler, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convergence, "FIRST_STOP", first_stop)
         trainer.train(resume_from_checkpoint=resume)
     events = profiler.events() if profiled else []
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)

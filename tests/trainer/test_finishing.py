@@ -1,6 +1,7 @@
 """A run that has converged goes on with the images that it was evaluated on: how far, with which, and resumed."""
 
 import math
+from pathlib import Path
 
 import pytest
 from small_runs import STOPPING, OwnLoader, ReadOnce, arguments, images, noisy, same_weights, streamed, vit
@@ -13,10 +14,12 @@ from metalr_hf.trainer.finishing import CONVERGED_AT
 HELD_BACK = 12
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    """Runs that may stop after 40 steps already."""
-    monkeypatch.setattr("metalr_hf.trainer.convergence.FIRST_STOP", 40)
+@pytest.fixture(autouse=True, scope="module")
+def short():
+    """Runs that may stop after 24 steps already."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("metalr_hf.trainer.convergence.FIRST_STOP", 24)
+        yield
 
 
 class Noting(MetaLRTrainer):
@@ -59,18 +62,25 @@ def evaluated_at(run):
     return [row["step"] for row in run.state.log_history if "eval_loss" in row]
 
 
-def test_it_goes_on_for_a_third_with_all_images(tmp_path):
-    run = finishing(tmp_path)
-    result = run.train()
+@pytest.fixture(scope="module")
+def finished(short, tmp_path_factory):
+    """A run that has ended; its folder is that of its arguments."""
+    run = finishing(tmp_path_factory.mktemp("finished"))
+    run.train()
+    return run
+
+
+def test_it_goes_on_for_a_third_with_all_images(finished):
+    run, folder = finished, Path(finished.args.output_dir)
     step, end = converged_at(run), run.state.global_step
-    assert result.global_step == end == math.ceil(step * 4 / 3)
+    assert end == math.ceil(step * 4 / 3)
     assert run.stopped_because.startswith(f"Converged at step {step}, and trained on to step {end} with the images too")
     assert not HELD & set.union(*(run.seen[i] for i in range(1, step + 1)))
     assert set.union(*(run.seen[i] for i in range(step + 1, end + 1))) == HELD | names(images(24)[:]["pixel_values"])
     assert evaluated_at(run)[-1] == step
     assert len(run.lr_history) == end
     # The model is the average at the end, and so is the only checkpoint that is left.
-    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    (checkpoint,) = folder.glob("checkpoint-*")
     assert checkpoint.name == f"checkpoint-{end}"
     assert same_weights(run.model, type(run.model).from_pretrained(checkpoint))
     assert (run.state.best_global_step, run.state.best_metric) == (end, None)
@@ -94,8 +104,7 @@ def test_a_run_that_overfits_goes_back_and_never_sees_them(tmp_path):
     assert "converged. The model is that of step" in run.stopped_because
 
 
-@pytest.mark.parametrize("save", [{}, {"save_steps": 7}], ids=["best", "steps"])
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(("save", "accumulated"), [({}, 1), ({"save_steps": 5}, 2)], ids=["best", "steps"])
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, save, accumulated):
     options = {**save, "save_total_limit": 50, "gradient_accumulation_steps": accumulated}
     options["per_device_train_batch_size"] = 5
@@ -106,7 +115,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, save, accumulated):
     assert {step, end} <= checkpoints.keys() or save
     assert any(step < saved < end for saved in checkpoints) or not save
     for saved, checkpoint in checkpoints.items():
-        if saved < step - 14:
+        if saved < step - 5:
             continue
         again = finishing(tmp_path / "again" / str(saved), **options)
         again.train(resume_from_checkpoint=str(checkpoint))
@@ -127,19 +136,16 @@ def test_a_second_run_is_the_first_one_again(tmp_path):
     assert (converged_at(run), run.state.global_step, run.seen) == first
 
 
-def test_limits_hold(tmp_path):
-    free = finishing(tmp_path / "free")
-    free.train()
-    step = converged_at(free)
-    for limit in (step - 10, step, step + 1):
-        run = finishing(tmp_path / str(limit), max_steps=limit)
-        run.train()
-        assert run.state.global_step == limit
-        assert any(CONVERGED_AT in row for row in run.state.log_history) == (limit > step)
-    # Of two steps each.
-    run = finishing(tmp_path / "epochs", max_steps=-1, num_train_epochs=step // 2 + 2)
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_a_limit_holds(tmp_path, finished, more):
+    step = converged_at(finished)
+    # The epoch of two steps in which it converges is left.
+    epochs_left = math.ceil((step + more) / 2) - math.ceil(step / 2)
+    further = min(2 * epochs_left, more)
+    run = finishing(tmp_path, max_steps=step + more)
     run.train()
-    assert run.state.global_step <= step + 4
+    assert any(CONVERGED_AT in row for row in run.state.log_history) == (further > 0)
+    assert run.state.global_step == step + further
 
 
 def test_stopped_by_another_callback_it_keeps_what_it_has_become(tmp_path):
@@ -155,19 +161,18 @@ def test_stopped_by_another_callback_it_keeps_what_it_has_become(tmp_path):
     assert f"trained on to step {step + 1}" in run.stopped_because
 
 
-def test_the_card_counts_them_and_shows_no_figure_of_them(tmp_path):
-    run = finishing(tmp_path)
-    run.train()
+def test_the_card_counts_them_and_shows_no_figure_of_them(finished):
+    run = finished
     run.evaluate()
     assert run.evaluation is None or run.evaluation.step <= converged_at(run)
     run.create_model_card()
-    assert f"with {24 + HELD_BACK} training images" in " ".join((tmp_path / "README.md").read_text().split())
+    assert f"with {24 + HELD_BACK} training images" in " ".join(
+        (Path(run.args.output_dir) / "README.md").read_text().split()
+    )
 
 
-def test_a_run_that_was_trained_on_them_is_not_resumed_without(tmp_path):
-    run = finishing(tmp_path)
-    run.train()
-    checkpoint = str(tmp_path / f"checkpoint-{run.state.global_step}")
+def test_a_run_that_was_trained_on_them_is_not_resumed_without(tmp_path, finished):
+    checkpoint = str(Path(finished.args.output_dir) / f"checkpoint-{finished.state.global_step}")
     args = arguments(tmp_path / "again", **STOPPING)
     other = MetaLRTrainer(vit(0.0), args, train_dataset=images(24), eval_dataset=images(HELD_BACK, seed=1))
     with pytest.raises(ValueError, match=r"is of a run that was trained on its held_back images from some step on"):

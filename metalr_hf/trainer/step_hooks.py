@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,11 +97,9 @@ def calibrate_on(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
     images = [find_batch_size(batch) or 1 for batch in looked_at]
 
     def loss() -> torch.Tensor:
+        losses = [trainer.compute_meta_loss(batch) for batch in looked_at]
         # The mean over images: batches need not be of one size.
-        shares = [count / sum(images) for count in images]
-        return torch.stack(
-            [share * trainer.compute_meta_loss(b) for share, b in zip(shares, looked_at, strict=True)]
-        ).sum()
+        return reduce(add, (loss * (count / sum(images)) for loss, count in zip(losses, images, strict=True)))
 
     if model.training:
         scheduler.calibrate(loss)

@@ -286,8 +286,10 @@ class _StopWhenConverged(TrainerCallback):
             state.best_metric, state.best_global_step, control.should_save = None, state.global_step, True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # All images are trained on by then.
-        control.should_evaluate &= self.trainer.converged_at is None
+        if self.trainer.converged_at is not None:
+            # All images are trained on from here on.
+            control.should_evaluate = False
+            self._set_end_of_bar(self.trainer.last_step)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         metrics: Mapping[str, float] = kwargs["metrics"]
@@ -328,9 +330,9 @@ class _StopWhenConverged(TrainerCallback):
         self.next = evaluation_steps(evaluations[-1].step if evaluations else 0, self.cost)
         best = best_evaluation(evaluations, self.trainer.args.greater_is_better)
         in_sight = max(self.next, earliest_stop(best.step if best else 0))
-        self.set_end_of_bar(min(in_sight, self.trainer.last_step))
+        self._set_end_of_bar(min(in_sight, self.trainer.last_step))
 
-    def set_end_of_bar(self, step: int) -> None:
+    def _set_end_of_bar(self, step: int) -> None:
         # Of the terminal's and of notebooks'; there is no other way to change where they end.
         for callback in self.trainer.callback_handler.callbacks:
             for name in ("training_bar", "training_tracker"):

@@ -7,20 +7,29 @@ import pytest
 
 import metalr_hf
 
-
-def loaded_after(statement):
-    code = f"import sys; {statement}; print(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
-
-
-def test_importing_the_package_loads_neither_torch_nor_timm_nor_matplotlib():
-    heavy = {"torch", "transformers", "timm", "matplotlib", "pandas", "sklearn", "datasets"}
-    assert not heavy & loaded_after("import metalr_hf, metalr_hf.cli")
+STATEMENTS = {
+    "package": "import metalr_hf, metalr_hf.cli",
+    "tuning": "import metalr_hf.tuning",
+    "scheduler": "from metalr_hf import MetaLRScheduler",
+    "trainer": "from metalr_hf import MetaLRTrainer",
+}
 
 
-def test_the_scheduler_needs_no_trainer_and_the_trainer_no_plots():
-    assert not {"transformers", "timm", "matplotlib"} & loaded_after("from metalr_hf import MetaLRScheduler")
-    assert "matplotlib" not in loaded_after("from metalr_hf import MetaLRTrainer")
+@pytest.fixture(scope="module")
+def loaded():
+    """The modules that are loaded after each of the statements, in one process."""
+    code = "import sys\n" + "\n".join(f"{statement}; print(*sys.modules)" for statement in STATEMENTS.values())
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return dict(zip(STATEMENTS, (set(line.split()) for line in shown.splitlines()), strict=True))
+
+
+def test_importing_the_package_loads_neither_torch_nor_timm_nor_matplotlib(loaded):
+    assert not {"torch", "transformers", "timm", "matplotlib", "pandas", "sklearn", "datasets"} & loaded["package"]
+
+
+def test_the_scheduler_needs_no_trainer_and_the_trainer_no_plots(loaded):
+    assert not {"transformers", "timm", "matplotlib"} & loaded["scheduler"]
+    assert "matplotlib" not in loaded["trainer"]
 
 
 def test_every_public_name_is_there():
@@ -78,8 +87,8 @@ def test_no_two_modules_import_each_other():
     assert not {module: others for module, others in below.items() if not module.endswith("__init__.py")}
 
 
-def test_tuning_needs_no_transformers():
-    assert not {"transformers", "datasets", "timm", "accelerate"} & loaded_after("import metalr_hf.tuning")
+def test_tuning_needs_no_transformers(loaded):
+    assert not {"transformers", "datasets", "timm", "accelerate"} & loaded["tuning"]
 
 
 def test_the_folders_are_those_of_the_plan():

@@ -143,13 +143,13 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     task = arguments.task
     with training.main_process_first(desc="loading the images"):
         splits = task.load_splits(data, seed=training.seed)
-    held_back = None
     evaluates = training.eval_strategy != IntervalStrategy.NO or training.stop_when_converged
     if evaluates and splits.validation is None:
         share = data.validation_share or _validation_share(splits.train, training.stop_when_converged)
         splits = hold_out(splits, "validation", "validation_share", share, training.seed, data.group_column)
         # A split of its own is never trained on.
-        held_back = splits.validation if training.stop_when_converged else None
+        if training.stop_when_converged:
+            splits = replace(splits, held_back=splits.validation)
     record = splits_of(arguments, splits, training.meta_split)
     if checkpoint is not None:
         check_same_splits(checkpoint, record)
@@ -162,8 +162,6 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     model = task.load_model(model_arguments, splits.id2label, data.image_size, data.num_channels)
     processor = task.load_processor(model_arguments, model, data.image_size)
     prepared = task.prepare(splits, processor, data.augment, seed=training.seed)
-    if held_back is not None:
-        held_back = task.prepare(replace(splits, train=held_back), processor, data.augment, seed=training.seed).train
     for name, value in task.training_arguments.items():
         setattr(training, name, value)
     of_task = trainer_arguments(task, splits.class_names, data)
@@ -180,7 +178,7 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         train_dataset=prepared.train,
         eval_dataset=prepared.validation if evaluates else None,
         meta_dataset=prepared.meta,
-        held_back=held_back,
+        held_back=prepared.held_back,
         processing_class=processor,
         **of_task,
     )

@@ -172,7 +172,7 @@ def prepare_splits(splits: Splits, training: Transform, evaluation: Transform, s
 
     Args:
         splits ([`ImageSplits`]): As they were loaded.
-        training (`Callable`): Columns to columns, of the training and meta images.
+        training (`Callable`): Columns to columns, of the training and meta images, and of those that are held back.
         evaluation (`Callable`): The same, of the test images.
         seed (`int`): Of the shuffling.
 
@@ -194,6 +194,7 @@ def prepare_splits(splits: Splits, training: Transform, evaluation: Transform, s
         test=prepared(splits.test, evaluation),
         validation=None if splits.validation is None else prepared(splits.validation, evaluation),
         meta=None if meta is None else prepared(meta, training),
+        held_back=None if splits.held_back is None else prepared(splits.held_back, training),
     )
 
 

@@ -30,11 +30,11 @@ from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_r
 from .collapse import CollapseGuard, guard_for, undo_collapse
 from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
 from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients
-from .finishing import FinishingTrainer
 from .fresh_head import FreshHead
 from .meta import MetaStream, create_meta_stream, prepare_meta_dataset
 from .schedules import schedule_shape
 from .step_hooks import StepHooks, calibrate_on, fetch_validation_batch, step_hooks
+from .stopping import FinishingTrainer
 
 logger = logging.get_logger(__name__)
 

@@ -10,6 +10,8 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from metalr_hf.cli import main
 from metalr_hf.cli.layers import empty_model
+from metalr_hf.models.monai_networks import MonaiConfig, MonaiForSemanticSegmentation
+from metalr_hf.models.unet import TimmUNetConfig, TimmUNetForSemanticSegmentation
 
 
 def rows(text):
@@ -45,23 +47,22 @@ def test_a_saved_model_is_listed_as_what_it_is(tmp_path, capsys):
     assert type(empty_model(str(tmp_path / "segmenter"))) is SegformerForSemanticSegmentation
 
 
-@pytest.mark.parametrize("name", ["unet", "volumes"])
-def test_a_run_of_the_packages_own_networks_needs_no_code_of_its_folder(name, tmp_path):
-    # In a process of its own: another test may have made these networks known to transformers.
-    if name == "unet":
-        from metalr_hf.models.unet import TimmUNetConfig, TimmUNetForSemanticSegmentation
-
-        model = TimmUNetForSemanticSegmentation(TimmUNetConfig(encoder="test_resnet", num_labels=2))
-    else:
-        from metalr_hf.models.monai_networks import MonaiConfig, MonaiForSemanticSegmentation
-
-        args = {"channels": (4, 8), "strides": (2,)}
-        model = MonaiForSemanticSegmentation(MonaiConfig("UNet", args, patch_size=(16, 16, 16), num_labels=2))
-    model.save_pretrained(tmp_path)
-    assert "auto_map" in (tmp_path / "config.json").read_text()
-    command = [sys.executable, "-m", "metalr_hf.cli", "layers", "--model", str(tmp_path)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert len(rows(shown)) > 1
+def test_a_run_of_the_packages_own_networks_needs_no_code_of_its_folder(tmp_path):
+    args = {"channels": (4, 8), "strides": (2,)}
+    models = {
+        "unet": TimmUNetForSemanticSegmentation(TimmUNetConfig(encoder="test_resnet", num_labels=2)),
+        "volumes": MonaiForSemanticSegmentation(MonaiConfig("UNet", args, patch_size=(16, 16, 16), num_labels=2)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        assert "auto_map" in (tmp_path / name / "config.json").read_text()
+    # In a process of its own: here these networks are known to transformers.
+    code = f"from metalr_hf.cli import main; print([main(['layers', '--model', name]) for name in {list(models)}])"
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    *tables, codes = shown.splitlines()
+    assert codes == "[0, 0]"
+    assert len(rows("\n".join(tables))) > 2
 
 
 def test_a_saved_backbone_gets_a_head(tmp_path, capsys):

@@ -91,8 +91,8 @@ def test_killed_in_the_middle_and_started_again_ends_with_the_same_results(tmp_p
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert len(read_results(tmp_path / "killed")) < 4
-    subprocess.run(command, check=True, capture_output=True)
-    subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, capture_output=True)
+    for name in ("killed", "whole"):
+        compare([cell()], comparison(steps=8), tmp_path / name)
     killed, whole = ((tmp_path / name / "results.jsonl").read_bytes() for name in ("killed", "whole"))
     assert killed == whole
 

@@ -1,6 +1,8 @@
-"""One process of some runs, one after the other: `torchrun --nproc_per_node N train_in_processes.py RUNS.json`."""
+"""Some runs, one after the other, in several processes: `python train_in_processes.py RUNS.json PROCESSES`."""
 
 import json
+import os
+import socket
 import sys
 import time
 from contextlib import nullcontext
@@ -11,14 +13,14 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from small_runs import Kill, images, resnet, streamed, vit
-from torch import nn
+from torch import multiprocessing, nn
 from torch.profiler import profile
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.models.target_losses import ClassLoss
-from metalr_hf.trainer import convergence
+from metalr_hf.trainer.stopping import convergence
 from metalr_hf.tuning.sharding import local, whole
 
 torch.set_num_threads(1)
@@ -175,6 +177,18 @@ def run(
         save_file(weights, folder / "weights.safetensors")
 
 
-if __name__ == "__main__":
-    for options in json.loads(Path(sys.argv[1]).read_text()):
+def run_all(rank, port, runs, processes):
+    """The part of one process, which `torchrun` would start with these variables."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
+    os.environ.update({name: str(value) for name, value in {**address, "RANK": rank, "LOCAL_RANK": rank}.items()})
+    for options in runs:
         run(**options)
+
+
+if __name__ == "__main__":
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    runs, processes = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
+    # Importing takes longer than most runs. Forked processes need not do it again.
+    multiprocessing.start_processes(run_all, (port, runs, processes), processes, start_method="fork")

@@ -3,7 +3,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -24,7 +23,8 @@ from metalr_hf.models.loading import ModelArguments
 from metalr_hf.tasks import get_task
 from metalr_hf.tuning.calibration.search import LOOKS
 
-pytestmark = pytest.mark.slow
+# What two processes have made is for all tests of this file: with `--dist loadgroup` they meet in one worker.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
 
 LAYERS = 5
 # Where a gradient is nothing but rounding (a ViT's key biases), Adam's step is as long as anywhere else.
@@ -33,8 +33,8 @@ STEADY = {"max_steps": 30, "adam_epsilon": 1e-3, "lr_scheduler_type": "warmup_st
 EXACT = {**STEADY, "fit_head": False}
 COLLAPSES = {**EXACT, "max_steps": 14, "learning_rate": 1e-2, "killed_at": 2}
 # Images whose number two processes cannot divide evenly.
-STOPS_ITSELF = {"max_steps": -1, "stop_when_converged": True, "save_strategy": "steps", "evaluated_on": 47}
-STOPS_ITSELF |= {"first_stop": 60, "holds_back": True}
+STOPS_ITSELF = {"max_steps": -1, "stop_when_converged": True, "save_strategy": "steps", "evaluated_on": 23}
+STOPS_ITSELF |= {"first_stop": 40, "holds_back": True}
 SOURCES = ("stream", "next_batch")
 SHARDED = {"transformer_layer_cls_to_wrap": ["ViTLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
 WAYS = {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_config": SHARDED}}
@@ -54,12 +54,9 @@ def launch(runs, folder, processes=2):
     """Runs one after the other in the same processes: starting them takes most of the time."""
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
-    script = Path(train_in_processes.__file__)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), script, file]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "[rank" in line)
+    command = [sys.executable, train_in_processes.__file__, str(file), str(processes)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def of_process(folder, process=0):
@@ -101,7 +98,7 @@ def folder(request, tmp_path_factory):
     runs.append({"folder": str(root / "collapsed"), **COLLAPSES, **common, **way})
     runs.append({"folder": str(root / "stopped"), "per_device_train_batch_size": 4, **STOPS_ITSELF, **way})
     if not way:
-        runs.append({**runs[0], "folder": str(root / "profiled"), "max_steps": 12, "profiled": True})
+        runs.append({**runs[0], "folder": str(root / "profiled"), "max_steps": 6, "profiled": True})
         unused = {"model": "vit with an unused layer", "ddp_find_unused_parameters": True}
         runs.append({**runs[0], "folder": str(root / "unused"), "max_steps": 12, **unused})
         for name, sets in STREAMS.items():
@@ -211,7 +208,7 @@ def test_a_validation_sends_one_figure_a_layer(folder):
     sent = [math.prod(shapes[0]) for shapes in of_process(folder / "profiled")["reduced"]]
     model = vit()
     gradient = sum(p.numel() for p in model.parameters())
-    steps = 12
+    steps = 6
     assert sent.count(gradient) == steps
     # The validation loss goes with the figures of the layers; a step that is calibrated sends losses alone, and the
     # look-out for a collapse one or two figures.
@@ -221,12 +218,14 @@ def test_a_validation_sends_one_figure_a_layer(folder):
     assert set(sent) == {gradient, LAYERS + 1, 2 * LAYERS, 1, 2, len(list(model.parameters()))}
 
 
-@pytest.mark.parametrize("class_loss", [False, True])
-def test_one_process_may_save_the_average_alone(tmp_path, class_loss):
+def test_one_process_may_save_the_average_alone(tmp_path):
     common = {"model": "resnet", "max_steps": 6, "per_device_train_batch_size": 8, "ddp_timeout": 60}
-    common["class_loss"] = class_loss
-    launch([{"folder": str(tmp_path / "run"), "saves_alone": True, **common}], tmp_path)
-    assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / "alone" / "model.safetensors").values())
+    folders = {class_loss: tmp_path / str(class_loss) for class_loss in (False, True)}
+    runs = [{"folder": str(folder), "class_loss": loss, **common} for loss, folder in folders.items()]
+    launch([{**run, "saves_alone": True} for run in runs], tmp_path)
+    for folder in folders.values():
+        saved = load_file(folder / "alone" / "model.safetensors")
+        assert all(value.isfinite().all() for value in saved.values())
 
 
 def is_ddp(folder):

@@ -168,14 +168,11 @@ def test_without_tuning_it_is_the_stock_trainer_bit_for_bit(tmp_path, script):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 2}, {"eval_strategy": "steps", "eval_steps": 1}]
-)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_by_default_it_is_calibrated_and_tuned(tmp_path, script, options):
-    if script is TupleBatches and "eval_steps" in options:
-        pytest.skip("Trainer evaluates no tuples")
-    trained = run(script, MetaLRTrainer, tmp_path, **options)
+def test_by_default_it_is_calibrated_and_tuned(tmp_path, script):
+    # Trainer evaluates no tuples.
+    evaluated = {} if script is TupleBatches else {"eval_strategy": "steps", "eval_steps": 1}
+    trained = run(script, MetaLRTrainer, tmp_path, gradient_accumulation_steps=2, **evaluated)
     # Forwards of the ladder at three steps at most, and none at every step.
     assert trained.lr_scheduler.calibration_forwards < 3 * 28
     assert trained.lr_history.steps.tolist() == list(range(STEPS))
@@ -264,7 +261,7 @@ def test_the_calibration_looks_at_the_images_that_the_sampler_draws(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"meta_split": 0.25}, {"meta_split": 0.25, "meta_batch_size": 16}, {"head_hold_epochs": 1.0}],
+    [{}, {"meta_split": 0.25, "meta_batch_size": 16, "head_hold_epochs": 1.0}],
     ids=lambda options: "-".join(options) or "default",
 )
 def test_a_batch_size_that_is_found_holds_for_validation_too(tmp_path, options):

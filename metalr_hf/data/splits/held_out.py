@@ -36,6 +36,7 @@ class ImageSplits:
         meta (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): To tune the learning rates on.
         class_names (`tuple[str, ...]`): Name of class 0, 1, ...
         validation (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): To evaluate on while training.
+        held_back (`datasets.Dataset`, *optional*): Of `validation`, to train on too once the run has converged.
         window ([`~metalr_hf.data.intensity.IntensityWindow`], *optional*): Of images of more than 8 bits.
     """
 
@@ -44,6 +45,7 @@ class ImageSplits:
     meta: Any
     class_names: tuple[str, ...]
     validation: Any = field(default=None, kw_only=True)
+    held_back: Any = field(default=None, kw_only=True)
     window: IntensityWindow | None = field(default=None, kw_only=True)
 
     @property

@@ -49,7 +49,7 @@ def evaluation_steps(step: int, cost: float) -> int:
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.convergence import evaluation_steps
+    >>> from metalr_hf.trainer.stopping.convergence import evaluation_steps
     >>> steps = [0]
     >>> for _ in range(6):
     ...     steps.append(evaluation_steps(steps[-1], cost=2.0))
@@ -80,7 +80,7 @@ def best_evaluation(evaluations: Sequence[Evaluated], greater_is_better: bool) -
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.convergence import Evaluated, best_evaluation
+    >>> from metalr_hf.trainer.stopping.convergence import Evaluated, best_evaluation
     >>> evaluations = [Evaluated(20, 1.0), Evaluated(40, 0.1), Evaluated(60, 0.09)]
     >>> best_evaluation(evaluations, greater_is_better=False).step
     40
@@ -119,7 +119,7 @@ def has_converged(evaluations: Sequence[Evaluated], greater_is_better: bool) -> 
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.convergence import Evaluated, has_converged
+    >>> from metalr_hf.trainer.stopping.convergence import Evaluated, has_converged
     >>> evaluations = [Evaluated(80, 1.0), Evaluated(160, 0.6), Evaluated(200, 0.61), Evaluated(220, 0.62)]
     >>> has_converged(evaluations, greater_is_better=False)
     False
@@ -152,7 +152,7 @@ def is_clearly_worse(evaluations: Sequence[Evaluated], greater_is_better: bool) 
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.convergence import Evaluated, is_clearly_worse
+    >>> from metalr_hf.trainer.stopping.convergence import Evaluated, is_clearly_worse
     >>> evaluations = [Evaluated(20, 1.0), Evaluated(40, 0.5), Evaluated(60, 0.51)]
     >>> is_clearly_worse(evaluations, greater_is_better=False)
     False
@@ -182,7 +182,7 @@ def earliest_stop(best_step: int) -> int:
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.convergence import earliest_stop
+    >>> from metalr_hf.trainer.stopping.convergence import earliest_stop
     >>> earliest_stop(0), earliest_stop(200)
     (200, 300)
 

@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import ConcatDataset, IterableDataset, RandomSampler, Sampler
 from transformers.trainer_utils import has_length
 
+from ..meta import own_data_methods
 from .convergence import is_clearly_worse
-from .meta import own_data_methods
-from .stopping import StoppingTrainer
+from .evaluating import StoppingTrainer
 
 # How many steps a run goes on for, as a share of those up to then. The average of the weights then is one over steps
 # with all images, mostly.
@@ -39,7 +39,7 @@ class HeldBackSampler(Sampler[int]):
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.finishing import HeldBackSampler
+    >>> from metalr_hf.trainer.stopping.finishing import HeldBackSampler
     >>> sampler = HeldBackSampler(kept=3, rows=5, seed=0)
     >>> sorted(sampler)
     [0, 1, 2]

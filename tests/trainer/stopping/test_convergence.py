@@ -2,7 +2,7 @@
 
 import math
 
-from metalr_hf.trainer.convergence import (
+from metalr_hf.trainer.stopping.convergence import (
     EVALUATION_SHARE,
     Evaluated,
     best_evaluation,

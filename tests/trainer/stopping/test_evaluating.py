@@ -10,13 +10,13 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
-from metalr_hf.trainer.convergence import EVALUATION_SHARE, earliest_stop, has_converged
+from metalr_hf.trainer.stopping.convergence import EVALUATION_SHARE, earliest_stop, has_converged
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Runs that may stop after 40 steps already."""
-    monkeypatch.setattr("metalr_hf.trainer.convergence.FIRST_STOP", 40)
+    monkeypatch.setattr("metalr_hf.trainer.stopping.convergence.FIRST_STOP", 40)
 
 
 def overfitting(folder, **kwargs):

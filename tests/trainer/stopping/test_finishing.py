@@ -9,7 +9,7 @@ from torch.utils.data import WeightedRandomSampler
 from transformers import TrainerCallback, set_seed
 
 from metalr_hf import MetaLRTrainer
-from metalr_hf.trainer.finishing import CONVERGED_AT
+from metalr_hf.trainer.stopping.finishing import CONVERGED_AT
 
 HELD_BACK = 12
 
@@ -18,7 +18,7 @@ HELD_BACK = 12
 def short():
     """Runs that may stop after 24 steps already."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("metalr_hf.trainer.convergence.FIRST_STOP", 24)
+        monkeypatch.setattr("metalr_hf.trainer.stopping.convergence.FIRST_STOP", 24)
         yield
 
 

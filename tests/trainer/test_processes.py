@@ -10,6 +10,7 @@ import pytest
 import torch
 import train_in_processes
 from digits import save_image_folder, save_timm
+from filelock import FileLock
 from safetensors.torch import load_file
 from small_runs import images, vit
 from train_in_processes import META_ROWS, names, run
@@ -23,8 +24,7 @@ from metalr_hf.models.loading import ModelArguments
 from metalr_hf.tasks import get_task
 from metalr_hf.tuning.calibration.search import LOOKS
 
-# What two processes have made is for all tests of this file: with `--dist loadgroup` they meet in one worker.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
+pytestmark = pytest.mark.slow
 
 LAYERS = 5
 # Where a gradient is nothing but rounding (a ViT's key biases), Adam's step is as long as anywhere else.
@@ -72,10 +72,19 @@ def far_apart(folder, other, file="weights.safetensors"):
 
 @pytest.fixture(scope="module", params=WAYS)
 def folder(request, tmp_path_factory):
-    """What two processes make of the same runs, replicated and sharded."""
-    root = tmp_path_factory.mktemp(request.param)
-    (root / "way").write_text(request.param)
-    way, runs = WAYS[request.param], []
+    """What two processes make of the same runs, replicated and sharded. All workers of pytest share it."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / request.param
+    with FileLock(f"{root}.lock"):
+        if not root.exists():
+            root.mkdir()
+            launch(runs_of(request.param, root), root)
+    return root
+
+
+def runs_of(name, root):
+    (root / "way").write_text(name)
+    way, runs = WAYS[name], []
     common = {"per_device_train_batch_size": 4, "meta_source": "stream"}
 
     def saved_and_resumed(name, **options):
@@ -98,13 +107,12 @@ def folder(request, tmp_path_factory):
     runs.append({"folder": str(root / "collapsed"), **COLLAPSES, **common, **way})
     runs.append({"folder": str(root / "stopped"), "per_device_train_batch_size": 4, **STOPS_ITSELF, **way})
     if not way:
-        runs.append({**runs[0], "folder": str(root / "profiled"), "max_steps": 6, "profiled": True})
+        runs.append({**runs[0], "folder": str(root / "profiled"), "max_steps": 12, "profiled": True})
         unused = {"model": "vit with an unused layer", "ddp_find_unused_parameters": True}
         runs.append({**runs[0], "folder": str(root / "unused"), "max_steps": 12, **unused})
         for name, sets in STREAMS.items():
             runs += saved_and_resumed(name, **sets, dataloader_num_workers=2)
-    launch(runs, root)
-    return root
+    return runs
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -208,7 +216,7 @@ def test_a_validation_sends_one_figure_a_layer(folder):
     sent = [math.prod(shapes[0]) for shapes in of_process(folder / "profiled")["reduced"]]
     model = vit()
     gradient = sum(p.numel() for p in model.parameters())
-    steps = 6
+    steps = 12
     assert sent.count(gradient) == steps
     # The validation loss goes with the figures of the layers; a step that is calibrated sends losses alone, and the
     # look-out for a collapse one or two figures.

@@ -5,21 +5,19 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-from small_runs import Keep
-from stand_in_hub import HubUser, StandInHub
-
-from metalr_hf.tuning.rules import RULES
-
-torch.set_num_threads(1)
 
 
+# What takes long to import is imported where it is used: pytest's first process runs no test, and starts the others
+# only when it has read this file.
 def pytest_collection_finish():
     """Puts what has been imported by now out of the garbage collector's sight.
 
     Trainer collects garbage at the beginning of every run: a third of a second for all those modules' objects, which is
     far longer than most runs here.
     """
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
@@ -44,11 +42,17 @@ def open_files_are_left_here():
 @pytest.fixture
 def keep(monkeypatch):
     """A rule by the name of `keep`."""
+    from small_runs import Keep
+
+    from metalr_hf.tuning.rules import RULES
+
     monkeypatch.setitem(RULES, "keep", Keep)
 
 
 @pytest.fixture(scope="session")
 def hub_and_user(tmp_path_factory):
+    from stand_in_hub import HubUser, StandInHub
+
     hub = StandInHub(tmp_path_factory.mktemp("hub"))
     user = HubUser(hub, tmp_path_factory.mktemp("home"))
     yield hub, user

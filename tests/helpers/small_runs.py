@@ -88,8 +88,11 @@ def arguments(folder, **kwargs):
     return MetaLRTrainingArguments(str(folder), **{**defaults, **kwargs})
 
 
+OF_TRAINER = ("layer_groups", "optimizers", "compute_loss_func", "callbacks")
+
+
 def trainer(folder, model=None, train_dataset=None, meta_dataset=None, eval_dataset=None, **kwargs):
-    own = {key: kwargs.pop(key) for key in ("layer_groups", "optimizers", "compute_loss_func") if key in kwargs}
+    own = {key: kwargs.pop(key) for key in OF_TRAINER if key in kwargs}
     return MetaLRTrainer(
         model=vit() if model is None else model,
         args=arguments(folder, **kwargs),

@@ -3,10 +3,18 @@
 import pytest
 import torch
 from small_runs import OwnLoader, arguments, images, losses, resnet, same_weights, streamed, trainer, vit
+from transformers import TrainerCallback
 
 from metalr_hf import MetaLRTrainer
 
 ON = {"calibrate": True, "meta_source": "next_batch", "fit_head": False, "hyper_lr": 0.0, "max_steps": 120}
+
+
+class EndEarly(TrainerCallback):
+    """The length of a run says how much it can afford to look at. The looks themselves come first."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= 15
 
 
 def looked_at(run):
@@ -19,6 +27,7 @@ def looked_at(run):
         return compute(inputs)
 
     run.compute_meta_loss = watched
+    run.add_callback(EndEarly())
     run.train()
     return [pixels for _, pixels in looks]
 
@@ -80,12 +89,12 @@ def test_a_run_resumed_between_two_looks_goes_on_bit_for_bit(tmp_path, step):
         "save_steps": 1,
         "save_total_limit": 60,
     }
-    whole = trainer(tmp_path / "whole", resnet(), **options)
+    whole = trainer(tmp_path / "whole", resnet(), callbacks=[EndEarly()], **options)
     whole.train()
-    resumed = trainer(tmp_path / "resumed", resnet(), **options)
+    resumed = trainer(tmp_path / "resumed", resnet(), callbacks=[EndEarly()], **options)
     resumed.train(str(tmp_path / "whole" / f"checkpoint-{step}"))
     assert same_weights(whole.model, resumed.model)
-    assert losses(whole)[-20:] == losses(resumed)[-20:]
+    assert losses(whole)[-10:] == losses(resumed)[-10:]
 
 
 def test_streams_that_begin_anew_give_more_and_others_lose_no_row(tmp_path):

@@ -59,7 +59,7 @@ def test_evaluations_cost_a_twentieth_at_most(tmp_path):
         assert run.statistics_passes > 0 or name == "vit"
 
 
-@pytest.mark.parametrize("save", [{}, {"save_steps": 7}], ids=["best", "steps"])
+@pytest.mark.parametrize("save", [{}, pytest.param({"save_steps": 7}, marks=pytest.mark.slow)], ids=["best", "steps"])
 def test_a_resumed_run_stops_at_the_same_step_with_the_same_weights(tmp_path, save):
     whole = overfitting(tmp_path / "a", save_total_limit=50, **save)
     whole.train()

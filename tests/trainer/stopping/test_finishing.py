@@ -104,7 +104,11 @@ def test_a_run_that_overfits_goes_back_and_never_sees_them(tmp_path):
     assert "converged. The model is that of step" in run.stopped_because
 
 
-@pytest.mark.parametrize(("save", "accumulated"), [({}, 1), ({"save_steps": 5}, 2)], ids=["best", "steps"])
+@pytest.mark.parametrize(
+    ("save", "accumulated"),
+    [({}, 1), pytest.param({"save_steps": 5}, 2, marks=pytest.mark.slow)],
+    ids=["best", "steps"],
+)
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, save, accumulated):
     options = {**save, "save_total_limit": 50, "gradient_accumulation_steps": accumulated}
     options["per_device_train_batch_size"] = 5

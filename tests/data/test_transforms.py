@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import datasets
 import pytest
 import timm
@@ -82,17 +84,18 @@ def test_an_unknown_augmentation():
 
 
 def test_prepared_rows_are_batches_for_the_model():
-    prepared = prepare_images(splits(), PROCESSORS[-1])
+    given = splits()
+    prepared = prepare_images(replace(given, validation=given.test, held_back=given.test), PROCESSORS[-1])
     batch = next(iter(DataLoader(prepared.test, batch_size=5, collate_fn=default_data_collator)))
     assert batch["pixel_values"].shape == (5, 3, 16, 16)
     assert batch["labels"].tolist() == splits().test[:5]["label"]
     assert batch["labels"].dtype == torch.int64
-    # Training and meta images are augmented, test images are not.
-    same = [
-        torch.equal(split[0]["pixel_values"], split[0]["pixel_values"])
-        for split in (prepared.train, prepared.meta, prepared.test)
-    ]
-    assert same == [False, False, True]
+    # What is trained on or tuned by is augmented, and what is evaluated is not, if it is the same images.
+    augmented = {
+        name: not torch.equal(*(getattr(prepared, name)[0]["pixel_values"] for _ in range(2)))
+        for name in ("train", "meta", "held_back", "validation", "test")
+    }
+    assert augmented == {"train": True, "meta": True, "held_back": True, "validation": False, "test": False}
 
 
 def test_a_stream_is_shuffled_and_prepared():

@@ -252,6 +252,9 @@ def _tuning(trainer: HubTrainer) -> dict[str, object]:
     settings: dict[str, object] = {"start learning rates": f"{given}, {way}"}
     if trainer.fresh_head.images:
         settings["head"] = f"fitted in closed form to {trainer.fresh_head.images} training images after the third step"
+    if trainer.last_features.images:
+        seen = f"the mean of the trained one and one fitted to the features of the last {trainer.last_features.images}"
+        settings["final head"] = f"{seen} images that were trained on"
     if args.hyper_lr:
         most = f"at most a factor of {trainer.lr_scheduler.max_lr_change:g} a step"
         settings["learning-rate rule"] = f"{args.lr_rule}, η = {args.hyper_lr:g}, {most}"

@@ -36,6 +36,7 @@ class HubTrainer(Trainer):
     train_dataset: Any
     meta_source: str
     fresh_head: Any
+    last_features: Any
     meta_dataset: Any
     average_weights: Any
     _meta_stream: Any

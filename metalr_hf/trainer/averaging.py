@@ -105,8 +105,11 @@ class AveragingTrainer(Trainer):
     def averaged(self) -> Iterator[None]:
         """A context in which the model holds the average of its weights, while it is trained."""
         average = self.weight_average
-        with nullcontext() if average is None else average.applied(self._statistics_forwards):
+        with nullcontext() if average is None else average.applied(self._statistics_forwards, self._refine_average):
             yield
+
+    def _refine_average(self) -> None:
+        """What a subclass makes better of the averaged weights, while they are in the model."""
 
     def _statistics_forwards(self) -> None:
         count, size = statistics_batches(self._train_batch_size)
@@ -166,7 +169,7 @@ class AveragingTrainer(Trainer):
 
     def _end_average(self) -> None:
         if self.weight_average is not None:
-            self.weight_average.copy_to_model(self._statistics_forwards)
+            self.weight_average.copy_to_model(self._statistics_forwards, self._refine_average)
             self.weight_average = None
 
     def _load_best_model(self) -> None:

@@ -238,6 +238,7 @@ def undo_collapse(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
         guard.go_back(model)
         scheduler.restart(COLLAPSE_FACTOR)
         guard.stop()
+        trainer.last_features.forget()
         trainer.fresh_head.fit_again(trainer)
         if trainer.weight_average is not None:
             trainer.weight_average.restart()

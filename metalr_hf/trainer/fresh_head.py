@@ -47,6 +47,8 @@ class FreshHead:
     Attributes:
         is_due (`bool`): Whether it is still to be fitted.
         images (`int`): How many images it was fitted to; 0 if it was not.
+        is_known (`bool`): Whether it is known to be one that can be fitted: the linear layer that gives a classifier's
+            logits, not trained before.
 
     Example:
 
@@ -69,6 +71,7 @@ class FreshHead:
     def __init__(self) -> None:
         self.is_due = True
         self.images = 0
+        self.is_known = False
 
     def fit_when_due(self, trainer: MetaLRTrainer) -> None:
         """Fits the head once the start rates are calibrated, if it is to be fitted at all.
@@ -94,7 +97,7 @@ class FreshHead:
         Args:
             trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, before a step.
         """
-        self.is_due, self.images = True, 0
+        self.is_due, self.images, self.is_known = True, 0, False
         self.fit_when_due(trainer)
 
     @torch.no_grad()
@@ -130,12 +133,13 @@ class FreshHead:
         present = loss.losses(logits.float(), labels).mean()
         is_fresh = present > LEARNED * loss.constant_loss(labels)
         is_better = is_fresh & (fitted.loss <= CLEARLY_BETTER * present)
-        is_better = is_better.to(linear.weight.device, linear.weight.dtype)
-        parts = [is_better, fitted.weight.to(is_better), fitted.bias.to(is_better)]
+        verdict = torch.stack([is_fresh, is_better])
+        parts = [part.to(linear.weight.device, linear.weight.dtype) for part in (verdict, fitted.weight, fitted.bias)]
         if trainer.args.world_size > 1:
             # Every process has seen the same images, but may have rounded in another way.
             parts = broadcast(parts)
-        if parts[0] > 0:
+        self.is_known, is_better = parts[0].bool().tolist()
+        if is_better:
             for parameter, value in zip((linear.weight, linear.bias), parts[1:], strict=True):
                 local(parameter).copy_(shard_of(value, parameter))
             self.images = len(labels)
@@ -143,7 +147,7 @@ class FreshHead:
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in plain containers."""
-        return {"is_due": self.is_due, "images": self.images}
+        return {"is_due": self.is_due, "images": self.images, "is_known": self.is_known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what [`~FreshHead.state_dict`] gave.
@@ -152,6 +156,7 @@ class FreshHead:
             state_dict (`dict`): The state.
         """
         self.is_due, self.images = state_dict["is_due"], state_dict["images"]
+        self.is_known = state_dict["is_known"]
 
 
 def last_linear(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> nn.Linear | None:

@@ -31,6 +31,7 @@ from .collapse import CollapseGuard, guard_for, undo_collapse
 from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
 from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients
 from .fresh_head import FreshHead
+from .last_features import LastFeatures
 from .meta import MetaStream, create_meta_stream, prepare_meta_dataset
 from .schedules import schedule_shape
 from .step_hooks import StepHooks, calibrate_on, fetch_validation_batch, step_hooks
@@ -135,7 +136,7 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
         self._not_in_optimizer: dict[str, Tensor] = {}
         self._has_warned = False
         self.collapse_guard: CollapseGuard | None = None
-        self.fresh_head = FreshHead()
+        self.fresh_head, self.last_features = FreshHead(), LastFeatures()
         self._step_hooks: StepHooks | None = None
         super().__init__(model, args, *trainer_args, held_back=held_back, **kwargs)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -274,8 +275,9 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
         self._meta_stream = create_meta_stream(self) if self.meta_source == "stream" else None
         can_collapse = args.hyper_lr > 0 and args.tuning_steps and not self._computes_own_loss
         self.collapse_guard = guard_for(self.model, self.compute_loss_func) if can_collapse else None
-        self.fresh_head = FreshHead()
+        self.fresh_head, self.last_features = FreshHead(), LastFeatures()
         parts = {"meta_stream": self._meta_stream, "collapse_guard": self.collapse_guard, "fresh_head": self.fresh_head}
+        parts["last_features"] = self.last_features
         scheduler.stateful |= {name: part for name, part in parts.items() if part is not None}
         held = {id(p) for group in scheduler.optimizer.param_groups for p in group["params"]}
         others = {name: p for name, p in self.model.named_parameters() if id(p) not in held}
@@ -289,7 +291,8 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
         # For a get_batch_samples of a subclass that does not call ours; else both are done by now.
         calibrate_on(self, [inputs])
         undo_collapse(self, [inputs])
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with self.last_features.noted(self, inputs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         self._refuse_thawed()
         # Trainer waits for the loss to look at it next, so that looking here costs nothing.
         if self.args.logging_nan_inf_filter and not self._has_warned and not bool(torch.isfinite(loss).all()):
@@ -313,6 +316,9 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
         if bare and self.compute_loss_func is None:
             return super().compute_loss(LossAlone(model, self.args.n_gpu), inputs, *args, **kwargs)  # type: ignore[arg-type]
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _refine_average(self) -> None:
+        self.last_features.refine(self)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As Trainer's; the step before is judged on the batches of the coming one."""

@@ -149,24 +149,31 @@ class WeightAverage:
         """Forgets the average, for a run that begins anew."""
         self.steps, self._estimated_at, self._average = 0, 0, {}
 
-    def copy_to_model(self, forwards: Callable[[], None] | None = None) -> None:
+    def copy_to_model(
+        self, forwards: Callable[[], None] | None = None, refine: Callable[[], None] | None = None
+    ) -> None:
         """Puts the average in the place of the weights. Before the first update nothing changes.
 
         Args:
-            forwards (`Callable`, *optional*): See [`~WeightAverage.applied`].
+            forwards (`Callable`, *optional*), refine (`Callable`, *optional*): See [`~WeightAverage.applied`].
         """
-        self._put(self._average)
-        if forwards is None or not self._norms or not self.steps:
+        if not self.steps:
             return
-        if self._estimated_at != self.steps:
-            with estimated_statistics(self._model):
-                forwards()
-            self._estimated_at = self.steps
-            self._statistics = {name: value.clone() for name, value in self._buffers().items()}
-        _copy(self._buffers(), self._statistics)
+        self._put(self._average)
+        if forwards is not None and self._norms:
+            if self._estimated_at != self.steps:
+                with estimated_statistics(self._model):
+                    forwards()
+                self._estimated_at = self.steps
+                self._statistics = {name: value.clone() for name, value in self._buffers().items()}
+            _copy(self._buffers(), self._statistics)
+        if refine is not None:
+            refine()
 
     @contextmanager
-    def applied(self, forwards: Callable[[], None] | None = None) -> Iterator[None]:
+    def applied(
+        self, forwards: Callable[[], None] | None = None, refine: Callable[[], None] | None = None
+    ) -> Iterator[None]:
         """A context in which the model's weights are the average. Contexts may be nested.
 
         Args:
@@ -175,13 +182,15 @@ class WeightAverage:
                 batch norm are estimated anew. Without it they are averaged along, which is cheap, but they are those of
                 the weights of the steps and not those of the average. Called once a step, and not for a model without
                 batch norm.
+            refine (`Callable`, *optional*):
+                Takes nothing and improves on the averaged parameters in place.
         """
         if self._weights or not self.steps:
             yield
             return
         self._weights = {name: value.clone() for name, value in self._live().items()}
         try:
-            self.copy_to_model(forwards)
+            self.copy_to_model(forwards, refine)
             yield
         finally:
             self._put(self._weights)

@@ -163,6 +163,7 @@ def run(
         "steps": [trainer.state.global_step, trainer.state.best_global_step],
         "stopped_because": trainer.stopped_because,
         "fitted_to": trainer.fresh_head.images,
+        "refined_on": trainer.last_features.images,
         "restarted_at": trainer.lr_scheduler.restarted_at,
         "reduced": [event.input_shapes for event in events if event.name == "gloo:all_reduce"],
         "non_finite": trainer.lr_scheduler.guard.non_finite,

@@ -103,6 +103,7 @@ def runs_of(name, root):
     averaged = {**way, **common, "meta_source": "next_batch", "average_weights": "polynomial"}
     runs.append({"folder": str(root / "averaged"), **EXACT, **averaged})
     runs.append({"folder": str(root / "fitted"), **STEADY, **common, **way})
+    runs.append({"folder": str(root / "refined"), **STEADY, **averaged})
     runs += saved_and_resumed("averaged", **averaged, model="resnet" if not way else "vit with dropout")
     runs.append({"folder": str(root / "collapsed"), **COLLAPSES, **common, **way})
     runs.append({"folder": str(root / "stopped"), "per_device_train_batch_size": 4, **STOPS_ITSELF, **way})
@@ -138,6 +139,16 @@ def test_two_processes_fit_the_head_that_one_does(folder, tmp_path):
     assert fitted_to == [48, 48]
     assert of_process(tmp_path)["fitted_to"] == 48
     assert far_apart(tmp_path, folder / "fitted") < 1e-3
+
+
+def test_two_processes_end_with_the_head_that_one_does(folder, tmp_path):
+    # Of whole steps of both: no image is missed, and none counted twice.
+    options = {"meta_source": "next_batch", "average_weights": "polynomial", **STEADY}
+    run(str(tmp_path), per_device_train_batch_size=8, **options)
+    refined_on = [of_process(folder / "refined", process)["refined_on"] for process in (0, 1)]
+    assert refined_on == [of_process(tmp_path)["refined_on"]] * 2
+    assert refined_on[0] > 0
+    assert far_apart(tmp_path, folder / "refined") < 1e-2
 
 
 def test_two_processes_stop_at_the_step_at_which_one_does(folder, tmp_path):

@@ -1,0 +1,154 @@
+"""Fits the head once more, to the features of the last training steps, for the average of the weights."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..models.target_losses import ClassLoss
+from ..tuning.fresh_head import FittedHead, fit_head
+from ..tuning.sharding import local, shard_of, whole
+from .fresh_head import IMAGES, last_linear
+
+if TYPE_CHECKING:
+    from .metalr import MetaLRTrainer
+
+# What the fitted head counts in the mean of it and the head as it was trained.
+SHARE = 1 / 3
+
+
+class LastFeatures:
+    """What the head was given in the last training steps, and the head that is fitted to it.
+
+    Tens of steps leave a head that turns with the noise of its gradients. A ridge regression on the features of the
+    last steps has none of that, but trusts features of images that the backbone has been trained on. Their mean was
+    better than either. The features come from the forward passes of the training, so that this takes no further one.
+    It is done for a head that was fresh and linear, whether that was fitted or not, where weights are averaged.
+
+    Example:
+
+    ```python
+    >>> import timm
+    >>> import torch
+    >>> from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+    >>> _ = torch.manual_seed(0)
+    >>> images = [{"pixel_values": torch.randn(3, 160, 160) + i % 2, "labels": i % 2} for i in range(16)]
+    >>> args = MetaLRTrainingArguments("runs/example", max_steps=8, save_strategy="no", report_to="none", use_cpu=True)
+    >>> trainer = MetaLRTrainer(timm.create_model("test_vit", num_classes=2), args, train_dataset=images)
+    >>> _ = trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...
+    >>> trainer.last_features.images
+    40
+
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._batches: deque[tuple[Tensor, Tensor]] = deque()
+        self._linear: nn.Linear | None = None
+        self._fitted: tuple[int, FittedHead] | None = None
+
+    @property
+    def images(self) -> int:
+        """How many images the features are of."""
+        return sum(len(labels) for _, labels in self._batches)
+
+    @contextmanager
+    def noted(self, trainer: MetaLRTrainer, inputs: Any) -> Iterator[None]:
+        """A context in which the forward pass of a training step leaves its features here.
+
+        Args:
+            trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer.
+            inputs (`dict`): The batch of the step.
+        """
+        linear, labels = self._head_of(trainer), inputs.get("labels") if isinstance(inputs, Mapping) else None
+        if linear is None or not ClassLoss().reads(labels):
+            yield
+            return
+        seen: list[Tensor] = []
+        # A copy: a view would keep all that the backbone has computed.
+        copy = partial(torch.Tensor.to, dtype=torch.float32, copy=True)
+        handle = linear.register_forward_hook(lambda _, given, __: seen.append(copy(given[0].detach())))
+        try:
+            yield
+        finally:
+            handle.remove()
+        if seen:
+            self._note(trainer, seen[0], labels.to(seen[0].device, copy=True))
+
+    def _note(self, trainer: MetaLRTrainer, features: Tensor, labels: Tensor) -> None:
+        if trainer.args.world_size > 1:
+            # Every process is to fit the same head, and one may save alone.
+            gather, pad = trainer.accelerator.gather, trainer.accelerator.pad_across_processes
+            features, labels = gather(pad(features)), gather(pad(labels, pad_index=-100))
+        self._batches.append((features, labels))
+        while self.images - len(self._batches[0][1]) >= IMAGES:
+            self._batches.popleft()
+
+    def _head_of(self, trainer: MetaLRTrainer) -> nn.Linear | None:
+        # A hook that comes and goes would have a compiled model compiled again, and copies on several devices not hear
+        # of it.
+        plain = not trainer.args.torch_compile and trainer.args.n_gpu <= 1
+        if not (plain and trainer.fresh_head.is_known and trainer.average_weights):
+            return None
+        if self._linear is None:
+            self._linear = last_linear(trainer.model, trainer._layer_groups(trainer.model))
+        return self._linear
+
+    @torch.no_grad()
+    def refine(self, trainer: MetaLRTrainer) -> None:
+        """Puts the mean of the head as it is and the fitted one in its place.
+
+        Args:
+            trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, whose model holds the average of its weights.
+        """
+        linear = self._head_of(trainer)
+        if linear is None or not self._batches:
+            return
+        features, labels = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
+        known = (labels >= 0) & (labels < linear.out_features)
+        features, labels = features[known], labels[known]
+        if self._fitted is None or self._fitted[0] != trainer.state.global_step:
+            weights = getattr(trainer.compute_loss_func, "weights", None)
+            self._fitted = trainer.state.global_step, fit_head(features, labels, linear.out_features, weights)
+        fitted = self._fitted[1]
+        parameters = (linear.weight, linear.bias)
+        own = [whole(local(p), p) for p in parameters]
+        new = [part.to(features) for part in (fitted.weight, fitted.bias)]
+        scale = _spread(functional.linear(features, *(part.to(features) for part in own)))
+        scale = scale / _spread(functional.linear(features, *new))
+        if not bool(scale.isfinite()):
+            return
+        for parameter, mine, other in zip(parameters, own, new, strict=True):
+            mean = mine.float().lerp((scale * other).float(), SHARE)
+            local(parameter).copy_(shard_of(mean.to(parameter), parameter))
+
+    def forget(self) -> None:
+        """Forgets all features, for a run that begins anew."""
+        self._batches.clear()
+        self._fitted = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The features and classes, on the CPU."""
+        return {"batches": [[part.cpu() for part in batch] for batch in self._batches]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores what [`~LastFeatures.state_dict`] gave.
+
+        Args:
+            state_dict (`Mapping`): The state.
+        """
+        self._batches = deque((features, labels) for features, labels in state_dict["batches"])
+        self._fitted = None
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """The standard deviation of logits that are centred, as a constant added to all classes changes no answer."""
+    return (logits - logits.mean(1, keepdim=True)).std()

@@ -1,0 +1,123 @@
+"""The head that a run ends with: the mean of the trained one and one fitted to the features of the last steps."""
+
+import pytest
+import torch
+from small_runs import arguments, images, resnet, same_weights, trainer, vit
+from torch.nn import functional
+
+from metalr_hf import MetaLRTrainer
+from metalr_hf.hub.facts import run_facts
+from metalr_hf.trainer.last_features import SHARE, LastFeatures
+from metalr_hf.tuning import fit_head
+
+ON = {"calibrate": True, "average_weights": "polynomial", "max_steps": 20}
+
+
+class Noting(MetaLRTrainer):
+    """Notes what the head is given in training steps, and the head as it was trained."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        seen = []
+        handle = self.model.classifier.register_forward_hook(
+            lambda _, given, __: seen.append(given[0].detach().clone())
+        )
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        handle.remove()
+        self.given = [*getattr(self, "given", []), (seen[0], inputs["labels"].clone())]
+        return loss
+
+    def _refine_average(self):
+        self.trained = [part.detach().clone() for part in (self.model.classifier.weight, self.model.classifier.bias)]
+        super()._refine_average()
+
+
+def begun(folder, model=None, kind=MetaLRTrainer, **options):
+    run = kind(vit() if model is None else model, arguments(folder, **{**ON, **options}), train_dataset=images())
+    run.train()
+    return run
+
+
+def spread(logits):
+    return (logits - logits.mean(1, keepdim=True)).std()
+
+
+def test_it_is_the_mean_of_the_trained_head_and_the_fitted_one(tmp_path):
+    run = begun(tmp_path, kind=Noting)
+    # Those after the step at which the head was looked at.
+    features, labels = (torch.cat(parts) for parts in zip(*run.given[-run.last_features.images // 8 :], strict=True))
+    assert len(labels) == run.last_features.images
+    assert 8 * (20 - 4) <= len(labels) <= 8 * (20 - 2)
+    fitted = fit_head(features, labels, 3)
+    scale = spread(functional.linear(features, *run.trained)) / spread(
+        functional.linear(features, fitted.weight, fitted.bias)
+    )
+    head = run.model.classifier
+    for mean, trained, part in zip((head.weight, head.bias), run.trained, (fitted.weight, fitted.bias), strict=True):
+        torch.testing.assert_close(mean.detach(), (1 - SHARE) * trained + SHARE * scale * part)
+        assert not torch.equal(mean, trained)
+    assert (
+        run_facts(run).settings["final head"].startswith("the mean of the trained one and one fitted to the features")
+    )
+
+
+@pytest.mark.parametrize("make_model", [vit, resnet])
+def test_nothing_else_changes_and_evaluations_see_it(tmp_path, monkeypatch, make_model):
+    options = {"eval_strategy": "steps", "eval_steps": 6}
+    runs = []
+    for refined in (True, False):
+        if not refined:
+            monkeypatch.setattr(LastFeatures, "refine", lambda self, trainer: None)
+        run = trainer(tmp_path, make_model(), eval_dataset=images(24, seed=1), **ON, **options)
+        run.train()
+        runs.append(run)
+    parts = [dict(run.model.state_dict()) for run in runs]
+    differ = [name for name, value in parts[0].items() if not torch.equal(value, parts[1][name])]
+    assert differ
+    assert all("classifier" in name for name in differ)
+    losses = [[row["eval_loss"] for row in run.state.log_history if "eval_loss" in row] for run in runs]
+    assert len(losses[0]) == 4
+    assert losses[0] != losses[1]
+    rates = [run.lr_history.learning_rates for run in runs]
+    assert (rates[0] == rates[1]).all()
+
+
+@pytest.mark.parametrize("save_at", [2, 9])
+def test_a_resumed_run_ends_bitwise_as_if_never_interrupted(tmp_path, save_at):
+    options = {"save_strategy": "steps", "save_steps": save_at, "save_total_limit": 20}
+    whole = begun(tmp_path / "a", **options)
+    resumed = trainer(tmp_path / "b", vit(), **ON, **options)
+    resumed.train(str(tmp_path / "a" / f"checkpoint-{save_at}"))
+    assert resumed.last_features.images == whole.last_features.images > 0
+    assert same_weights(whole.model, resumed.model)
+
+
+def test_the_last_images_alone_count(tmp_path, monkeypatch):
+    monkeypatch.setattr("metalr_hf.trainer.last_features.IMAGES", 20)
+    assert begun(tmp_path / "a").last_features.images == 24
+    assert (
+        begun(tmp_path / "b", gradient_accumulation_steps=2, per_device_train_batch_size=5).last_features.images == 23
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"fit_head": False}, {"average_weights": "none"}, {"torch_compile": True, "torch_compile_backend": "eager"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_where_it_is_not_done(tmp_path, options):
+    assert begun(tmp_path, max_steps=6, **options).last_features.images == 0
+
+
+def test_a_head_that_was_trained_before_is_left_alone(tmp_path):
+    model = begun(tmp_path / "a", fit_head=False, max_steps=60, learning_rate=1e-2).model
+    again = begun(tmp_path / "b", model)
+    assert not again.fresh_head.is_known
+    assert again.last_features.images == 0
+    assert "final head" not in run_facts(again).settings
+
+
+def test_a_head_that_is_not_fitted_at_the_start_is_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("metalr_hf.trainer.fresh_head.CLEARLY_BETTER", 0.0)
+    run = begun(tmp_path)
+    assert run.fresh_head.images == 0
+    assert run.last_features.images > 0

@@ -12,8 +12,16 @@ from transformers import TrainerCallback, TrainingArguments
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.trainer.averaging import AVERAGE_FILE, AveragingTrainer
 
-AVERAGED = {"average_weights": "polynomial", "calibrate": True}
-SAVING = {**AVERAGED, "logging_strategy": "no", "save_strategy": "steps", "save_steps": 3, "max_steps": 12}
+# What is made of the average's head is in test_last_features.py.
+AVERAGED = {"average_weights": "polynomial", "calibrate": True, "fit_head": False}
+SAVING = {
+    **AVERAGED,
+    "fit_head": None,
+    "logging_strategy": "no",
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "max_steps": 12,
+}
 
 
 class Notes(TrainerCallback):
@@ -113,7 +121,7 @@ def test_a_resumed_run_ends_bitwise_as_if_never_interrupted(tmp_path, make_model
 
 
 def test_a_checkpoint_holds_both(tmp_path):
-    run = trainer(tmp_path, vit(), **SAVING)
+    run = trainer(tmp_path, vit(), **{**SAVING, "fit_head": False})
     run.add_callback(notes := Notes())
     run.train()
     folder = tmp_path / "checkpoint-6"
@@ -122,7 +130,7 @@ def test_a_checkpoint_holds_both(tmp_path):
     saved = type(run.model).from_pretrained(folder).state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in state["average"].items())
     # A run without the average goes on from its own weights, not from the average.
-    plain = trainer(tmp_path / "plain", vit(), **{**SAVING, "average_weights": None})
+    plain = trainer(tmp_path / "plain", vit(), **{**SAVING, "fit_head": False, "average_weights": None})
     plain.add_callback(without := Notes())
     plain.train(resume_from_checkpoint=str(folder))
     assert same_weights(Loaded(notes.weights[-1]), Loaded(without.weights[-1]))

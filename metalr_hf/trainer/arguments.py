@@ -66,8 +66,8 @@ class MetaLRTrainingArguments(TrainingArguments):
             Find the start rates along the first two or three steps, so that `learning_rate` makes no difference. On by
             default, unless `hyper_lr` is 0.
         fit_head (`bool`, *optional*):
-            After the third step, fit a classifier's fresh linear head in closed form, to up to 512 training images. On
-            by default where the start rates are calibrated.
+            Fit a classifier's fresh linear head in closed form: after the third step to up to 512 training images and,
+            for the averaged weights, in part to the last 512. On by default where rates are calibrated.
         meta_source (`str`, *optional*):
             Where the validation gradient comes from: `stream` (validation batches, one more forward and backward) or
             `next_batch` (the next training batch, no extra pass). By default `stream` when there is a `meta_dataset`
@@ -165,8 +165,8 @@ class MetaLRTrainingArguments(TrainingArguments):
     fit_head: bool | None = field(
         default=None,
         metadata={
-            "help": "After the third step, fit a classifier's fresh linear head in closed form, to up to 512 training "
-            "images. On by default where the start rates are calibrated."
+            "help": "Fit a classifier's fresh linear head in closed form: after the third step to up to 512 training "
+            "images and, for the averaged weights, in part to the last 512. On by default where rates are calibrated."
         },
     )
     meta_source: str | None = field(

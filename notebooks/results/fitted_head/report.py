@@ -65,7 +65,12 @@ forward passes* is the mean with a head that is fitted to all 500 images as the 
 
 {runs_refined}
 """
-REFINED = {"mean": "the mean", "even_mean": "even mean", "all_images": "further forward passes"}
+REFINED = {
+    "mean": "the mean",
+    "fitted": "the fitted one",
+    "even_mean": "even mean",
+    "all_images": "further forward passes",
+}
 
 
 def gains(runs: pd.DataFrame, name: str) -> pd.Series:
@@ -105,8 +110,9 @@ def refined() -> tuple[list[list[object]], list[list[object]]]:
     for part, of in [*runs.groupby("part", sort=False), ("all", runs)]:
         for name, title in REFINED.items():
             gain = 100 * (of[name].str[0] - of["trained"].str[0])
-            lower = (of[name].str[1] < of["trained"].str[1]).sum()
-            shown.append([part, title, *said(gain), f"{lower} of {len(of)}"])
+            losses = of[name].str[1].astype(float)
+            lower = f"{(losses < of['trained'].str[1]).sum()} of {len(of)}" if losses.notna().all() else "–"
+            shown.append([part, title, *said(gain), lower])
     columns = ["trained", "mean"]
     each = [
         [row["cell"], row["steps"], row["seed"], *(f"{row[name][0]:.3f}, {row[name][1]:.2f}" for name in columns)]

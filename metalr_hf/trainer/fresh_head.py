@@ -140,8 +140,7 @@ class FreshHead:
             parts = broadcast(parts)
         self.is_known, is_better = parts[0].bool().tolist()
         if is_better:
-            for parameter, value in zip((linear.weight, linear.bias), parts[1:], strict=True):
-                local(parameter).copy_(shard_of(value, parameter))
+            write_head(linear, *parts[1:])
             self.images = len(labels)
         return forwards
 
@@ -189,6 +188,19 @@ def last_linear(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> nn.Lin
     ]
     # Quantised weights are integers.
     return found[-1] if found and found[-1].weight.is_floating_point() else None
+
+
+@torch.no_grad()
+def write_head(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    """Writes a head into a model's linear layer, of which this process may hold a part.
+
+    Args:
+        linear (`torch.nn.Linear`): The layer.
+        weight (`torch.Tensor` of shape `(classes, features)`): Its whole weight.
+        bias (`torch.Tensor` of shape `(classes,)`): Its whole bias.
+    """
+    for parameter, value in ((linear.weight, weight), (linear.bias, bias)):
+        local(parameter).copy_(shard_of(value, parameter))
 
 
 def _images_to_fit(trainer: MetaLRTrainer) -> int:

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from ..models.target_losses import ClassLoss
 from ..tuning.fresh_head import FittedHead, fit_head
-from ..tuning.sharding import local, shard_of, whole
-from .fresh_head import IMAGES, last_linear
+from ..tuning.sharding import local, whole
+from .fresh_head import IMAGES, last_linear, write_head
 
 if TYPE_CHECKING:
     from .metalr import MetaLRTrainer
@@ -120,16 +120,11 @@ class LastFeatures:
             weights = getattr(trainer.compute_loss_func, "weights", None)
             self._fitted = trainer.state.global_step, fit_head(features, labels, linear.out_features, weights)
         fitted = self._fitted[1]
-        parameters = (linear.weight, linear.bias)
-        own = [whole(local(p), p) for p in parameters]
+        own = [whole(local(part), part).to(features) for part in (linear.weight, linear.bias)]
         new = [part.to(features) for part in (fitted.weight, fitted.bias)]
-        scale = _spread(functional.linear(features, *(part.to(features) for part in own)))
-        scale = scale / _spread(functional.linear(features, *new))
-        if not bool(scale.isfinite()):
-            return
-        for parameter, mine, other in zip(parameters, own, new, strict=True):
-            mean = mine.float().lerp((scale * other).float(), SHARE)
-            local(parameter).copy_(shard_of(mean.to(parameter), parameter))
+        scale = _spread(functional.linear(features, *own)) / _spread(functional.linear(features, *new))
+        if bool(scale.isfinite()):
+            write_head(linear, *(mine.lerp(scale * other, SHARE) for mine, other in zip(own, new, strict=True)))
 
     def forget(self) -> None:
         """Forgets all features, for a run that begins anew."""

@@ -32,7 +32,7 @@ def trained(folder, model=None, callbacks=None, **options):
             ),
         ),
         {"torch_empty_cache_steps": 1},
-        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
     ],
     ids=lambda options: "-".join(options),
 )

@@ -99,7 +99,7 @@ def run_facts(
 def _train_images(trainer: HubTrainer) -> int | None:
     if not has_length(trainer.train_dataset):
         return None
-    return len(trainer.train_dataset) + (0 if trainer.converged_at is None else len(trainer.held_back))
+    return len(trainer.train_dataset) + (0 if trainer.all_images_from is None else len(trainer.held_back))
 
 
 def read_evaluation(model: Any, output: EvalLoopOutput, split: str, step: int) -> Evaluation | None:

@@ -44,7 +44,7 @@ class HubTrainer(Trainer):
     hub_model_id: Any
     dataset_name: str | None = None
     task: Task | None = None
-    converged_at: int | None = None
+    all_images_from: int | None = None
     held_back: Any = None
     test_split: str | None = "test"
 
@@ -62,8 +62,8 @@ class HubTrainer(Trainer):
     def evaluation(self) -> Evaluation | None:
         """The last evaluation of the current weights, preferably on the test split; else that of earlier weights."""
         # Images that were trained on since say nothing.
-        converged_at = math.inf if self.converged_at is None else self.converged_at
-        known = [one for one in self._evaluations.values() if one.split == "test" or one.step <= converged_at]
+        all_images_from = math.inf if self.all_images_from is None else self.all_images_from
+        known = [one for one in self._evaluations.values() if one.split == "test" or one.step <= all_images_from]
         known.sort(key=lambda one: (one.step == self.step_of_weights, one.split == "test", one.step))
         return known[-1] if known else None
 

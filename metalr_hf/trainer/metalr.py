@@ -65,8 +65,8 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
         meta_dataset (`datasets.Dataset`, `datasets.IterableDataset` or torch dataset, *optional*):
             Labelled images to take validation batches from, prepared like the training set.
         held_back (torch dataset, *optional*):
-            With `args.stop_when_converged`, images that are trained on only when the run has converged, prepared like
-            the training set: those of `eval_dataset`. Then it goes on for a third of its steps with all images.
+            With `args.stop_when_converged`, images that are trained on only when the run has converged, or for the last
+            quarter before a limit, prepared like the training set: those of `eval_dataset`.
         layer_groups (`Mapping[str, Sequence[str]]`, *optional*):
             Layer name to parameter names, input side first and the head last. Defaults to
             [`layer_groups`]`(model)`.

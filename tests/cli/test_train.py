@@ -346,7 +346,7 @@ def test_a_run_without_any_number_stops_by_itself(tmp_path, images, vit, capsys)
     more = ["--stop_when_converged", "--augment", "none", "--calibrate", "false", "--learning_rate", "3e-3"]
     assert run(tmp_path, images, vit, *more) == 0
     state = json.loads((tmp_path / "trainer_state.json").read_text())
-    (mark,) = (row for row in state["log_history"] if "converged_at_step" in row)
+    (mark,) = (row for row in state["log_history"] if "all_images_from_step" in row)
     step = mark["step"]
     assert step < state["global_step"] == math.ceil(step * 4 / 3)
     # A fifth of the training images was held out, once in five epochs of the others, until it had converged.

@@ -39,8 +39,10 @@ class StoppingTrainer(MeasuringTrainer):
     args: Any
     model: Any
     stopped_because: str | None = None
-    # The step from which on a run that had converged was trained on with all images.
-    converged_at: int | None = None
+    # The step from which on the run was trained on with all images, those that it had been evaluated on too.
+    all_images_from: int | None = None
+    # Whether this is the step after which the last part before a limit begins.
+    is_near_limit = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -120,7 +122,7 @@ class StoppingTrainer(MeasuringTrainer):
         lower_is_better = not self.args.greater_is_better
         if lowest is not None and lower_is_better and not is_best and value <= lowest.metric + lowest.error:
             is_best, self.state.best_metric, self.state.best_global_step = True, value, self.state.global_step
-        if self.has_converged():
+        if self.has_converged() or self.is_near_limit:
             is_best |= self._end()
         # Trainer does so with save_strategy="best" alone.
         self.control.should_save |= is_best
@@ -135,6 +137,10 @@ class StoppingTrainer(MeasuringTrainer):
     def last_step(self) -> int:
         """The step that the run ends at, as far as is known."""
         return self.state.max_steps
+
+    def _comes_near_limit(self, time_used: float) -> bool:
+        """Whether the last part before a limit begins, in which other images are trained on; here there are none."""
+        return False
 
     def evaluation_cost(self) -> float:
         """What an evaluation costs, in optimizer steps; a forward pass alone counts as a third of an image trained on.
@@ -210,13 +216,16 @@ class _StopWhenConverged(TrainerCallback):
         self._look_ahead(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        time_used = 0.0
         if args.max_minutes is not None:
-            self.timeout = self._agreed(time.monotonic() - self.started > 60 * args.max_minutes)
+            time_used = self._of_first_process((time.monotonic() - self.started) / (60 * args.max_minutes))
+            self.timeout = time_used > 1
             control.should_training_stop |= self.timeout
         is_last = self.timeout or state.global_step >= self.trainer.last_step
-        if self.trainer.converged_at is None:
+        if self.trainer.all_images_from is None:
+            self.trainer.is_near_limit = not is_last and self.trainer._comes_near_limit(time_used)
             # The last weights may be the best.
-            control.should_evaluate |= is_last or state.global_step >= self.next
+            control.should_evaluate |= is_last or self.trainer.is_near_limit or state.global_step >= self.next
             return
         control.should_evaluate = False
         control.should_training_stop |= is_last
@@ -225,7 +234,7 @@ class _StopWhenConverged(TrainerCallback):
             state.best_metric, state.best_global_step, control.should_save = None, state.global_step, True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer.converged_at is not None:
+        if self.trainer.all_images_from is not None:
             # All images are trained on from here on.
             control.should_evaluate = False
             self._set_end_of_bar(self.trainer.last_step)
@@ -237,10 +246,11 @@ class _StopWhenConverged(TrainerCallback):
         self._look_ahead(state)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if (converged_at := self.trainer.converged_at) is not None:
+        if (all_images_from := self.trainer.all_images_from) is not None:
+            state_then = "Converged" if self.trainer.has_converged() else "Not yet converged"
             self._say(
-                f"Converged at step {converged_at}, and trained on to step {state.best_global_step} with the images "
-                "too that it had been evaluated on."
+                f"{state_then} at step {all_images_from}, and trained on to step {state.best_global_step} with the "
+                "images too that it had been evaluated on."
             )
             return
         if self.timeout:
@@ -279,9 +289,8 @@ class _StopWhenConverged(TrainerCallback):
                 if bar is not None:
                     bar.total = step
 
-    def _agreed(self, value: bool) -> bool:
+    def _of_first_process(self, value: float) -> float:
         # The clocks of several processes differ.
         if self.trainer.args.world_size == 1:
             return value
-        flag = torch.tensor([value], dtype=torch.int32, device=self.trainer.args.device)
-        return bool(broadcast(flag, from_process=0).item())
+        return float(broadcast(torch.tensor([value], device=self.trainer.args.device), from_process=0).item())

@@ -1,4 +1,4 @@
-"""A run that stops by itself and, once it has converged, trains on with the images that it was evaluated on."""
+"""A run that stops by itself and, in the end, trains on with the images that it was evaluated on."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .evaluating import StoppingTrainer
 # How many steps a run goes on for, as a share of those up to then. The average of the weights then is one over steps
 # with all images, mostly.
 FURTHER_STEPS = 1 / 3
-# In the log, from the step on at which a run goes on.
-CONVERGED_AT = "converged_at_step"
+# In the log of the step after which it does.
+ALL_IMAGES_FROM = "all_images_from_step"
 
 
 class HeldBackSampler(Sampler[int]):
@@ -65,16 +65,18 @@ class HeldBackSampler(Sampler[int]):
 
 
 class FinishingTrainer(StoppingTrainer):
-    """[`StoppingTrainer`] that trains on the images that were held back, too, once the run has converged.
+    """[`StoppingTrainer`] that in the end trains on the images that were held back, too.
 
     A run that stops by itself has to be evaluated on images that it is not trained on, and where there are few, they
     are missed. So it does not stop when it has converged, but goes on for a third of its steps with all images, and is
-    not evaluated any more. Where it has come to overfit, so that it goes back to earlier weights, it stops at once.
+    not evaluated any more. Where it has come to overfit, so that it goes back to earlier weights, it stops at once. A
+    run that has not converged when three quarters of its limit are over trains with all images up to the limit.
 
     Args:
         *args: Of `Trainer`, in its order.
         held_back (torch dataset, *optional*): With `args.stop_when_converged`, images that are trained on only when
-            the run has converged, prepared like the training set: those of `eval_dataset`.
+            the run has converged, or for the last quarter before a limit, prepared like the training set: those of
+            `eval_dataset`.
         **kwargs: Of `Trainer`, by keyword.
 
     Raises:
@@ -87,6 +89,7 @@ class FinishingTrainer(StoppingTrainer):
         self.held_back = held_back
         self._sampler: HeldBackSampler | None = None
         self._steps_per_epoch = 1
+        self._near_time_limit = False
         if held_back is not None:
             self._check_held_back()
 
@@ -127,50 +130,65 @@ class FinishingTrainer(StoppingTrainer):
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
-        self.converged_at, self._steps_per_epoch = None, steps_per_epoch
+        self.all_images_from, self._steps_per_epoch, self._near_time_limit = None, steps_per_epoch, False
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
-        marks = [int(row[CONVERGED_AT]) for row in self.state.log_history if CONVERGED_AT in row]
-        converged_at = marks[0] if marks else None
-        if converged_at is not None and self.held_back is None:
+        marks = [int(row[ALL_IMAGES_FROM]) for row in self.state.log_history if ALL_IMAGES_FROM in row]
+        all_images_from = marks[0] if marks else None
+        if all_images_from is not None and self.held_back is None:
             raise ValueError(
                 f"resume_from_checkpoint={resume_from_checkpoint!r} is of a run that was trained on its held_back "
                 "images from some step on, and there are none here. Pass the same held_back."
             )
         if self._sampler is None:
             return start
-        if converged_at is not None:
-            self._let_in(converged_at)
-            done = self.state.global_step - converged_at
-            # The epoch in which it converged was left.
-            begun = math.ceil(converged_at / steps_per_epoch) + done // steps_per_epoch
+        if all_images_from is not None:
+            self._let_in(all_images_from)
+            done = self.state.global_step - all_images_from
+            # The epoch in which they were let in was left.
+            begun = math.ceil(all_images_from / steps_per_epoch) + done // steps_per_epoch
             batches = done % steps_per_epoch * self.args.gradient_accumulation_steps
             start = (epochs, 0) if self.state.global_step >= self.last_step else (begun, batches)
         self._sampler.epoch = start[0]
         return start
 
-    def _let_in(self, converged_at: int) -> None:
+    def _let_in(self, step: int) -> None:
         assert self._sampler is not None
-        self.converged_at, self._sampler.lets_in = converged_at, True
+        self.all_images_from, self._sampler.lets_in = step, True
 
     @property
     def last_step(self) -> int:
         """The step that the run ends at, as far as is known."""
-        return self.state.max_steps if self.converged_at is None else self._last_step_after(self.converged_at)
+        return self.state.max_steps if self.all_images_from is None else self._last_step_after(self.all_images_from)
 
-    def _last_step_after(self, converged_at: int) -> int:
-        further = math.ceil(round(FURTHER_STEPS * converged_at, 6))
+    @property
+    def _step_near_limit(self) -> int:
+        """The end of the epoch in which three quarters of the limit are over, or of the last but one."""
+        epochs = self.state.max_steps / self._steps_per_epoch
+        return min(math.ceil(epochs / (1 + FURTHER_STEPS)), math.ceil(epochs) - 1) * self._steps_per_epoch
+
+    def _comes_near_limit(self, time_used: float) -> bool:
+        if self._sampler is None:
+            return False
+        was_near, self._near_time_limit = self._near_time_limit, time_used * (1 + FURTHER_STEPS) >= 1
+        return self._near_time_limit > was_near or self.state.global_step == self._step_near_limit
+
+    def _last_step_after(self, step: int) -> int:
+        """The last step of a run that goes on with all images after this one."""
+        if step == self._step_near_limit:
+            return self.state.max_steps
+        further = math.ceil(round(FURTHER_STEPS * step, 6))
         # Where there is a limit, so many epochs are left after the one in which it converged.
-        epochs_left = int(self.state.num_train_epochs) - math.ceil(converged_at / self._steps_per_epoch)
-        return min(converged_at + min(further, epochs_left * self._steps_per_epoch), self.state.max_steps)
+        epochs_left = int(self.state.num_train_epochs) - math.ceil(step / self._steps_per_epoch)
+        return min(step + min(further, epochs_left * self._steps_per_epoch), self.state.max_steps)
 
     def _end(self) -> bool:
         step, evaluations = self.state.global_step, self.evaluations()
         overfits = is_clearly_worse(evaluations, self.args.greater_is_better)
         may_go_on = self._sampler is not None and not self.control.should_training_stop
         if overfits or not may_go_on or self._last_step_after(step) <= step:
-            return super()._end()
+            return super()._end() if self.has_converged() else False
         self._let_in(step)
-        self.log({CONVERGED_AT: step})
+        self.log({ALL_IMAGES_FROM: step})
         # The next one draws from all images.
         self.control.should_epoch_stop = True
         self.state.best_metric, self.state.best_global_step = evaluations[-1].metric, step

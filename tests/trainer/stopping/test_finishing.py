@@ -9,7 +9,7 @@ from torch.utils.data import WeightedRandomSampler
 from transformers import TrainerCallback, set_seed
 
 from metalr_hf import MetaLRTrainer
-from metalr_hf.trainer.stopping.finishing import CONVERGED_AT
+from metalr_hf.trainer.stopping.finishing import ALL_IMAGES_FROM
 
 HELD_BACK = 12
 
@@ -53,8 +53,8 @@ def finishing(folder, kind=Noting, train=None, held_back=None, evaluated_on=None
     )
 
 
-def converged_at(run):
-    (step,) = (row[CONVERGED_AT] for row in run.state.log_history if CONVERGED_AT in row)
+def went_on_at(run):
+    (step,) = (row[ALL_IMAGES_FROM] for row in run.state.log_history if ALL_IMAGES_FROM in row)
     return step
 
 
@@ -72,7 +72,7 @@ def finished(short, tmp_path_factory):
 
 def test_it_goes_on_for_a_third_with_all_images(finished):
     run, folder = finished, Path(finished.args.output_dir)
-    step, end = converged_at(run), run.state.global_step
+    step, end = went_on_at(run), run.state.global_step
     assert end == math.ceil(step * 4 / 3)
     assert run.stopped_because.startswith(f"Converged at step {step}, and trained on to step {end} with the images too")
     assert not HELD & set.union(*(run.seen[i] for i in range(1, step + 1)))
@@ -90,7 +90,7 @@ def test_it_goes_on_for_a_third_with_all_images(finished):
 def test_it_is_not_evaluated_on_what_it_is_trained_on(tmp_path, more):
     run = finishing(tmp_path, **more)
     run.train()
-    assert evaluated_at(run)[-1] <= converged_at(run) < run.state.global_step
+    assert evaluated_at(run)[-1] <= went_on_at(run) < run.state.global_step
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{run.state.global_step}"]
 
 
@@ -98,7 +98,7 @@ def test_a_run_that_overfits_goes_back_and_never_sees_them(tmp_path):
     # On enough images to tell.
     run = finishing(tmp_path, train=noisy(), evaluated_on=images(48, seed=1), learning_rate=1e-2)
     run.train()
-    assert not any(CONVERGED_AT in row for row in run.state.log_history)
+    assert not any(ALL_IMAGES_FROM in row for row in run.state.log_history)
     assert run.state.best_global_step < run.state.global_step
     assert not HELD & set.union(*run.seen.values())
     assert "converged. The model is that of step" in run.stopped_because
@@ -114,7 +114,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, save, accumulated):
     options["per_device_train_batch_size"] = 5
     whole = finishing(tmp_path, **options)
     whole.train()
-    step, end = converged_at(whole), whole.state.global_step
+    step, end = went_on_at(whole), whole.state.global_step
     checkpoints = {int(path.name.rsplit("-", 1)[1]): path for path in tmp_path.glob("checkpoint-*")}
     assert {step, end} <= checkpoints.keys() or save
     assert any(step < saved < end for saved in checkpoints) or not save
@@ -124,7 +124,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, save, accumulated):
         again = finishing(tmp_path / "again" / str(saved), **options)
         again.train(resume_from_checkpoint=str(checkpoint))
         assert again.state.global_step == end
-        assert converged_at(again) == step
+        assert went_on_at(again) == step
         assert same_weights(whole.model, again.model), saved
         assert again.seen == {i: rows for i, rows in whole.seen.items() if i > saved}
 
@@ -133,34 +133,71 @@ def test_a_second_run_is_the_first_one_again(tmp_path):
     run = finishing(tmp_path)
     set_seed(0)
     run.train()
-    first = converged_at(run), run.state.global_step, run.seen
+    first = went_on_at(run), run.state.global_step, run.seen
     run.model.load_state_dict(vit(0.0).state_dict())
     set_seed(0)
     run.train()
-    assert (converged_at(run), run.state.global_step, run.seen) == first
+    assert (went_on_at(run), run.state.global_step, run.seen) == first
 
 
-@pytest.mark.parametrize("more", [0, 1, 3])
-def test_a_limit_holds(tmp_path, finished, more):
-    step = converged_at(finished)
-    # The epoch of two steps in which it converges is left.
-    epochs_left = math.ceil((step + more) / 2) - math.ceil(step / 2)
-    further = min(2 * epochs_left, more)
-    run = finishing(tmp_path, max_steps=step + more)
+@pytest.mark.parametrize(
+    ("limit", "went_on"),
+    # Epochs of two steps.
+    [({"max_steps": 16}, 12), ({"max_steps": 15}, 12), ({"num_train_epochs": 3}, 4), ({"max_steps": 3}, 2)],
+    ids=str,
+)
+def test_the_last_quarter_before_a_limit_has_all_images(tmp_path, limit, went_on):
+    run = finishing(tmp_path, save_total_limit=50, **limit)
     run.train()
-    assert any(CONVERGED_AT in row for row in run.state.log_history) == (further > 0)
-    assert run.state.global_step == step + further
+    end = limit.get("max_steps", 6)
+    assert run.state.global_step == end
+    assert went_on_at(run) == evaluated_at(run)[-1] == went_on
+    assert not HELD & set.union(*(run.seen[i] for i in range(1, went_on + 1)))
+    assert HELD & set.union(*(run.seen[i] for i in range(went_on + 1, end + 1)))
+    assert run.stopped_because.startswith(f"Not yet converged at step {went_on}, and trained on to step {end} with")
+    again = finishing(tmp_path / "again", **limit)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{went_on}"))
+    assert again.seen == {i: rows for i, rows in run.seen.items() if i > went_on}
+    assert same_weights(run.model, again.model)
+
+
+def test_within_a_single_epoch_a_limit_ends_the_run(tmp_path):
+    run = finishing(tmp_path, max_steps=2)
+    run.train()
+    assert run.state.global_step == 2
+    assert "the limit that was given" in run.stopped_because
+
+
+def test_the_last_quarter_of_the_minutes_has_all_images(tmp_path, monkeypatch):
+    run = finishing(tmp_path, max_minutes=1)
+    # Every step takes three seconds: 15 are three quarters of a minute.
+    monkeypatch.setattr("metalr_hf.trainer.stopping.evaluating.time.monotonic", lambda: 3.0 * run.state.global_step)
+    run.train()
+    assert went_on_at(run) == 15
+    assert run.state.global_step == 20
+    assert run.stopped_because.startswith("Not yet converged at step 15, and trained on to step 20 with the images")
+
+
+def test_one_that_overfits_is_watched_to_its_limit(tmp_path):
+    often = {"eval_strategy": "steps", "eval_steps": 2}
+    run = finishing(
+        tmp_path, train=noisy(), evaluated_on=images(48, seed=1), learning_rate=1e-2, max_steps=20, **often
+    )
+    run.train()
+    assert not any(ALL_IMAGES_FROM in row for row in run.state.log_history)
+    assert run.state.global_step == 20
+    assert "the limit that was given" in run.stopped_because
 
 
 def test_stopped_by_another_callback_it_keeps_what_it_has_become(tmp_path):
     class StopEarly(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if any(CONVERGED_AT in row for row in state.log_history):
+            if any(ALL_IMAGES_FROM in row for row in state.log_history):
                 control.should_training_stop = True
 
     run = finishing(tmp_path, callbacks=[StopEarly()])
     run.train()
-    step = converged_at(run)
+    step = went_on_at(run)
     assert run.state.global_step == run.state.best_global_step == step + 1
     assert f"trained on to step {step + 1}" in run.stopped_because
 
@@ -168,7 +205,7 @@ def test_stopped_by_another_callback_it_keeps_what_it_has_become(tmp_path):
 def test_the_card_counts_them_and_shows_no_figure_of_them(finished):
     run = finished
     run.evaluate()
-    assert run.evaluation is None or run.evaluation.step <= converged_at(run)
+    assert run.evaluation is None or run.evaluation.step <= went_on_at(run)
     run.create_model_card()
     assert f"with {24 + HELD_BACK} training images" in " ".join(
         (Path(run.args.output_dir) / "README.md").read_text().split()

@@ -269,11 +269,12 @@ class LossAlone:
         return {"loss": outputs.reshape(()) if alone else outputs}
 
 
-def logits_of(outputs: Any) -> Tensor | None:
+def logits_of(outputs: Any, has_loss: bool = True) -> Tensor | None:
     """The logits in a classifier's outputs: the entry `logits`, or what follows the loss; `None` if there are none.
 
     Args:
         outputs (`Any`): What a model returned.
+        has_loss (`bool`, *optional*, defaults to `True`): Whether a tuple begins with a loss, as with labels.
 
     Returns:
         `torch.Tensor` of shape `(batch, classes)`, *optional*
@@ -291,7 +292,8 @@ def logits_of(outputs: Any) -> Tensor | None:
     if isinstance(outputs, Mapping):
         found = outputs.get("logits")
     else:
-        found = outputs[1] if isinstance(outputs, (tuple, list)) and len(outputs) > 1 else None
+        place = int(has_loss)
+        found = outputs[place] if isinstance(outputs, (tuple, list)) and len(outputs) > place else None
     return found if isinstance(found, Tensor) and found.dim() == 2 else None
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils import logging
 
 from ..models.bare import logits_of
@@ -100,8 +99,8 @@ class CollapseGuard:
 
         Args:
             logits (`Callable`): Takes nothing and returns the logits `(batch, classes)` of a batch. Called at the
-                first call, when the weights are written too, and then only if the loss is suspicious. A model that
-                returns none ends the watch.
+                first call, when the weights are written too, where `None` ends the watch; and then only if the loss is
+                suspicious, where `None` says that the images are all of one class and may get the same answer.
             reduce (`Callable`, *optional*): Averages a tensor over all processes.
         """
         if self.start_spread is None:
@@ -119,10 +118,11 @@ class CollapseGuard:
         labels = torch.cat([labels.to(device) for labels in self.labels])
         self.losses = []
         mean_loss, constant = reduce(torch.stack([loss, self.loss.constant_loss(labels)])).tolist()
-        if not mean_loss >= NOTHING_LEARNED * constant:
+        if constant == 0 or not mean_loss >= NOTHING_LEARNED * constant:
             return False
         answers = logits()
-        assert answers is not None
+        if answers is None:
+            return False
         return float(reduce(self._spread(answers))) < min(SPREAD, SHARE_OF_SPREAD * self.start_spread)
 
     def _spread(self, logits: Tensor) -> Tensor:
@@ -223,11 +223,13 @@ def undo_collapse(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
         return
 
     def logits() -> Tensor | None:
+        looked_at = batches[:1] if _has_classes(batches[:1]) else batches_to_look_at(trainer, batches)
+        if guard.start_spread is not None:
+            is_mixed = torch.tensor([float(_has_classes(looked_at))], device=trainer.args.device)
+            if trainer._mean_over_processes(is_mixed) < 1:
+                return None
         with torch.no_grad(), untouched(model, "eval"):
-            # A single image does not tell whether all get the same answer.
-            enough = (find_batch_size(batches[0]) or 0) > 1
-            looked_at = batches[:1] if enough else batches_to_look_at(trainer, batches)
-            answers = [logits_of(model(**trainer._prepare_inputs(batch))) for batch in looked_at]
+            answers = [_logits(trainer, batch) for batch in looked_at]
         reshard(model)
         found = [answer for answer in answers if answer is not None]
         return torch.cat(found) if found else None
@@ -249,6 +251,21 @@ def undo_collapse(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
         )
     elif scheduler.tuning_is_over:
         guard.stop()
+
+
+def _has_classes(batches: Sequence[Any]) -> bool:
+    """Whether images are of more than one class: those of one may well get the same answer, as a single one does."""
+    labels = torch.cat([batch["labels"] for batch in batches])
+    return bool((labels != labels[:1]).any())
+
+
+def _logits(trainer: MetaLRTrainer, batch: Any) -> Tensor | None:
+    inputs = trainer._prepare_inputs(batch)
+    # As Trainer does: of labels for another loss, a model would compute its own.
+    has_own_loss = trainer.compute_loss_func is None
+    if not has_own_loss:
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    return logits_of(trainer.model(**inputs), has_own_loss)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -276,7 +293,6 @@ class _StoredWeights:
             weakref.finalize(self, self._file.close)
             with open(self._file.fileno(), "wb", closefd=False) as file:
                 torch.save(tensors, file)
-            self.in_memory = None
         except (OSError, RuntimeError):
             if self._file is not None:
                 # A full disk gets back what was written until then.

@@ -131,7 +131,9 @@ class FreshHead:
         features, logits, labels = features[known], logits[known], labels[known]
         fitted = fit_head(features, labels, classes, loss.weights)
         present = loss.losses(logits.float(), labels).mean()
-        is_fresh = present > LEARNED * loss.constant_loss(labels)
+        constant = loss.constant_loss(labels)
+        # Images of a single class tell nothing.
+        is_fresh = (constant > 0) & (present > LEARNED * constant)
         is_better = is_fresh & (fitted.loss <= CLEARLY_BETTER * present)
         verdict = torch.stack([is_fresh, is_better])
         parts = [part.to(linear.weight.device, linear.weight.dtype) for part in (verdict, fitted.weight, fitted.bias)]
@@ -214,7 +216,8 @@ def _images_to_fit(trainer: MetaLRTrainer) -> int:
 def _batches(trainer: MetaLRTrainer, linear: nn.Linear, images: int) -> Generator[tuple[Tensor, Tensor, Tensor] | None]:
     """Features, logits and classes of some training images; `None` where they are not those of a linear head."""
     model, seen = trainer.model, []
-    hook = linear.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    # A copy: a view, as of the first token, would keep all that the backbone has computed.
+    hook = linear.register_forward_hook(lambda module, args, output: seen.append((args[0].clone(), output)))
     try:
         with untouched(model), suppress(EmptyMetaSetError):
             # With dropout, as the head will see the features while it is trained.
@@ -222,11 +225,14 @@ def _batches(trainer: MetaLRTrainer, linear: nn.Linear, images: int) -> Generato
             for batch in spare_batches(trainer, images) or ():
                 inputs = trainer._prepare_inputs(batch)
                 labels = inputs.get("labels")
+                if not ClassLoss().reads(labels):
+                    yield None
+                    return
                 seen.clear()
                 with trainer.compute_loss_context_manager():
                     outputs = model(**inputs)
                 logits = logits_of(outputs)
-                if logits is None or len(seen) != 1 or not ClassLoss().reads(labels):
+                if logits is None or len(seen) != 1:
                     yield None
                     return
                 if trainer.compute_loss_func is None and not _is_cross_entropy(outputs, logits, labels):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # What the fitted head counts in the mean of it and the head as it was trained.
 SHARE = 1 / 3
+FEWEST_OF_A_CLASS = 2
 
 
 class LastFeatures:
@@ -31,7 +32,8 @@ class LastFeatures:
     last steps has none of that, but trusts features of images that the backbone has been trained on. Their mean was
     better than the trained one in most runs, and worse in fewer than the fitted one. The features come from the forward
     passes of the training, so that this takes no further one.
-    It is done for a head that was fresh and linear, whether that was fitted or not, where weights are averaged.
+    It is done where weights are averaged, and for a head that [`~metalr_hf.trainer.fresh_head.FreshHead`] has found to
+    be fresh and linear, whether it fitted it or not, once there are images of every class among the last.
 
     Example:
 
@@ -113,18 +115,24 @@ class LastFeatures:
         linear = self._head_of(trainer)
         if linear is None or not self._batches:
             return
-        features, labels = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
+        # Those of a checkpoint are on the CPU, as the fit is.
+        features, labels = (torch.cat([part.cpu() for part in parts]) for parts in zip(*self._batches, strict=True))
         known = (labels >= 0) & (labels < linear.out_features)
         features, labels = features[known], labels[known]
+        # A class without images would get the answer 0, among others that are fitted.
+        if labels.bincount(minlength=linear.out_features).min() < FEWEST_OF_A_CLASS:
+            return
         if self._fitted is None or self._fitted[0] != trainer.state.global_step:
-            weights = getattr(trainer.compute_loss_func, "weights", None)
+            loss = trainer.compute_loss_func
+            weights = loss.weights if isinstance(loss, ClassLoss) else None
             self._fitted = trainer.state.global_step, fit_head(features, labels, linear.out_features, weights)
         fitted = self._fitted[1]
         own = [whole(local(part), part).to(features) for part in (linear.weight, linear.bias)]
-        new = [part.to(features) for part in (fitted.weight, fitted.bias)]
+        new = [fitted.weight, fitted.bias]
         scale = _spread(functional.linear(features, *own)) / _spread(functional.linear(features, *new))
         if bool(scale.isfinite()):
-            write_head(linear, *(mine.lerp(scale * other, SHARE) for mine, other in zip(own, new, strict=True)))
+            means = [mine.lerp(scale * other, SHARE) for mine, other in zip(own, new, strict=True)]
+            write_head(linear, *(part.to(linear.weight.device) for part in means))
 
     def forget(self) -> None:
         """Forgets all features, for a run that begins anew."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,8 @@ def fit_head(features: Tensor, labels: Tensor, classes: int, weights: Tensor | N
         weights (`torch.Tensor` of shape `(classes,)`, *optional*): By how much the images of a class count.
 
     Returns:
-        [`FittedHead`]: on the CPU. Its loss is infinite if the features are not finite.
+        [`FittedHead`]: on the CPU. Its loss is infinite if the features are not finite, all images are of one class, or
+        there are more classes than images.
 
     Example:
 
@@ -68,7 +70,7 @@ def fit_head(features: Tensor, labels: Tensor, classes: int, weights: Tensor | N
     """
     # An accelerator may have no float64, and the matrix is small.
     x, labels = features.detach().to("cpu", torch.float64), labels.detach().cpu().long()
-    if len(x) < 2 or not bool(x.isfinite().all()):
+    if classes > len(x) or len(labels.unique()) < 2 or not bool(x.isfinite().all()):
         return FittedHead(torch.zeros(classes, x.shape[1]), torch.zeros(classes), math.inf)
     targets = functional.one_hot(labels, classes).double()
     counts = torch.ones(len(x), dtype=torch.float64) if weights is None else weights.detach().cpu().double()[labels]
@@ -84,11 +86,8 @@ def fit_head(features: Tensor, labels: Tensor, classes: int, weights: Tensor | N
         residuals = targets - rates - u @ (kept[:, None] * explained) / root
         leverage = u.square() @ kept + share
         left_out = targets - residuals / (1 - leverage).clamp(min=1e-6)[:, None]
-        losses = functional.cross_entropy(
-            (SCALES[:, None, None] * left_out).flatten(0, 1), labels.repeat(len(SCALES)), reduction="none"
-        )
-        means = losses.view(len(SCALES), -1) @ counts / len(x)
-        best = min(best, (means.min().item(), penalty, SCALES[means.argmin()].item()))
+        scale, mean = _best_scale(left_out, labels, counts)
+        best = min(best, (mean, penalty, scale))
     loss, penalty, scale = best
     weight = ((sizes / (squares + penalty))[:, None] * explained).T @ v
     bias = rates - weight @ center
@@ -96,3 +95,14 @@ def fit_head(features: Tensor, labels: Tensor, classes: int, weights: Tensor | N
     spread = (logits - logits.mean(1, keepdim=True)).std(0).square().mean().sqrt().item()
     scale = min(scale, LOGIT_STD / spread) if spread > 0 else scale
     return FittedHead((scale * weight).float(), (scale * bias).float(), loss)
+
+
+def _best_scale(logits: Tensor, labels: Tensor, counts: Tensor) -> tuple[float, float]:
+    """The scale at which logits have the lowest mean cross-entropy, and that; it is convex in the scale."""
+
+    def loss(place: int) -> float:
+        losses = functional.cross_entropy(SCALES[place] * logits, labels, reduction="none")
+        return (losses @ counts / len(labels)).item()
+
+    place = bisect_left(range(len(SCALES) - 1), True, key=lambda place: loss(place) <= loss(place + 1))
+    return SCALES[place].item(), loss(place)

@@ -10,6 +10,7 @@ from small_runs import Kill, arguments, images, resnet, same_weights, vit
 from torch import nn
 
 from metalr_hf import MetaLRTrainer
+from metalr_hf.models.target_losses import LabelSetLoss, QuantityLoss
 from metalr_hf.trainer.collapse import CollapseGuard
 
 LABELS = torch.arange(30) % 3
@@ -46,6 +47,17 @@ def test_a_class_that_is_rare_is_no_collapse():
     guard.start_spread = 1.0
     guard.note(torch.tensor(0.3), (torch.arange(100) % 10 == 0).long())
     assert not guard.collapsed(lambda: torch.zeros(100, 2))
+
+
+def test_images_of_one_class_may_get_one_answer():
+    guard = begun(nn.Linear(4, 2))
+    guard.every = 1
+    guard.note(torch.tensor(0.7), torch.tensor([0, 0, 0, 0]))
+    assert not guard.collapsed(lambda: torch.zeros(4, 2)), "no image has told what a constant answer costs"
+    guard.note(torch.tensor(0.7), torch.tensor([0, 1, 0, 0]))
+    assert not guard.collapsed(lambda: None)
+    guard.note(torch.tensor(0.7), torch.tensor([0, 1, 0, 0]))
+    assert guard.collapsed(lambda: torch.zeros(4, 2))
 
 
 def test_labels_of_no_class_are_not_counted():
@@ -170,6 +182,22 @@ def test_labels_that_are_no_classes_end_the_watch_and_its_weights_are_in_no_chec
     run.train()
     saved = torch.load(tmp_path / "checkpoint-2" / "scheduler.pt", weights_only=True)["stateful"]["collapse_guard"]
     assert (saved["active"], saved["start"]) == (False, {})
+
+
+@pytest.mark.parametrize("loss", [LabelSetLoss(), QuantityLoss([1.0, 1.0])], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("is_bare", [True, False], ids=["module", "transformers"])
+def test_the_watch_has_a_model_compute_no_loss_of_another_kind(tmp_path, loss, is_bare):
+    rows = [
+        {"pixel_values": row["pixel_values"], "labels": torch.tensor([1.0, i % 2])} for i, row in enumerate(images())
+    ]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.Linear(8, 2)) if is_bare else vit()
+    if not is_bare:
+        model.classifier, model.num_labels = nn.Linear(16, 2), 2
+    run = MetaLRTrainer(model, arguments(tmp_path, max_steps=3), train_dataset=rows, compute_loss_func=loss)
+    run.train()
+    assert run.collapse_guard.start_spread > 0
+    # Transformers models guess it from the labels that they see.
+    assert is_bare or model.config.problem_type is None
 
 
 def test_the_watch_ends_with_tuning(tmp_path):

@@ -1,5 +1,7 @@
 """A run whose fresh head is fitted after the third step: which heads are, and what else that changes."""
 
+import contextlib
+
 import datasets
 import pytest
 import timm
@@ -19,7 +21,7 @@ from transformers import (
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.hub.facts import run_facts
 from metalr_hf.models.target_losses import ClassLoss, LabelSetLoss
-from metalr_hf.trainer.fresh_head import FreshHead
+from metalr_hf.trainer.fresh_head import FreshHead, _batches
 from metalr_hf.tuning import untouched
 from metalr_hf.tuning.fresh_head import LOGIT_STD
 
@@ -298,3 +300,11 @@ def test_images_without_a_class_do_not_count(tmp_path):
     run = trainer(tmp_path, vit(), train_dataset=rows.with_format("torch"), **ON, max_steps=30)
     run.train()
     assert run.fresh_head.images == 42
+
+
+def test_features_keep_nothing_else_of_the_backbone(tmp_path):
+    run = begun(tmp_path, vit(), max_steps=1)
+    with contextlib.closing(_batches(run, run.model.classifier, 8)) as batches:
+        features, _, _ = next(batches)
+    # The first token of all.
+    assert features.untyped_storage().nbytes() == features.numel() * features.element_size()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_runs import arguments, images, resnet, same_weights, trainer, vit
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn import functional
 
 from metalr_hf import MetaLRTrainer
@@ -121,3 +122,27 @@ def test_a_head_that_is_not_fitted_at_the_start_is_at_the_end(tmp_path, monkeypa
     run = begun(tmp_path)
     assert run.fresh_head.images == 0
     assert run.last_features.images > 0
+
+
+@pytest.mark.parametrize(("rare", "is_refined"), [(1, False), (2, True)])
+def test_it_waits_for_images_of_every_class(tmp_path, monkeypatch, rare, is_refined):
+    run = begun(tmp_path)
+    features, labels = (torch.cat(parts) for parts in zip(*run.last_features._batches, strict=True))
+    few = torch.cat([(labels == k).nonzero()[: rare if k == 2 else None, 0] for k in range(3)])
+    run.last_features._batches.clear()
+    run.last_features._batches.append((features[few], labels[few]))
+    run.state.global_step += 1
+    before = run.model.classifier.weight.clone()
+    run.last_features.refine(run)
+    assert torch.equal(before, run.model.classifier.weight) != is_refined
+
+
+def test_features_of_a_checkpoint_and_of_an_accelerator_go_together(tmp_path):
+    run = begun(tmp_path)
+    # As on a GPU: with nothing computed, but with every tensor's device checked.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = LastFeatures()
+        for device in ("cpu", "cuda"):
+            found._batches.append((torch.zeros(8, 16, device=device), torch.zeros(8, device=device).long()))
+        with pytest.raises(DynamicOutputShapeException):
+            found.refine(run)

@@ -107,3 +107,11 @@ def test_half_precision_features_are_fitted_in_full():
     head = fit_head(x.to(torch.bfloat16), labels, 3)
     assert head.weight.dtype == torch.float32
     assert head.loss < math.log(3)
+
+
+@pytest.mark.parametrize(("labels", "classes"), [([1] * 24, 3), ([0, 1] * 12, 25)], ids=["one class", "many classes"])
+def test_images_that_do_not_tell_classes_apart_give_no_head(labels, classes):
+    head = fit_head(examples()[0], torch.tensor(labels), classes)
+    assert head.loss == math.inf
+    assert not head.weight.any()
+    assert not head.bias.any()

@@ -195,8 +195,10 @@ def _has_error(evaluated: Evaluated) -> bool:
 
 def _of_classes(logits: Any, labels: Any) -> Any:
     first = logits[0] if isinstance(logits, tuple) else logits
-    # That of a detector is a dictionary of losses.
-    return first if getattr(first, "ndim", 0) == 2 else labels
+    if not isinstance(first, torch.Tensor):
+        # That of a detector is a dictionary of losses.
+        return labels
+    return first if first.ndim == 2 else first.new_zeros(len(first))
 
 
 def _metric(args: Any) -> str:

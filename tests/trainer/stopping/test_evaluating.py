@@ -11,6 +11,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.trainer.stopping.convergence import EVALUATION_SHARE, earliest_stop, has_converged
+from metalr_hf.trainer.stopping.evaluating import _of_classes
 
 
 @pytest.fixture(autouse=True)
@@ -229,3 +230,9 @@ def test_without_it_a_run_is_that_of_transformers_default_length(tmp_path):
     run.train()
     assert run.state.global_step == 3 * 48 / 8
     assert run.stopped_because is None
+
+
+def test_no_answers_are_kept_but_those_of_classes():
+    masks = torch.zeros(4, 8, 8)
+    assert _of_classes(torch.zeros(4, 3, 8, 8), masks).shape == (4,)
+    assert _of_classes((torch.zeros(4, 3), masks), torch.zeros(4)).shape == (4, 3)

@@ -180,9 +180,7 @@ def test_the_last_quarter_of_the_minutes_has_all_images(tmp_path, monkeypatch):
 
 def test_one_that_overfits_is_watched_to_its_limit(tmp_path):
     often = {"eval_strategy": "steps", "eval_steps": 2}
-    run = finishing(
-        tmp_path, train=noisy(), evaluated_on=images(48, seed=1), learning_rate=1e-2, max_steps=20, **often
-    )
+    run = finishing(tmp_path, train=noisy(), evaluated_on=images(48, seed=1), learning_rate=1e-2, max_steps=20, **often)
     run.train()
     assert not any(ALL_IMAGES_FROM in row for row in run.state.log_history)
     assert run.state.global_step == 20

@@ -264,10 +264,8 @@ def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
         console.print(f"The {schedule} schedule multiplies these rates.")
     if trainer.average_weights is not None:
         console.print("The model holds an average of its weights over the last part of the run.")
-    if trainer.last_features.images:
-        console.print(
-            f"A third of its head is fitted to the features of the last {trainer.last_features.images} images."
-        )
+    if last := trainer.last_features.images:
+        console.print(f"A third of its head is a ridge regression on the features of the last {last} images.")
     if scheduler.guard.non_finite:
         console.print(
             f"Steps not tuned, because a validation loss or hypergradient was not finite: {scheduler.guard.non_finite}"

@@ -1,11 +1,21 @@
-"""Models that cannot be tuned, and batches that spoil a run: what is said of them."""
+"""Models that cannot be tuned, runs that are too short or too small for it, and batches that spoil one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from ..tuning.calibration import LOOKS
+from .defaults import calibrates
+
+if TYPE_CHECKING:
+    from .metalr import MetaLRTrainer
+
+logger = logging.get_logger(__name__)
 
 
 def refuse_sparse_gradients(model: nn.Module) -> None:
@@ -53,6 +63,41 @@ def refuse_label_smoothing(model: nn.Module | None, factor: float) -> None:
             f"label_smoothing_factor={factor}: Trainer smooths labels of models with a config only, and this one has "
             "none. Smooth them in the loss: compute_loss_func=lambda outputs, labels, num_items_in_batch=None: "
             f"cross_entropy(outputs.logits, labels, label_smoothing={factor})."
+        )
+
+
+def warn_of_sizes(trainer: MetaLRTrainer, steps: int) -> None:
+    """Warns of runs that are too short to measure start rates, and of steps that take all images at once.
+
+    Args:
+        trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, before a run.
+        steps (`int`): How many optimizer steps the run has.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
+    >>> from metalr_hf.trainer.faults import warn_of_sizes
+    >>> images = [{"pixel_values": torch.randn(4), "labels": i % 2} for i in range(64)]
+    >>> args = MetaLRTrainingArguments("runs/example", save_strategy="no", report_to="none", use_cpu=True)
+    >>> warn_of_sizes(MetaLRTrainer(torch.nn.Linear(4, 2), args, train_dataset=images), steps=24)
+
+    ```
+    """
+    args, rows = trainer.args, trainer.train_dataset
+    if calibrates(args) and steps < len(LOOKS):
+        logger.warning(
+            f"A run of {steps} optimizer step{'s' * (steps > 1)} is too short to measure its start learning rates, "
+            f"which takes {len(LOOKS)}: they are only a first guess. Train for longer, or set calibrate=False and a "
+            "learning_rate."
+        )
+    images = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if trainer.meta_source == "next_batch" and args.hyper_lr > 0 and has_length(rows) and images >= len(rows) > 0:
+        logger.warning(
+            f"A step takes {images} images, and there are {len(rows)} to train on: the next batch, which is to tell "
+            "how well a step does on other images, has the same ones. Set a smaller per_device_train_batch_size, or "
+            "hold images out with meta_split."
         )
 
 

@@ -35,6 +35,9 @@ class LastFeatures:
     It is done where weights are averaged, and for a head that [`~metalr_hf.trainer.fresh_head.FreshHead`] has found to
     be fresh and linear, whether it fitted it or not, once there are images of every class among the last.
 
+    Attributes:
+        images (`int`): How many images the head was fitted to when it was last looked at; 0 if it was not.
+
     Example:
 
     ```python
@@ -54,14 +57,10 @@ class LastFeatures:
     """
 
     def __init__(self) -> None:
+        self.images = 0
         self._batches: deque[tuple[Tensor, Tensor]] = deque()
         self._linear: nn.Linear | None = None
         self._fitted: tuple[int, FittedHead] | None = None
-
-    @property
-    def images(self) -> int:
-        """How many images the features are of."""
-        return sum(len(labels) for _, labels in self._batches)
 
     @contextmanager
     def noted(self, trainer: MetaLRTrainer, inputs: Any) -> Iterator[None]:
@@ -92,7 +91,7 @@ class LastFeatures:
             gather, pad = trainer.accelerator.gather, trainer.accelerator.pad_across_processes
             features, labels = gather(pad(features)), gather(pad(labels, pad_index=-100))
         self._batches.append((features, labels))
-        while self.images - len(self._batches[0][1]) >= IMAGES:
+        while sum(len(labels) for _, labels in self._batches) - len(self._batches[0][1]) >= IMAGES:
             self._batches.popleft()
 
     def _head_of(self, trainer: MetaLRTrainer) -> nn.Linear | None:
@@ -112,7 +111,7 @@ class LastFeatures:
         Args:
             trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, whose model holds the average of its weights.
         """
-        linear = self._head_of(trainer)
+        linear, self.images = self._head_of(trainer), 0
         if linear is None or not self._batches:
             return
         # Those of a checkpoint are on the CPU, as the fit is.
@@ -133,15 +132,16 @@ class LastFeatures:
         if bool(scale.isfinite()):
             means = [mine.lerp(scale * other, SHARE) for mine, other in zip(own, new, strict=True)]
             write_head(linear, *(part.to(linear.weight.device) for part in means))
+            self.images = len(labels)
 
     def forget(self) -> None:
         """Forgets all features, for a run that begins anew."""
         self._batches.clear()
-        self._fitted = None
+        self.images, self._fitted = 0, None
 
     def state_dict(self) -> dict[str, Any]:
         """The features and classes, on the CPU."""
-        return {"batches": [[part.cpu() for part in batch] for batch in self._batches]}
+        return {"batches": [[part.cpu() for part in batch] for batch in self._batches], "images": self.images}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what [`~LastFeatures.state_dict`] gave.
@@ -150,7 +150,7 @@ class LastFeatures:
             state_dict (`Mapping`): The state.
         """
         self._batches = deque((features, labels) for features, labels in state_dict["batches"])
-        self._fitted = None
+        self.images, self._fitted = state_dict["images"], None
 
 
 def _spread(logits: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from .averaging import AveragingTrainer
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
 from .collapse import CollapseGuard, guard_for, undo_collapse
 from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
-from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients
+from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients, warn_of_sizes
 from .fresh_head import FreshHead
 from .last_features import LastFeatures
 from .meta import MetaStream, create_meta_stream, prepare_meta_dataset
@@ -237,6 +237,7 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
                     f"meta_split={args.meta_split} was set after the trainer was made, which holds the images out. "
                     "Set it before, in the arguments that the trainer is given."
                 )
+            warn_of_sizes(self, num_training_steps)
             # A create_optimizer of a subclass need not have called ours.
             self._split_by_layer(unwrap(optimizer), self.model)
             if self._scheduler is not None:

@@ -71,7 +71,7 @@ class AveragingTrainer(Trainer):
     def __init__(self, *args: Any, average_weights: str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._given_average = average_weights
-        self._prepare_average()
+        self._listen_to_steps()
 
     @property
     def average_weights(self) -> str | None:
@@ -79,7 +79,7 @@ class AveragingTrainer(Trainer):
         chosen = self._given_average or getattr(self.args, "average_weights", None)
         return None if chosen in NO_AVERAGE else chosen
 
-    def _prepare_average(self) -> None:
+    def _listen_to_steps(self) -> None:
         if self.average_weights is None:
             return
         if "schedule_free" in self.args.optim:
@@ -133,7 +133,7 @@ class AveragingTrainer(Trainer):
     # Of a run's beginning and of checkpoints, Trainer has no public hooks.
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         self.weight_average, self.statistics_passes = None, 0.0
-        self._prepare_average()
+        self._listen_to_steps()
         return super()._init_training_state(*args, **kwargs)
 
     def _start_average(self) -> WeightAverage:

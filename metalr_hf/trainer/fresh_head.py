@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 # Training images that a head is fitted to, at most, and as a share of those that the run will be trained on.
-IMAGES, SHARE_OF_RUN = 512, 0.2
+HEAD_IMAGES, HEAD_SHARE = 512, 0.2
 # A head is replaced by one whose loss on images that it was not fitted to is at most this share of its own. Where the
 # features say little of the classes, a head that was fitted to them was worse than random numbers that learn.
 CLEARLY_BETTER = 0.8
@@ -47,7 +47,7 @@ class FreshHead:
     Attributes:
         is_due (`bool`): Whether it is still to be fitted.
         images (`int`): How many images it was fitted to; 0 if it was not.
-        is_known (`bool`): Whether it is known to be one that can be fitted: the linear layer that gives a classifier's
+        is_fresh (`bool`): Whether it was found to be one that can be fitted: the linear layer that gives a classifier's
             logits, not trained before.
 
     Example:
@@ -71,7 +71,7 @@ class FreshHead:
     def __init__(self) -> None:
         self.is_due = True
         self.images = 0
-        self.is_known = False
+        self.is_fresh = False
 
     def fit_when_due(self, trainer: MetaLRTrainer) -> None:
         """Fits the head once the start rates are calibrated, if it is to be fitted at all.
@@ -97,7 +97,7 @@ class FreshHead:
         Args:
             trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, before a step.
         """
-        self.is_due, self.images, self.is_known = True, 0, False
+        self.is_due, self.images, self.is_fresh = True, 0, False
         self.fit_when_due(trainer)
 
     @torch.no_grad()
@@ -133,14 +133,13 @@ class FreshHead:
         present = loss.losses(logits.float(), labels).mean()
         constant = loss.constant_loss(labels)
         # Images of a single class tell nothing.
-        is_fresh = (constant > 0) & (present > LEARNED * constant)
-        is_better = is_fresh & (fitted.loss <= CLEARLY_BETTER * present)
-        verdict = torch.stack([is_fresh, is_better])
+        fresh = (constant > 0) & (present > LEARNED * constant)
+        verdict = torch.stack([fresh, fresh & (fitted.loss <= CLEARLY_BETTER * present)])
         parts = [part.to(linear.weight.device, linear.weight.dtype) for part in (verdict, fitted.weight, fitted.bias)]
         if trainer.args.world_size > 1:
             # Every process has seen the same images, but may have rounded in another way.
             parts = broadcast(parts)
-        self.is_known, is_better = parts[0].bool().tolist()
+        self.is_fresh, is_better = parts[0].bool().tolist()
         if is_better:
             write_head(linear, *parts[1:])
             self.images = len(labels)
@@ -148,7 +147,7 @@ class FreshHead:
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in plain containers."""
-        return {"is_due": self.is_due, "images": self.images, "is_known": self.is_known}
+        return {"is_due": self.is_due, "images": self.images, "is_fresh": self.is_fresh}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what [`~FreshHead.state_dict`] gave.
@@ -157,7 +156,7 @@ class FreshHead:
             state_dict (`dict`): The state.
         """
         self.is_due, self.images = state_dict["is_due"], state_dict["images"]
-        self.is_known = state_dict["is_known"]
+        self.is_fresh = state_dict["is_fresh"]
 
 
 def last_linear(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> nn.Linear | None:
@@ -209,8 +208,8 @@ def _images_to_fit(trainer: MetaLRTrainer) -> int:
     """How many training images to fit a head to."""
     args, dataset = trainer.args, trainer.train_dataset
     a_step = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
-    affordable = max(1, int(SHARE_OF_RUN * trainer.state.max_steps * a_step))
-    return min(IMAGES, affordable, len(dataset) if has_length(dataset) else IMAGES)
+    affordable = max(1, int(HEAD_SHARE * trainer.state.max_steps * a_step))
+    return min(HEAD_IMAGES, affordable, len(dataset) if has_length(dataset) else HEAD_IMAGES)
 
 
 def _batches(trainer: MetaLRTrainer, linear: nn.Linear, images: int) -> Generator[tuple[Tensor, Tensor, Tensor] | None]:

@@ -15,13 +15,13 @@ from torch.nn import functional
 from ..models.target_losses import ClassLoss
 from ..tuning.fresh_head import FittedHead, fit_head
 from ..tuning.sharding import local, whole
-from .fresh_head import IMAGES, last_linear, write_head
+from .fresh_head import HEAD_IMAGES, last_linear, write_head
 
 if TYPE_CHECKING:
     from .metalr import MetaLRTrainer
 
 # What the fitted head counts in the mean of it and the head as it was trained.
-SHARE = 1 / 3
+FITTED_WEIGHT = 1 / 3
 FEWEST_OF_A_CLASS = 2
 
 
@@ -91,14 +91,14 @@ class LastFeatures:
             gather, pad = trainer.accelerator.gather, trainer.accelerator.pad_across_processes
             features, labels = gather(pad(features)), gather(pad(labels, pad_index=-100))
         self._batches.append((features, labels))
-        while sum(len(labels) for _, labels in self._batches) - len(self._batches[0][1]) >= IMAGES:
+        while sum(len(labels) for _, labels in self._batches) - len(self._batches[0][1]) >= HEAD_IMAGES:
             self._batches.popleft()
 
     def _head_of(self, trainer: MetaLRTrainer) -> nn.Linear | None:
         # A hook that comes and goes would have a compiled model compiled again, and copies on several devices not hear
         # of it.
         plain = not trainer.args.torch_compile and trainer.args.n_gpu <= 1
-        if not (plain and trainer.fresh_head.is_known and trainer.average_weights):
+        if not (plain and trainer.fresh_head.is_fresh and trainer.average_weights):
             return None
         if self._linear is None:
             self._linear = last_linear(trainer.model, trainer._layer_groups(trainer.model))
@@ -130,7 +130,7 @@ class LastFeatures:
         new = [fitted.weight, fitted.bias]
         scale = _spread(functional.linear(features, *own)) / _spread(functional.linear(features, *new))
         if bool(scale.isfinite()):
-            means = [mine.lerp(scale * other, SHARE) for mine, other in zip(own, new, strict=True)]
+            means = [mine.lerp(scale * other, FITTED_WEIGHT) for mine, other in zip(own, new, strict=True)]
             write_head(linear, *(part.to(linear.weight.device) for part in means))
             self.images = len(labels)
 

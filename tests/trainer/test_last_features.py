@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from metalr_hf import MetaLRTrainer
 from metalr_hf.hub.facts import run_facts
-from metalr_hf.trainer.last_features import SHARE, LastFeatures
+from metalr_hf.trainer.last_features import FITTED_WEIGHT, LastFeatures
 from metalr_hf.tuning import fit_head
 
 ON = {"calibrate": True, "average_weights": "polynomial", "max_steps": 20}
@@ -54,7 +54,7 @@ def test_it_is_the_mean_of_the_trained_head_and_the_fitted_one(tmp_path):
     )
     head = run.model.classifier
     for mean, trained, part in zip((head.weight, head.bias), run.trained, (fitted.weight, fitted.bias), strict=True):
-        torch.testing.assert_close(mean.detach(), (1 - SHARE) * trained + SHARE * scale * part)
+        torch.testing.assert_close(mean.detach(), (1 - FITTED_WEIGHT) * trained + FITTED_WEIGHT * scale * part)
         assert not torch.equal(mean, trained)
     assert (
         run_facts(run).settings["final head"].startswith("the mean of the trained one and one fitted to the features")
@@ -93,7 +93,7 @@ def test_a_resumed_run_ends_bitwise_as_if_never_interrupted(tmp_path, save_at):
 
 
 def test_the_last_images_alone_count(tmp_path, monkeypatch):
-    monkeypatch.setattr("metalr_hf.trainer.last_features.IMAGES", 20)
+    monkeypatch.setattr("metalr_hf.trainer.last_features.HEAD_IMAGES", 20)
     assert begun(tmp_path / "a").last_features.images == 24
     assert (
         begun(tmp_path / "b", gradient_accumulation_steps=2, per_device_train_batch_size=5).last_features.images == 23
@@ -112,7 +112,7 @@ def test_where_it_is_not_done(tmp_path, options):
 def test_a_head_that_was_trained_before_is_left_alone(tmp_path):
     model = begun(tmp_path / "a", fit_head=False, max_steps=60, learning_rate=1e-2).model
     again = begun(tmp_path / "b", model)
-    assert not again.fresh_head.is_known
+    assert not again.fresh_head.is_fresh
     assert again.last_features.images == 0
     assert "final head" not in run_facts(again).settings
 

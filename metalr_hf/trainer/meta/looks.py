@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 # Eight images of ten classes cannot tell a good rate of the head from a thousandth of it. Without gradients four times
 # as many images fit in at a time as are trained on.
-IMAGES, TIMES_AS_MANY = 32, 4
+LOOK_IMAGES, TIMES_AS_MANY = 32, 4
 # A calibration takes 8 to 20 forward passes. This share of the images that a run sees, at most, goes into each.
-SHARE_OF_RUN = 1 / 30
+LOOK_SHARE = 1 / 30
 # A mask answers for every pixel, so that eight images say enough.
 AXES_OF_A_LABEL = 2
 
@@ -46,7 +46,7 @@ def larger_batch(batch_size: int) -> int:
 
     ```
     """
-    return max(batch_size, min(IMAGES, TIMES_AS_MANY * batch_size))
+    return max(batch_size, min(LOOK_IMAGES, TIMES_AS_MANY * batch_size))
 
 
 def images_of_a_look(batch_size: int, images_of_the_run: int) -> int:
@@ -71,7 +71,7 @@ def images_of_a_look(batch_size: int, images_of_the_run: int) -> int:
     ```
     """
     # A single image tells nothing apart.
-    return max(batch_size, 2, min(larger_batch(batch_size), int(SHARE_OF_RUN * images_of_the_run)))
+    return max(batch_size, 2, min(larger_batch(batch_size), int(LOOK_SHARE * images_of_the_run)))
 
 
 def batches_to_look_at(trainer: MetaLRTrainer, coming: Sequence[Any]) -> list[Any]:
@@ -93,7 +93,7 @@ def batches_to_look_at(trainer: MetaLRTrainer, coming: Sequence[Any]) -> list[An
     of_a_step = args.gradient_accumulation_steps * args.world_size * own
     images = images_of_a_look(of_a_step, trainer.state.max_steps * of_a_step)
     # Where a batch has that many by itself, the others of an accumulated step are not needed.
-    images = min(images, max(IMAGES, own * args.world_size))
+    images = min(images, max(LOOK_IMAGES, own * args.world_size))
     if has_length(trainer.train_dataset):
         images = min(images, len(trainer.train_dataset))
     size, taken, found = math.ceil(images / args.world_size), list[Any](), 0
@@ -130,7 +130,7 @@ def largest_step(trainer: MetaLRTrainer, coming: Sequence[Any]) -> float:
     images = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
     if any(_images_of(batch) is None for batch in coming):
         return LARGEST_STEP
-    return LARGEST_STEP * math.sqrt(min(1.0, images / IMAGES))
+    return LARGEST_STEP * math.sqrt(min(1.0, images / LOOK_IMAGES))
 
 
 def _images_of(batch: Any) -> int | None:

@@ -122,15 +122,16 @@ class StoppingTrainer(MeasuringTrainer):
         lower_is_better = not self.args.greater_is_better
         if lowest is not None and lower_is_better and not is_best and value <= lowest.metric + lowest.error:
             is_best, self.state.best_metric, self.state.best_global_step = True, value, self.state.global_step
-        if self.has_converged() or self.is_near_limit:
-            is_best |= self._end()
+        if (self.has_converged() or self.is_near_limit) and self._begin_last_part():
+            is_best = True
+        elif self.has_converged():
+            self.control.should_training_stop = True
         # Trainer does so with save_strategy="best" alone.
         self.control.should_save |= is_best
         return is_best
 
-    def _end(self) -> bool:
-        """Ends the run, which has converged; or says that its present weights count as the best, and does not."""
-        self.control.should_training_stop = True
+    def _begin_last_part(self) -> bool:
+        """Begins a last part with other images from the present weights, and returns `True`; here there are none."""
         return False
 
     @property
@@ -215,7 +216,7 @@ class _StopWhenConverged(TrainerCallback):
     ) -> None:
         self.started, self.timeout = time.monotonic(), False
         self.cost = self.trainer.evaluation_cost()
-        self._look_ahead(state)
+        self._plan_next_evaluation(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         time_used = 0.0
@@ -245,7 +246,7 @@ class _StopWhenConverged(TrainerCallback):
         metrics: Mapping[str, float] = kwargs["metrics"]
         if self.metric not in metrics or not self.trainer.is_in_train or not state.global_step:
             return
-        self._look_ahead(state)
+        self._plan_next_evaluation(state)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if (all_images_from := self.trainer.all_images_from) is not None:
@@ -276,7 +277,7 @@ class _StopWhenConverged(TrainerCallback):
         self.trainer.stopped_because = reason
         logger.warning(reason)
 
-    def _look_ahead(self, state: TrainerState) -> None:
+    def _plan_next_evaluation(self, state: TrainerState) -> None:
         evaluations = self.trainer.evaluations()
         self.next = evaluation_steps(evaluations[-1].step if evaluations else 0, self.cost)
         best = best_evaluation(evaluations, self.trainer.args.greater_is_better)

@@ -181,12 +181,12 @@ class FinishingTrainer(StoppingTrainer):
         epochs_left = int(self.state.num_train_epochs) - math.ceil(step / self._steps_per_epoch)
         return min(step + min(further, epochs_left * self._steps_per_epoch), self.state.max_steps)
 
-    def _end(self) -> bool:
+    def _begin_last_part(self) -> bool:
         step, evaluations = self.state.global_step, self.evaluations()
         overfits = is_clearly_worse(evaluations, self.args.greater_is_better)
         may_go_on = self._sampler is not None and not self.control.should_training_stop
         if overfits or not may_go_on or self._last_step_after(step) <= step:
-            return super()._end() if self.has_converged() else False
+            return False
         self._let_in(step)
         self.log({ALL_IMAGES_FROM: step})
         # The next one draws from all images.

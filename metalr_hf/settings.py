@@ -73,7 +73,8 @@ def check_settings(
     check_choice("lookahead", lookahead, LOOKAHEADS)
     check_count("meta_every", meta_every)
     if tuning_steps is not None:
-        check_count("tuning_steps", tuning_steps)
+        to_the_end = "; to tune to the last step, MetaLRTrainingArguments take 0 and MetaLRScheduler takes None"
+        check_count("tuning_steps", tuning_steps, to_the_end)
     if lookahead == "sgd" and meta_source == "next_batch":
         raise ValueError(
             'lookahead="sgd" needs meta_source="stream": the next batch\'s gradient is taken after the step that the '
@@ -94,17 +95,18 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be a number, not NaN.")
 
 
-def check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any, otherwise: str = "") -> None:
     """Raises if a setting is not a whole number of 1 or more.
 
     Args:
         name (`str`): The setting, for the message.
         value (`Any`): What was given.
+        otherwise (`str`, *optional*, defaults to `""`): What else the message says of a number that is too low.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
     if value < 1:
-        raise ValueError(f"{name}={value!r} must be 1 or more.")
+        raise ValueError(f"{name}={value!r} must be 1 or more{otherwise}.")
 
 
 def check_seed(name: str, value: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ from transformers import (
 from ..data.loading import DataArguments, load_images
 from ..data.transforms import ImageTransform, load_image_processor
 from ..layers.groups import layer_groups
-from ..models.loading import ModelArguments
-from ..models.timm import wrap_timm_model
+from ..models.loading import ModelArguments, load_config, naming_the_model
+from ..models.timm import HUB_PREFIX, architecture_of, wrap_timm_model
 from ..settings import check_choice, check_count
 from ..tasks import get_task
 from ..trainer.arguments import MetaLRTrainingArguments
@@ -51,7 +52,7 @@ class BenchmarkArguments:
         output_dir (`str`): Folder for `benchmark.json` and `benchmark.png`.
         model (`str`, *optional*, defaults to `"demo"`):
             `demo` (EfficientNet-Lite0 with its weights), a Hub id, a local folder, or the name of a timm architecture,
-            which is made with random weights.
+            with or without `timm/` before it, which is made with random weights.
         batch_size (`int`, *optional*, defaults to 32): Images a step.
         image_size (`int`, *optional*, defaults to 64): Height and width of the images in pixels.
         meta_batch_size (`int`, *optional*): Validation images a tuned step; as many as `batch_size` by default.
@@ -71,7 +72,7 @@ class BenchmarkArguments:
         default=DEMO,
         metadata={
             "help": "`demo` (EfficientNet-Lite0 with its weights), a Hub id, a local folder, or the name of a timm "
-            "architecture, which is made with random weights."
+            "architecture, with or without `timm/` before it, which is made with random weights."
         },
     )
     batch_size: int = field(default=32, metadata={"help": "Images a step."})
@@ -94,7 +95,13 @@ class BenchmarkArguments:
     run_steps: int = field(
         default=500, metadata={"help": "Length of the run whose cost is put together from the steps."}
     )
-    only: list[str] = field(default_factory=list, metadata={"help": "Leave out all other cases but the plain step."})
+    only: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Leave out all other cases but the plain step. The cases: `plain`, `next_batch`, `tensors`, "
+            "`settled`, `stream_K` for each K of meta_every, `second_order`."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -251,11 +258,17 @@ def make_model(arguments: BenchmarkArguments, id2label: Mapping[int, str]) -> Pr
         `transformers.PreTrainedModel`: an image classifier.
 
     Raises:
-        FileNotFoundError: if there is none of that name.
+        FileNotFoundError, ValueError: if there is none of that name.
     """
     name, size = arguments.model, arguments.image_size
-    if not timm.is_model(name):
-        return get_task("classification").load_model(ModelArguments(None if name == DEMO else name), id2label)
+    if name.startswith(HUB_PREFIX) and not os.path.isdir(name):
+        name = architecture_of(name)
+    elif name == DEMO:
+        return get_task("classification").load_model(ModelArguments(), id2label)
+    elif not timm.is_model(name):
+        with naming_the_model(name, "model", argument="--model"):
+            load_config(name)
+        return get_task("classification").load_model(ModelArguments(name), id2label)
     options: dict[str, Any] = {"num_classes": len(id2label)}
     try:
         # Of a transformer, the positions depend on it.

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
     given = parser.parse_args(argv)
     try:
-        return import_module(f".{given.command}", __name__).main(given.arguments)
+        with _warnings_without_their_source():
+            return import_module(f".{given.command}", __name__).main(given.arguments)
     except KeyboardInterrupt:
         say("Interrupted.")
         return INTERRUPTED
@@ -74,6 +77,23 @@ def say(message: str) -> None:
     """
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
+
+
+@contextmanager
+def _warnings_without_their_source() -> Iterator[None]:
+    """Shows warnings without the line of the program that gave them, which is of no use to who did not write it."""
+    before = warnings.formatwarning
+
+    def shown(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        return f"{category.__name__}: {message}\n"
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _is_message_to_user(error: Exception) -> bool:

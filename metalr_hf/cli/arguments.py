@@ -141,6 +141,8 @@ class CommandParser(HfArgumentParser):
         """
         name = name.lstrip("-").split("=")[0]
         known = self.names()
+        if "task" in known and (owners := _tasks_with(name)):
+            raise ValueError(f"{name!r} is no {what} of this task. It belongs to --task {' or '.join(owners)}.")
         meant = [other for other in SYNONYMS.get(name, ()) if other in known]
         otherwise = f"`{self.prog} --help` lists them all."
         hint = f" Did you mean {meant[0]!r}?" if meant else did_you_mean(name, known, otherwise)
@@ -183,6 +185,12 @@ class CommandParser(HfArgumentParser):
         if rest:
             self.refuse(rest[0])
         return tuple(parsed)
+
+
+def _tasks_with(argument: str) -> list[str]:
+    """The tasks that have an argument of the data set which not all have."""
+    common = {f.name for f in fields(DataArguments)}
+    return [name for name, task in TASKS.items() if argument in {f.name for f in fields(task.data_arguments)} - common]
 
 
 def parse_train_arguments(argv: list[str]) -> TrainArguments:

@@ -19,6 +19,8 @@ from ..tasks import Task, metrics
 from ..trainer.arguments import MetaLRTrainingArguments
 from ..trainer.stopping import REFINED_LOSS
 
+# What the model card says of each class, whichever metrics are asked for.
+IN_THE_CARD = ("precision", "recall", "sensitivity", "f1")
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
@@ -86,6 +88,8 @@ def trainer_arguments(task: Task, class_names: Sequence[str], data: DataArgument
         if name is None:
             raise
         hint = did_you_mean(name, task.scores, f"Those that come along: {', '.join(task.scores)}.")
+        if name in IN_THE_CARD:
+            hint += " The model card of the run has precision, recall (sensitivity) and F1 of each class."
         raise ValueError(f"metrics={name!r} could not be loaded ({first_line(error)}).{hint}") from error
 
 

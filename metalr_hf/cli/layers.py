@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import Any
 
+import timm
 import torch
 from rich.console import Console
 from torch import nn
@@ -20,11 +21,12 @@ from transformers import (
 )
 
 from ..layers.groups import layer_groups
-from ..messages import did_you_mean, first_line
+from ..messages import first_line
 
 # The package's own networks are known to transformers, without code from the folder, once their modules are imported.
 from ..models import monai_networks, unet  # noqa: F401
 from ..models.loading import load_config
+from ..models.timm import HUB_PREFIX, architecture_of
 from ..settings import LAYER_GRANULARITIES
 
 TASKS: tuple[tuple[Any, Any], ...] = (
@@ -94,8 +96,9 @@ def empty_model(name: str | None, *, trust_remote_code: bool = False) -> nn.Modu
         from ..models.demo import ARCHITECTURE
 
         name = f"timm/{ARCHITECTURE}"
-    if name.startswith("timm/") and not os.path.isdir(name):
-        return _timm_model(name.removeprefix("timm/"))
+    if name.startswith(HUB_PREFIX) and not os.path.isdir(name):
+        with torch.device("meta"):
+            return timm.create_model(architecture_of(name))
     try:
         config = load_config(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -109,17 +112,6 @@ def empty_model(name: str | None, *, trust_remote_code: bool = False) -> nn.Modu
     auto_class = _auto_class(config, name)
     with torch.device("meta"):
         return auto_class.from_config(config, trust_remote_code=trust_remote_code)
-
-
-def _timm_model(name: str) -> nn.Module:
-    import timm
-
-    architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        hint = did_you_mean(architecture, timm.list_models(), "timm.list_models() names them.")
-        raise ValueError(f"--model='timm/{name}': timm has no such architecture.{hint}")
-    with torch.device("meta"):
-        return timm.create_model(architecture)
 
 
 def _auto_class(config: PreTrainedConfig, name: str) -> Any:

@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
+
 from ..hub.publish import PICTURE, history_file
 from ..plots.learning_rates import plot_learning_rates
 from ..tuning.history import LRHistory
@@ -32,8 +34,8 @@ def main(argv: list[str]) -> int:
         help="picture; by default learning_rates.png (learning_rates_heatmap.png) beside the history",
     )
     given = parser.parse_args(argv)
-    if given.output is not None and not given.output.suffix:
-        raise ValueError(f"--output={given.output} needs an ending that says the format, such as .png, .pdf or .svg.")
+    if given.output is not None:
+        _check_ending(given.output)
     file = history_file(given.run)
     # Of a run on the Hub the file lies in the cache.
     beside = file if os.path.exists(given.run) else Path.cwd() / file.name
@@ -43,3 +45,12 @@ def main(argv: list[str]) -> int:
     plot_learning_rates(LRHistory.load(file), kind=given.kind).savefig(output, dpi=150, bbox_inches="tight")
     print(output)
     return 0
+
+
+def _check_ending(output: Path) -> None:
+    possible = FigureCanvasBase.get_supported_filetypes()
+    if not output.suffix:
+        raise ValueError(f"--output={output} needs an ending that says the format, such as .png, .pdf or .svg.")
+    if output.suffix[1:].lower() not in possible:
+        endings = ", ".join(f".{name}" for name in possible)
+        raise ValueError(f"--output={output}: matplotlib cannot write {output.suffix} files. Possible: {endings}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,10 @@ def main(argv: list[str]) -> int:
     try:
         with Progress(*columns, console=console) as bar:
             images_bar = bar.add_task("images", total=len(images.names))
-            broken = predict(
-                task, model, processor, images, table, **options, report=lambda n: bar.advance(images_bar, n)
-            )
+            report = partial(bar.advance, images_bar)
+            numbers = table.to_do(images, report)
+            console.print(_said_of(table, len(images.names) - len(numbers), len(images.names)), soft_wrap=True)
+            broken = predict(task, model, processor, images, numbers, table, **options, report=report)
     except KeyboardInterrupt:
         say(f"Interrupted. What is done is in {output}; the same command does the rest.")
         return INTERRUPTED
@@ -72,6 +74,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _said_of(table: PredictionTable, kept: int, images: int) -> str:
+    said = f"{kept} of the {images} images were in the table already."
+    if table.replaced:
+        said += f" {table.replaced} more have the name of an image in it and other content: their rows are replaced."
+    return said
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="metalr-hf predict",
@@ -79,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         "masks. Masks are files in the folder <name of the table>_masks: those of NIfTI files .nii.gz in the geometry "
         "of their source, all others PNG. Their values are the class numbers, and the table has the share of every "
         "class, or of volumes its voxels and its volume in ml. Files that end in _0000, _0001 ... are channels of one "
-        "volume where the model takes as many. Started again with the same table, it goes on where it stopped.",
+        "volume where the model takes as many. Started again with the same table, it goes on where it stopped; the "
+        "column content tells whether an image is still the same, and the row of one that is not is replaced.",
         allow_abbrev=False,
     )
     parser.add_argument("run", help="output folder of a run, or Hub id of a model")

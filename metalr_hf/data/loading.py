@@ -198,7 +198,7 @@ class DataArguments:
         for name in ("test_share", "validation_share"):
             share = getattr(self, name)
             if share is not None and not 0 < share < 1:
-                raise ValueError(f"{name}={share!r} must be between 0 and 1.")
+                raise ValueError(f"{name}={share!r} must be more than 0 and less than 1.")
         parse_window(self.intensity_window)
         # Torch cannot resize to a single pixel.
         for name, least in (("max_train_samples", 1), ("image_size", 2), ("num_channels", 1)):
@@ -206,7 +206,9 @@ class DataArguments:
             if value is not None and value < least:
                 raise ValueError(f"{name}={value!r} must be {least} or more.")
         if self.dataset_name == "imagefolder" and self.data_dir is None:
-            raise ValueError("dataset_name='imagefolder' needs data_dir: the folder with a folder of images a class.")
+            raise ValueError(
+                "dataset_name='imagefolder' needs data_dir: the folder that holds one folder of images per class."
+            )
 
     @property
     def hub_id(self) -> str | None:

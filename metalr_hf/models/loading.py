@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
+from transformers.utils import CONFIG_NAME
 
 from ..messages import first_line
+
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass
@@ -50,13 +54,26 @@ def naming_the_model(name: str | None, what: str, argument: str = "model_name_or
     """
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{argument}={name!r}: its {what} could not be loaded: {first_line(error)}") from error
-    except OSError as error:
+    except (ValueError, OSError) as error:
+        if _is_weights_alone(name):
+            raise ValueError(
+                f"{argument}={name!r}: weights alone do not say which network they are of. Give a folder that also has "
+                "the config.json of the network; for a timm network, timm.models.save_for_hf(network, folder) and "
+                "timm.models.push_to_hf_hub write both."
+            ) from error
+        if isinstance(error, ValueError):
+            raise ValueError(f"{argument}={name!r}: its {what} could not be loaded: {first_line(error)}") from error
         raise FileNotFoundError(
             f"{argument}={name!r}: no {what} there. It must be a local folder or a model that can be reached "
             f"on the Hub: check the name and the network; private ones need `hf auth login`. ({first_line(error)})"
         ) from error
+
+
+def _is_weights_alone(name: str | None) -> bool:
+    if name is None or not os.path.isdir(name):
+        return name is not None and os.path.isfile(name) and name.endswith(WEIGHT_ENDINGS)
+    files = os.listdir(name)
+    return CONFIG_NAME not in files and any(file.endswith(WEIGHT_ENDINGS) for file in files)
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:

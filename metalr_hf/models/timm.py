@@ -16,7 +16,40 @@ from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..messages import did_you_mean
+
 PREFIX = "timm_model."
+HUB_PREFIX = "timm/"
+
+
+def architecture_of(name: str) -> str:
+    """The architecture that a name of a timm model stands for.
+
+    Args:
+        name (`str`): The name, with or without `timm/` before it and the tag of its weights behind it.
+
+    Returns:
+        `str`
+
+    Raises:
+        ValueError: if timm has no such architecture. It names the near ones.
+
+    Example:
+
+    ```python
+    >>> from metalr_hf.models.timm import architecture_of
+    >>> architecture_of("timm/resnet18.a1_in1k")
+    'resnet18'
+
+    ```
+    """
+    import timm
+
+    architecture = name.removeprefix(HUB_PREFIX).split(".")[0]
+    if not timm.is_model(architecture):
+        hint = did_you_mean(architecture, timm.list_models(), "timm.list_models() names them.")
+        raise ValueError(f"--model={name!r}: timm has no such architecture.{hint}")
+    return architecture
 
 
 def is_timm_model(model: nn.Module) -> bool:

@@ -99,7 +99,7 @@ class Classification(Task):
         return {"compute_loss_func": ClassLoss(class_weights(weights, rows, rows.features[LABEL].names))}
 
     def trainer_arguments(self, class_names: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
-        return {"data_collator": default_data_collator, "compute_metrics": build_compute_metrics(metrics)}
+        return {"data_collator": default_data_collator, "compute_metrics": build_compute_metrics(metrics, class_names)}
 
     def score(self, output: PredictionOutput, class_names: Sequence[str]) -> dict[str, Any]:
         return score_classes(output.predictions, output.label_ids, class_names)

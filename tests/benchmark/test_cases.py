@@ -169,7 +169,11 @@ def test_ratios_are_to_the_steps_beside():
         (["--meta_every", "0"], "meta_every=0 must be 1 or more"),
         (["--steps", "5"], "meta_every=10 needs as many steps, but steps=5"),
         (["--only", "fast"], "only='fast' must be one of 'plain', 'next_batch'"),
-        (["--model", "/no/such/model"], "model_name_or_path='/no/such/model'"),
+        (["--model", "/no/such/model"], "benchmark: --model='/no/such/model': no model there"),
+        (
+            ["--model", "timm/test_resne"],
+            "--model='timm/test_resne': timm has no such architecture. Did you mean 'test",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys, given, message):
@@ -177,3 +181,17 @@ def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys, given, messag
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed
+
+
+def test_a_timm_architecture_may_be_named_as_on_the_hub():
+    names = ("test_resnet", "timm/test_resnet", "timm/test_resnet.r160_in1k")
+    models = [make_model(BenchmarkArguments("x", model=name, image_size=32), {0: "a", 1: "b"}) for name in names]
+    assert {model.config.architecture for model in models} == {"test_resnet"}
+
+
+def test_the_help_names_the_cases(capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for case in all_cases(BenchmarkArguments("x", meta_every=[])):
+        assert f"`{case.key}`" in told

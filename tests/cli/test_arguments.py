@@ -109,6 +109,10 @@ def test_columns_are_kept_whatever_is_asked(tmp_path):
         (["--output_dir", "x", "--lerning_rate", "1"], "'lerning_rate' is no argument. Did you mean 'learning_rate'"),
         (["--output_dir", "x", "--dataset", "1"], "'dataset' is no argument. Did you mean 'dataset_name'"),
         (["--output_dir", "x", "--batch_size", "8"], "Did you mean 'per_device_train_batch_size'"),
+        (
+            ["--output_dir", "x", "--target_column_names", "a", "b"],
+            "'target_column_names' is no argument of this task. It belongs to --task multi_label or regression",
+        ),
         (["--output_dir", "x", "--lr", "1e-3"], "'lr' is no argument. Did you mean 'learning_rate'"),
         (["--output_dir", "x", "--seed", "one"], "--seed: invalid int value: 'one'.*lists the arguments"),
         (["--output_dir", "x", "--hyper_lr", "-1"], "hyper_lr=-1.0 must be finite and 0 or more"),

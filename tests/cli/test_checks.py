@@ -28,6 +28,10 @@ BEST = ["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--save_
         (["--metrics", "acuracy"], "Did you mean 'accuracy'"),
         (["--metrics", "dice_of_mine"], "Those that come along: accuracy, "),
         (
+            ["--metrics", "sensitivity"],
+            "macro_f1, balanced_accuracy, auroc. The model card of the run has precision, recall",
+        ),
+        (
             [*BEST, "--metric_for_best_model", "aucroc"],
             "'aucroc' is not measured; --metrics says what is. Did you mean",
         ),

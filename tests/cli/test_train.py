@@ -283,6 +283,22 @@ def test_plot(tmp_path, capsys):
     assert "other does not exist. Give the output folder of a finished run" in capsys.readouterr().err
     assert main(["plot", str(tmp_path), "--output", str(tmp_path / "heat")]) == 2
     assert "heat needs an ending that says the format" in capsys.readouterr().err
+    # Before anything is read, and so also where there is nothing.
+    assert main(["plot", str(tmp_path / "other"), "--output", str(tmp_path / "heat.docx")]) == 2
+    said = capsys.readouterr().err
+    assert "heat.docx: matplotlib cannot write .docx files. Possible: " in said
+    assert ".png, " in said
+
+
+def test_a_warning_shows_no_line_of_the_program():
+    program = (
+        "import warnings\nimport metalr_hf.cli\nimport metalr_hf.cli.layers\n"
+        "metalr_hf.cli.layers.main = lambda argv: warnings.warn('The head is frozen.')\n"
+        "metalr_hf.cli.main(['layers'])"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stderr
+    assert "UserWarning: The head is frozen.\n" in told
+    assert "<string>" not in told
 
 
 def test_help_answers_at_once_and_loads_no_torch():

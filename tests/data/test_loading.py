@@ -183,11 +183,11 @@ def test_a_data_set_that_is_not_there(name):
     ("arguments", "message"),
     [
         ({"augment": "mixup"}, "augment='mixup' must be one of 'none', 'flip', 'crop', 'crop_flip'"),
-        ({"test_share": 1.0}, "test_share=1.0 must be between 0 and 1"),
+        ({"test_share": 1.0}, "test_share=1.0 must be more than 0 and less than 1"),
         ({"max_train_samples": 0}, "max_train_samples=0 must be 1 or more"),
         ({"image_size": -1}, "image_size=-1 must be 2 or more"),
         ({"image_size": 1}, "image_size=1 must be 2 or more"),
-        ({"dataset_name": "imagefolder"}, "dataset_name='imagefolder' needs data_dir"),
+        ({"dataset_name": "imagefolder"}, "needs data_dir: the folder that holds one folder of images per"),
     ],
 )
 def test_bad_arguments(arguments, message):

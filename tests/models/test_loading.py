@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification
 
 from metalr_hf.cli.layers import empty_model
@@ -47,3 +48,12 @@ def test_its_own_head_is_loaded_and_its_layers_are_listed(folder):
     pretrained = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert torch.equal(model.timm_model.fc.weight, pretrained.fc.weight)
     assert empty_model(folder).timm_model.num_classes == 3
+
+
+@pytest.mark.parametrize("name", ["weights", "weights/model.safetensors"])
+def test_weights_alone_are_told_what_they_lack(tmp_path, name):
+    (tmp_path / "weights").mkdir()
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model_name_or_path='.*weights alone .* config.json .*save_for_hf") as error:
+        TASK.load_model(ModelArguments(str(tmp_path / name)), {0: "a", 1: "b"})
+    assert "\n" not in str(error.value)

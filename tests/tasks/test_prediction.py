@@ -28,6 +28,7 @@ from metalr_hf.data.loading import DataArguments
 from metalr_hf.data.masks import read_mask
 from metalr_hf.models.loading import ModelArguments
 from metalr_hf.tasks import TASKS, get_task
+from metalr_hf.tasks.prediction import content_of, mask_stems
 from metalr_hf.tasks.registry import task_of
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -74,6 +75,7 @@ def test_probabilities_are_those_of_transformers_pipeline(tmp_path, run, photos)
         "probability_one",
         "probability_two",
         "error",
+        "content",
         "model",
     ]
     classify = pipeline("image-classification", model=str(run))
@@ -155,6 +157,84 @@ def test_a_second_run_goes_on_where_a_killed_one_stopped(tmp_path, run, photos, 
     assert not seen
 
 
+def test_other_images_of_the_same_names_are_predicted_anew(tmp_path, run, photos, capsys):
+    files = sorted((photos / "test").rglob("*.png"))
+    for patient, own in (("a", files[:3]), ("b", files[2:5])):
+        (tmp_path / patient).mkdir()
+        for i, file in enumerate(own):
+            # The third image of one is the first of the other, and in both there is one that is the same.
+            (tmp_path / patient / f"{i:03}.png").write_bytes((files[1] if i == 1 else file).read_bytes())
+    first = predict(run, tmp_path / "a", tmp_path / "p.csv")
+    assert "0 of the 3 images were in the table already." in capsys.readouterr().out
+    second = predict(run, tmp_path / "b", tmp_path / "p.csv")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of the 3 images were in the table already. 2 more have the name of an image in it and other" in said
+    assert sorted(second.index) == ["000.png", "001.png", "002.png"]
+    assert second.loc["000.png", "content"] == first.loc["002.png", "content"]
+    expected = predict(run, tmp_path / "b", tmp_path / "alone.csv").loc[second.index]
+    pandas.testing.assert_frame_equal(second, expected)
+    capsys.readouterr()
+    predict(run, tmp_path / "b", tmp_path / "p.csv")
+    assert "3 of the 3 images were in the table already." in capsys.readouterr().out
+
+
+def test_other_rows_of_the_same_numbers_are_predicted_anew(tmp_path, run):
+    for name, start in (("one", 0), ("other", 60)):
+        rows = {"scan": digit_images(4, start=start)[0]}
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_dict(rows, features=datasets.Features(scan=datasets.Image())).to_parquet(
+            tmp_path / name / "test.parquet"
+        )
+    predict(run, tmp_path / "one" / "test.parquet", tmp_path / "p.csv")
+    table = predict(run, tmp_path / "other" / "test.parquet", tmp_path / "p.csv")
+    alone = predict(run, tmp_path / "other" / "test.parquet", tmp_path / "alone.csv")
+    pandas.testing.assert_frame_equal(table, alone)
+
+
+def test_the_content_of_a_volume_is_that_of_all_its_channels(tmp_path):
+    entries = [{"bytes": content, "path": None} for content in (b"ab", b"c", b"a", b"bc")]
+    assert content_of(entries[:2]) != content_of(entries[2:])
+    assert content_of([entries[0], None]) != content_of(entries[:2])
+    (tmp_path / "file").write_bytes(b"ab")
+    assert content_of({"bytes": None, "path": str(tmp_path / "file")}) == content_of(entries[0])
+    assert content_of({"bytes": None, "path": str(tmp_path / "nothing")}) == ""
+
+
+def test_hidden_files_are_no_images(tmp_path, run, photos):
+    file = next((photos / "test").rglob("*.png"))
+    for name in ("a.png", "._a.png", ".thumbnails/a.png"):
+        (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "new" / name).write_bytes(file.read_bytes() if name == "a.png" else b"Mac OS X")
+    assert list(predict(run, tmp_path / "new", tmp_path / "p.csv").index) == ["a.png"]
+
+
+def test_masks_have_the_names_of_their_images_unless_two_would_have_one():
+    assert mask_stems(["a/0.png", "b/0.png", "1.2.840.7", "test/0", "x.nii.gz"]) == {
+        "a/0.png": "a/0",
+        "b/0.png": "b/0",
+        "1.2.840.7": "1.2.840.7",
+        "test/0": "test/0",
+        "x.nii.gz": "x.nii.gz",
+    }
+    for names in (["a.png", "a.jpg"], ["a.dcm", "a"], ["a.png", "A.TIF"]):
+        assert mask_stems(names) == {name: name for name in names}
+    # The mask of the first of these would have the name that the third has in full.
+    assert mask_stems(["a.png.tif", "a.jpg", "a.png"])["a.png.tif"] == "a.png.tif"
+
+
+def test_a_mask_does_not_take_the_place_of_one_that_is_in_the_table(tmp_path):
+    data, model = save_cells(tmp_path / "cells"), save_timm(tmp_path / "model")
+    output = train(tmp_path / "run", data, model, "--task", "segmentation", "--image_size", "32")
+    for i, name in enumerate(("first/a.png", "second/a.jpg")):
+        (tmp_path / name).parent.mkdir()
+        Image.effect_noise((40 + i, 30), 40).save(tmp_path / name)
+    predict(output, tmp_path / "first", tmp_path / "p.csv")
+    table = predict(output, tmp_path / "second", tmp_path / "p.csv")
+    assert table["mask"].to_dict() == {"a.png": "p_masks/a.png", "a.jpg": "p_masks/a.jpg.png"}
+    masks = [read_mask({"bytes": None, "path": str(tmp_path / mask)}) for mask in table["mask"]]
+    assert [mask.shape for mask in masks] == [(30, 40), (30, 41)]
+
+
 def test_a_table_of_another_model_is_left_alone(tmp_path, run, photos, capsys):
     predict(run, photos / "test", tmp_path / "p.csv")
     before = (tmp_path / "p.csv").read_text()
@@ -222,7 +302,7 @@ def test_masks_have_the_size_of_their_images(tmp_path):
         Image.effect_noise(size, 40).save(tmp_path / "new" / "sub" / f"{i}.png")
     table = predict(output, tmp_path / "new", tmp_path / "p.csv")
     for name, row in table.iterrows():
-        assert row["mask"] == f"p_masks/{name}.png"
+        assert row["mask"] == f"p_masks/{name}"
         mask = read_mask({"bytes": None, "path": str(tmp_path / row["mask"])})
         with Image.open(tmp_path / "new" / name) as image:
             assert mask.shape == (image.height, image.width)
@@ -275,7 +355,7 @@ def test_masks_of_nifti_slices_lie_where_their_images_do(tmp_path):
         tmp_path / "new" / "b.png"
     )
     table = predict(output, tmp_path / "new", tmp_path / "new" / "p.csv")
-    assert table["mask"].to_dict() == {"a.nii": "p_masks/a.nii.gz", "b.png": "p_masks/b.png.png"}
+    assert table["mask"].to_dict() == {"a.nii": "p_masks/a.nii.gz", "b.png": "p_masks/b.png"}
     # As they are seen, the mask of the slice and that of its picture are one; in its file it lies as the slice does.
     nifti, picture = (read_mask({"bytes": None, "path": str(tmp_path / "new" / name)}) for name in table["mask"])
     assert np.array_equal(nifti, picture)

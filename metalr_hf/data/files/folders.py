@@ -116,7 +116,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def image_files(folder: str) -> Iterator[str]:
-    """The image files in a folder and those below it, in alphabetical order.
+    """The image files in a folder and those below it, in alphabetical order, without hidden ones.
 
     Args:
         folder (`str`): The folder.
@@ -125,7 +125,8 @@ def image_files(folder: str) -> Iterator[str]:
         `Iterator[str]`: their paths.
     """
     for level in walk(folder):
-        yield from (file.path for file in level.files if is_image_file(file.path))
+        # macOS leaves `._scan.png` beside `scan.png` on other disks.
+        yield from (file.path for file in level.files if not file.name.startswith(".") and is_image_file(file.path))
 
 
 def holds_other_images(folder: str) -> bool:

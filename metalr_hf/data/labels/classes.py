@@ -79,6 +79,7 @@ def class_labels(
             )
         _refuse_one_class(values, train_name)
         names = tuple(str(value) for value in sorted(values))
+    _warn_of_like_names(names)
     numbered = {name: _cast_labels(name, split, names) for name, split in splits.items()}
     if not streaming:
         _warn_of_unseen_classes(numbered, train_name, names)
@@ -178,6 +179,21 @@ def _warn_of_unseen_classes(splits: Mapping[str, Any], train_name: str, names: S
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _warn_of_like_names(names: Sequence[str]) -> None:
+    """Labels that were typed by hand are often one class in several spellings."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+    if several := [found for found in alike.values() if len(found) > 1]:
+        shown = "; ".join(", ".join(map(repr, found)) for found in several[:5])
+        warnings.warn(
+            f"Some classes have names that differ in blanks or in upper and lower case alone: {shown}"
+            f"{'; ...' if len(several) > 5 else ''}. If they are one class, give them one name.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _cast_labels(name: str, split: Any, class_names: tuple[str, ...]) -> Any:

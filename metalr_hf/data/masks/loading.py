@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import datasets
 import numpy as np
+from transformers.utils import logging
 
 from ...models.losses import IGNORE_INDEX
 from ..cells import CLASS_NAMES, demo_cells
@@ -20,6 +21,8 @@ from ..loading import SHUFFLE_BUFFER_SIZE, DataArguments, as_image_files, image_
 from ..splits import ImageSplits, arrange
 from .reading import kind_of, read_mask, size_of
 
+logger = logging.get_logger(__name__)
+
 MASK_NAME = re.compile(
     r"(.*_)?(masks?|labels?|annotations?|segmentations?(_maps?)?|seg|targets?|ground_truth|gt)(_.*)?", re.IGNORECASE
 )
@@ -28,6 +31,7 @@ BLACK_AND_WHITE = (0, 255)
 WHITE = BLACK_AND_WHITE[-1]
 # Masks of a stream that are looked at before it is trained on, at the least.
 FIRST_MASKS = 16
+CLASSES_NAMED = 5
 FOLDER_OF_MASKS = "A folder of images names its masks in a metadata.csv with the columns file_name and mask_file_name."
 
 
@@ -270,10 +274,13 @@ def _values(mask: np.ndarray) -> list[int]:
 def named_classes(args: MaskArguments, values: Iterable[int], first: Mapping[int, str] | None = None) -> MaskClasses:
     """The classes of masks, from their names or from the values that the training masks hold.
 
+    Warns of classes that were named and that no training mask holds.
+
     Args:
         args ([`MaskArguments`]): The names and the value that does not count, where they were given.
         values (`Iterable[int]`): What the training masks hold.
-        first (`Mapping[int, str]`, *optional*): Where each value is first, for the message.
+        first (`Mapping[int, str]`, *optional*): Where each value is first, for the message. `None` if `values` are not
+            those of all training masks.
 
     Returns:
         [`MaskClasses`]
@@ -295,11 +302,23 @@ def named_classes(args: MaskArguments, values: Iterable[int], first: Mapping[int
                 f"... without a gap: {ids[:8]}{' ...' if len(ids) > 8 else ''}. Name the classes with class_names, or "
                 "mend the mask."
             )
+        if ids == [0]:
+            raise ValueError(
+                "The training masks have one class: every mask is empty (only 0). Check that the masks are those of "
+                "the images, and that no class was lost when they were saved."
+            )
         names = [str(value) for value in ids]
     if not 2 <= len(names) <= IGNORE_INDEX:
         raise ValueError(
             f"The masks have {len(names)} classes ({', '.join(names[:5])}); from 2 to {IGNORE_INDEX} are possible. "
             f"Pixels of the value ignore_index={ignored} do not count."
+        )
+    absent = [repr(name) for value, name in enumerate(names) if value not in found]
+    if absent and first is not None:
+        more = f" and {len(absent) - CLASSES_NAMED} more" if len(absent) > CLASSES_NAMED else ""
+        logger.warning(
+            f"No training mask holds a pixel of {', '.join(absent[:CLASSES_NAMED])}{more}, which cannot be learned. "
+            "class_names are the names of the ids 0, 1, 2 ... in this order."
         )
     return MaskClasses(tuple(names), tuple(range(len(names))), ignored)
 
@@ -314,5 +333,6 @@ def check_size(where: str, mask: tuple[int, ...], image: tuple[int, ...]) -> Non
     """
     if mask != image:
         raise ValueError(
-            f"{where}: the mask is {mask[1]} × {mask[0]} pixels (width × height), its image {image[1]} × {image[0]}."
+            f"{where}: the mask is {mask[1]} × {mask[0]} pixels (width × height), its image {image[1]} × {image[0]}. "
+            "Resize the mask with nearest neighbour, which makes no new values, or leave out its row."
         )

@@ -15,6 +15,7 @@ from ..files.reading import file_bytes, format_of
 
 # Masks of one channel; in `P` the colours stand for the ids.
 MASK_MODES = ("1", "L", "P", "I", "I;16")
+TWO_CLASSES = ((0, 1), (0, 255))
 
 
 def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
@@ -27,8 +28,8 @@ def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
         `numpy.ndarray` of shape `(height, width)`, an integer type
 
     Raises:
-        ValueError: if it is a picture with colours or of several pages, some of its bits would be lost, or its values
-            are no whole numbers.
+        ValueError: if it is a picture with colours or of several pages, some of its bits would be lost, its values
+            are no whole numbers, or it is a JPEG file with other values than those of masks of two classes.
 
     Example:
 
@@ -55,8 +56,10 @@ def read_mask(entry: Mapping[str, Any]) -> np.ndarray:
                 f"the mask has several channels of 16 bits (mode {raw}), of which the lower half would be lost, but a "
                 "mask has one channel that holds class ids. Save it with one channel"
             )
-        mode = picture.mode
+        mode, is_lossy = picture.mode, picture.format == "JPEG"
         values = np.asarray(picture if mode in (*MASK_MODES, "F") else picture.convert("RGB"))
+    if is_lossy:
+        _refuse_changed_values(values)
     if mode == "F":
         return _whole_numbers(values)
     if mode not in MASK_MODES:
@@ -100,6 +103,17 @@ def size_of(entry: Mapping[str, Any], channels: int | None = None) -> tuple[int,
         width, height = picture.size
         # The orientations from 5 on lie on their side, and `datasets` turns them when it decodes.
         return (width, height) if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (height, width)
+
+
+def _refuse_changed_values(values: np.ndarray) -> None:
+    """Raises `ValueError` if a JPEG file holds other values than masks of two classes do: they may have changed."""
+    found: list[int] = np.unique(values).tolist()
+    if not any({*found} <= {*pair} for pair in TWO_CLASSES):
+        shown = ", ".join(map(str, found[:5])) + (" ..." if len(found) > 5 else "")
+        raise ValueError(
+            f"the mask is a JPEG file, which changes the values of masks: it holds {shown}. Save masks as PNG, made "
+            "from the originals"
+        )
 
 
 def _of_one_channel(values: np.ndarray) -> np.ndarray:

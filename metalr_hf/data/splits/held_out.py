@@ -187,9 +187,11 @@ def hold_out_rows(
     ```
     """
     check_seed("seed", seed)
-    strata = strata_of(rows)
+    strata, groups = strata_of(rows), None
     try:
         groups = None if group_column is None else groups_of(rows, group_column, "training")
+        if size < 1 and (groups is not None or strata is None):
+            raise ValueError("that is less than one image")
         part_of = divide_rows(rows, (len(rows) - size, size), seed, groups) if 0 < size < len(rows) else None
         if part_of is not None:
             rest, held = np.flatnonzero(part_of == 0), np.flatnonzero(part_of == 1)
@@ -204,7 +206,7 @@ def hold_out_rows(
         raise ValueError(
             f"{argument}: {size} of {len(rows)} training images cannot be taken with {kept} in both parts "
             f"({first_line(error)}).{_enough(argument, size, strata) if group_column is None else ''}"
-            f"{_single(rows, strata)}"
+            f"{_one(argument, size, rows, groups)}{_single(rows, strata)}"
         ) from error
     if groups is not None and abs(len(held) - size) > size / 2:
         largest = np.unique(groups, return_counts=True)[1].max()
@@ -258,6 +260,14 @@ def _enough(argument: str, size: int, strata: np.ndarray | None) -> str:
     if argument not in SHARES:
         return ""
     return f" Take a larger share, as with --{argument} {math.ceil(100 * len(counts) / len(strata)) / 100:g}."
+
+
+def _one(argument: str, size: int, rows: datasets.Dataset, groups: np.ndarray | None) -> str:
+    """The least that is one image, or one group, where not one was asked for."""
+    units = len(rows) if groups is None else len(np.unique(groups))
+    if size > 0 or argument not in SHARES or units < 2:
+        return ""
+    return f" Take a larger share, as with --{argument} {math.ceil(100 / units) / 100:g}."
 
 
 def _single(rows: datasets.Dataset, strata: np.ndarray | None) -> str:

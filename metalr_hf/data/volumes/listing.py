@@ -88,7 +88,7 @@ def _volume_files(folder: str) -> Iterator[str]:
     labelled = is_volume_folder(folder)
     for path in image_files(folder):
         is_mask = labelled and os.path.relpath(path, folder).startswith("labels")
-        if path.lower().endswith(ENDINGS) and not os.path.basename(path).startswith(".") and not is_mask:
+        if path.lower().endswith(ENDINGS) and not is_mask:
             yield path
 
 

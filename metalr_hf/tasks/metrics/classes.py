@@ -116,8 +116,8 @@ class AUROC(_BuiltIn):
     features, description = _Scores, "Area under the receiver operating characteristic, mean over the classes."
     takes_scores = True
 
-    def _compute(self, prediction_scores: Sequence[Sequence[float]], references: Sequence[int]) -> dict[str, float]:
-        return {"auroc": _auroc(np.asarray(references), np.asarray(prediction_scores))}
+    def _compute(self, prediction_scores: Any, references: Any, names: Any = None) -> dict[str, float]:
+        return {"auroc": _auroc(np.asarray(references), np.asarray(prediction_scores), names)}
 
 
 class Dice(_BuiltIn):
@@ -225,11 +225,13 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
 
 def build_compute_metrics(
     names: Sequence[str] = ("accuracy", "macro_f1"),
+    class_names: Sequence[str] | None = None,
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """Makes the `compute_metrics` of a Trainer for image classification.
 
     Args:
         names (`Sequence[str]`, *optional*, defaults to `("accuracy", "macro_f1")`): Metrics for [`load_metric`].
+        class_names (`Sequence[str]`, *optional*): Name of class 0, 1, ..., for warnings.
 
     Returns:
         `Callable[[EvalPrediction], dict[str, float]]`: takes logits of shape `(rows, classes)` and class ids.
@@ -256,7 +258,7 @@ def build_compute_metrics(
         for metric in metrics:
             if getattr(metric, "takes_scores", False):
                 # Not through `compute`, which would copy all scores into Python lists.
-                values = metric._compute(prediction_scores=_probabilities(logits), references=labels)
+                values = metric._compute(prediction_scores=_probabilities(logits), references=labels, names=class_names)
             else:
                 values = metric.compute(predictions=logits.argmax(-1), references=labels)
             results |= values or {}
@@ -359,7 +361,7 @@ def score_classes(predictions: Any, labels: Any, classes: Sequence[str]) -> dict
         return {**dict.fromkeys((*CLASS_SCORES, "test_loss")), "class_accuracy": {}}
     guess, ids, probabilities = logits.argmax(-1), list(range(len(classes))), _probabilities(logits)
     by_class = recall_score(labels, guess, labels=ids, average=None, zero_division=0.0)
-    auroc = _auroc(labels, probabilities)
+    auroc = _auroc(labels, probabilities, classes)
     return {
         "accuracy": round(float(accuracy_score(labels, guess)), 6),
         "macro_f1": round(_macro_f1(labels, guess), 6),
@@ -382,11 +384,12 @@ def _balanced_accuracy(labels: Any, guess: Any) -> float:
     return float(recall_score(labels, guess, labels=np.unique(labels), average="macro", zero_division=0.0))
 
 
-def _auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+def _auroc(labels: np.ndarray, scores: np.ndarray, names: Sequence[str] | None = None) -> float:
     absent = sorted(set(range(scores.shape[1])) - set(labels.tolist()))
     if absent:
+        name = absent[0] if names is None else repr(names[absent[0]])
         warnings.warn(
-            f"The AUROC is not a number: none of the {len(labels)} images measured is of class {absent[0]}.",
+            f"The AUROC is not a number: none of the {len(labels)} images measured is of class {name}.",
             stacklevel=2,
         )
     if absent or not np.isfinite(scores).all():

@@ -17,6 +17,7 @@ def test_classes_are_folders_of_files_with_any_ending_or_none(tmp_path):
     (tmp_path / "train" / "left" / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
     (tmp_path / "train" / "left" / "notes.txt").write_text("left out")
     (tmp_path / "LICENSE").write_text("left out, too")
+    (tmp_path / "train" / "left" / "._0.dcm").write_bytes(b"of macOS")
     assert len(list(image_files(str(tmp_path)))) == 32
     splits = load_images(DataArguments(dataset_name="imagefolder", data_dir=str(tmp_path)))
     assert splits.class_names == ("left", "right")

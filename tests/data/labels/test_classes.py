@@ -130,3 +130,11 @@ def test_a_class_that_only_the_test_split_has_is_warned_of(tmp_path):
     shutil.rmtree(folder / "train" / "two")
     with pytest.warns(UserWarning, match=r"split 'test' has .* 1 class that the split 'train' has none of \('two'\)"):
         assert load(folder).class_names == NAMES
+
+
+def test_classes_that_are_one_in_several_spellings_are_warned_of(tmp_path):
+    labels = ["virus", "virus ", "VIRUS", "normal", "bacteria"] * 6
+    with pytest.warns(
+        UserWarning, match="differ in blanks or in upper and lower case alone: 'VIRUS', 'virus', 'virus '[.]"
+    ):
+        assert len(load(table(tmp_path, labels)).class_names) == 5

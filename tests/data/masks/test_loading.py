@@ -150,7 +150,9 @@ def test_a_mask_of_another_size_is_refused_with_its_row_its_file_and_both_sizes(
     def shrink(mask, split, i):
         return mask[:, :30] if (split, i) == ("test", 2) else mask
 
-    with pytest.raises(ValueError, match=r"Split 'test', row 2.*: the mask is 30 × 32 pixels .*its image 32 × 32"):
+    with pytest.raises(
+        ValueError, match=r"Split 'test', row 2.*: the mask is 30 × 32 pixels .*its image 32 × 32. Resize .* nearest"
+    ):
         load_masks(arguments(folder(tmp_path, shrink)))
     save_cells(tmp_path / "images")
     Image.fromarray(np.zeros((9, SIZE), "uint8")).save(tmp_path / "images" / "train" / "3_mask.png")
@@ -199,8 +201,34 @@ def test_masks_that_are_pictures_or_of_one_class_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Split 'train', row 0.*has colours \(mode RGB\)"):
         load_masks(arguments(name))
     name = folder(tmp_path / "b", lambda mask, *_: mask * 0)
-    with pytest.raises(ValueError, match=r"The masks have 1 classes \(0\)"):
+    with pytest.raises(ValueError, match=r"every mask is empty \(only 0\)"):
         load_masks(arguments(name))
+
+
+def test_a_named_class_that_no_training_mask_holds_is_warned_of(tmp_path, caplog):
+    name = folder(tmp_path)
+    load_masks(arguments(name, class_names=["inside", "membrane"]))
+    assert not caplog.text
+    load_masks(arguments(name, class_names=["inside", "membrane", "nucleus"]))
+    assert "No training mask holds a pixel of 'nucleus', which cannot be learned." in caplog.text
+
+
+@pytest.mark.parametrize("names", [None, ["background", "lesion"]])
+def test_masks_that_were_saved_as_jpeg_are_refused_with_what_that_did(tmp_path, names):
+    save_cells(tmp_path)
+    mask = Image.open(tmp_path / "train" / "3_mask.png")
+    white = Image.fromarray(np.array(mask) * np.uint8(255))
+    mask.close()
+    white.save(tmp_path / "train" / "3_mask.jpg", quality=75)
+    table = tmp_path / "train" / "metadata.jsonl"
+    table.write_text(table.read_text().replace("3_mask.png", "3_mask.jpg"))
+    with pytest.raises(ValueError, match=r"3_mask.jpg\): .* JPEG file, which changes the values .* Save masks as PNG"):
+        load_masks(arguments(tmp_path, class_names=names))
+
+
+def test_a_jpeg_of_two_values_is_a_mask(tmp_path):
+    Image.fromarray(np.repeat(np.array([[0, 255]], "uint8"), 8, 1).repeat(8, 0)).save(tmp_path / "0.jpg", quality=100)
+    assert set(np.unique(read_mask({"bytes": None, "path": str(tmp_path / "0.jpg")}))) == {0, 255}
 
 
 def test_a_stream_needs_the_names_of_its_classes(tmp_path):

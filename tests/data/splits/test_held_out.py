@@ -154,7 +154,7 @@ def test_bad_groups_are_told_before_training(tmp_path):
     splits = load_images(DataArguments(dataset_name=name, streaming=True))
     with pytest.raises(ValueError, match="no share to hold out for validation_share=0.2. Name a split with validation"):
         hold_out(splits, "validation", "validation_share", 0.2, 0, None)
-    with pytest.raises(ValueError, match="validation_share=1.0 must be between 0 and 1"):
+    with pytest.raises(ValueError, match="validation_share=1.0 must be more than 0 and less than 1"):
         DataArguments(validation_share=1.0)
     few = np.array(["p"] * 40)
     name = saved(tmp_path / "d", train=rows().remove_columns("patient").add_column("patient", few.tolist()))
@@ -204,3 +204,12 @@ def test_a_class_with_a_single_image_is_named():
 def test_a_number_that_is_no_seed_is_told():
     with pytest.raises(ValueError, match="seed=-1 must be a whole number from 0 to 4294967295"):
         hold_out_rows(few_rows(12, 3), "test_share", 3, seed=-1)
+
+
+@pytest.mark.parametrize("labels", [lambda patient, image: image % 2, lambda patient, image: image + 0.5])
+def test_a_share_of_less_than_one_image_says_which_is_enough(labels):
+    data = rows_of_patients((8,) * 5, labels)
+    message = "test_share: 0 of 40 .*less than one image.* Take a larger share, as with --test_share 0.2[.]"
+    with pytest.raises(ValueError, match=message):
+        hold_out_rows(data, "test_share", 0, 0, group_column="patient")
+    assert len(hold_out_rows(data, "test_share", round(0.2 * 40), 0, group_column="patient")[1]) == 8

@@ -4,7 +4,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from transformers import EvalPrediction
 
-from metalr_hf.tasks.metrics import METRICS, build_compute_metrics, load_metric
+from metalr_hf.tasks.metrics import METRICS, build_compute_metrics, load_metric, score_classes
 
 generator = np.random.default_rng(0)
 LABELS = generator.integers(0, 4, 200)
@@ -33,6 +33,10 @@ def test_auroc_of_two_classes_and_of_an_absent_class():
     with pytest.warns(UserWarning, match=r"none of the \d+ images measured is of class 3"):
         absent = build_compute_metrics(["auroc"])(EvalPrediction(LOGITS, np.minimum(LABELS, 2)))
     assert np.isnan(absent["auroc"])
+    with pytest.warns(UserWarning, match=r"none of the \d+ images measured is of class 'virus'[.]"):
+        build_compute_metrics(["auroc"], ["a", "b", "c", "virus"])(EvalPrediction(LOGITS, np.minimum(LABELS, 2)))
+    with pytest.warns(UserWarning, match="is of class 'virus'[.]"):
+        assert score_classes(LOGITS, np.minimum(LABELS, 2), ["a", "b", "c", "virus"])["auroc"] is None
 
 
 def test_dice_by_hand_with_ignored_pixels_and_an_absent_class():

@@ -31,7 +31,8 @@ class LastFeatures:
     Tens of steps leave a head that turns with the noise of its gradients. A ridge regression on the features of the
     last steps has none of that, but trusts features of images that the backbone has been trained on. Their mean was
     better than the trained one in most runs, and worse in fewer than the fitted one. The features come from the forward
-    passes of the training, so that this takes no further one.
+    passes of the training, so that this takes no further one. All classes count alike in the fit, unless the loss has
+    weights for them.
     It is done where weights are averaged, and for a head that [`~metalr_hf.trainer.fresh_head.FreshHead`] has found to
     be fresh and linear, whether it fitted it or not, once there are images of every class among the last.
 
@@ -118,12 +119,12 @@ class LastFeatures:
         features, labels = (torch.cat([part.cpu() for part in parts]) for parts in zip(*self._batches, strict=True))
         known = (labels >= 0) & (labels < linear.out_features)
         features, labels = features[known], labels[known]
+        counts = labels.bincount(minlength=linear.out_features)
         # A class without images would get the answer 0, among others that are fitted.
-        if labels.bincount(minlength=linear.out_features).min() < FEWEST_OF_A_CLASS:
+        if counts.min() < FEWEST_OF_A_CLASS:
             return
         if self._fitted is None or self._fitted[0] != trainer.state.global_step:
-            loss = trainer.compute_loss_func
-            weights = loss.weights if isinstance(loss, ClassLoss) else None
+            weights = _weights(trainer, counts)
             self._fitted = trainer.state.global_step, fit_head(features, labels, linear.out_features, weights)
         fitted = self._fitted[1]
         own = [whole(local(part), part).to(features) for part in (linear.weight, linear.bias)]
@@ -151,6 +152,15 @@ class LastFeatures:
         """
         self._batches = deque((features, labels) for features, labels in state_dict["batches"])
         self.images, self._fitted = state_dict["images"], None
+
+
+def _weights(trainer: MetaLRTrainer, counts: Tensor) -> Tensor:
+    """By how much the images of each class count: as in the loss, or so that all classes count alike."""
+    loss = trainer.compute_loss_func
+    if isinstance(loss, ClassLoss) and loss.weights is not None:
+        return loss.weights
+    # Ridge regression answers a rare class too rarely, more so than the cross-entropy that the head was trained with.
+    return counts.sum() / (len(counts) * counts)
 
 
 def _spread(logits: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from metalr_hf import MetaLRTrainer
 from metalr_hf.hub.facts import run_facts
+from metalr_hf.models.target_losses import ClassLoss
 from metalr_hf.trainer.last_features import FITTED_WEIGHT, LastFeatures
 from metalr_hf.tuning import fit_head
 
@@ -42,13 +43,21 @@ def spread(logits):
     return (logits - logits.mean(1, keepdim=True)).std()
 
 
-def test_it_is_the_mean_of_the_trained_head_and_the_fitted_one(tmp_path):
-    run = begun(tmp_path, kind=Noting)
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 2.0]])
+def test_it_is_the_mean_of_the_trained_head_and_the_fitted_one(tmp_path, weights):
+    loss = {} if weights is None else {"compute_loss_func": ClassLoss(weights)}
+    rare = [row for row in images() if row["labels"] == 2][:4]
+    rows = [row for row in images() if row["labels"] != 2][:28] + rare
+    run = Noting(vit(), arguments(tmp_path, **ON), train_dataset=rows, **loss)
+    run.train()
     # Those after the step at which the head was looked at.
     features, labels = (torch.cat(parts) for parts in zip(*run.given[-run.last_features.images // 8 :], strict=True))
     assert len(labels) == run.last_features.images
     assert 8 * (20 - 4) <= len(labels) <= 8 * (20 - 2)
-    fitted = fit_head(features, labels, 3)
+    # All classes count alike, unless weights of the loss say otherwise.
+    expected = len(labels) / (3 * labels.bincount()) if weights is None else torch.tensor(weights)
+    assert expected[2] > 1.9
+    fitted = fit_head(features, labels, 3, expected)
     scale = spread(functional.linear(features, *run.trained)) / spread(
         functional.linear(features, fitted.weight, fitted.bias)
     )

@@ -61,7 +61,10 @@ def main(argv: list[str]) -> int:
             images_bar = bar.add_task("images", total=len(images.names))
             report = partial(bar.advance, images_bar)
             numbers = table.to_do(images, report)
-            console.print(_said_of(table, len(images.names) - len(numbers), len(images.names)), soft_wrap=True)
+            if kept := len(images.names) - len(numbers):
+                console.print(f"{kept} of the {len(images.names)} images were in the table already.", soft_wrap=True)
+            if table.replaced:
+                console.print(f"Rows replaced, as their images have changed since: {table.replaced}.", soft_wrap=True)
             broken = predict(task, model, processor, images, numbers, table, **options, report=report)
     except KeyboardInterrupt:
         say(f"Interrupted. What is done is in {output}; the same command does the rest.")
@@ -72,13 +75,6 @@ def main(argv: list[str]) -> int:
             return NOTHING_READ
     console.print(f"The predictions are in {output}", soft_wrap=True)
     return 0
-
-
-def _said_of(table: PredictionTable, kept: int, images: int) -> str:
-    said = f"{kept} of the {images} images were in the table already."
-    if table.replaced:
-        said += f" {table.replaced} more have the name of an image in it and other content: their rows are replaced."
-    return said
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -297,6 +297,39 @@ def logits_of(outputs: Any, has_loss: bool = True) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.dim() == 2 else None
 
 
+def outputs_and_logits(
+    model: nn.Module, inputs: Mapping[str, Any], has_own_loss: bool = True
+) -> tuple[Any, Tensor | None]:
+    """A classifier's outputs for a batch, and the logits in them.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        inputs (`Mapping`): A batch.
+        has_own_loss (`bool`, *optional*, defaults to `True`): Whether the model computes the loss. If not, it gets no
+            labels, as from Trainer: a model may not take them, or compute a loss of its own of labels for another.
+
+    Returns:
+        `tuple`: the outputs, and what [`logits_of`] finds in them.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.models.bare import outputs_and_logits
+    >>> class Network(torch.nn.Linear):
+    ...     def forward(self, pixel_values):
+    ...         return {"logits": super().forward(pixel_values)}
+    >>> batch = {"pixel_values": torch.zeros(4, 3), "labels": torch.zeros(4, dtype=torch.int64)}
+    >>> outputs_and_logits(Network(3, 2), batch, has_own_loss=False)[1].shape
+    torch.Size([4, 2])
+
+    ```
+    """
+    given = {name: value for name, value in inputs.items() if has_own_loss or name != "labels"}
+    outputs = model(**given)
+    return outputs, logits_of(outputs, has_own_loss)
+
+
 def _without_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     for name in [name for name in state_dict if name.startswith(prefix + NETWORK)]:
         state_dict[prefix + name.removeprefix(prefix + NETWORK)] = state_dict.pop(name)

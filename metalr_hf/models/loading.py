@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
-from transformers.utils import CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..messages import first_line
 
+TRAINING_ARGS_NAME = "training_args.bin"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -72,8 +73,9 @@ def naming_the_model(name: str | None, what: str, argument: str = "model_name_or
 def _is_weights_alone(name: str | None) -> bool:
     if name is None or not os.path.isdir(name):
         return name is not None and os.path.isfile(name) and name.endswith(WEIGHT_ENDINGS)
-    files = os.listdir(name)
-    return CONFIG_NAME not in files and any(file.endswith(WEIGHT_ENDINGS) for file in files)
+    files = {*os.listdir(name)} - {TRAINING_ARGS_NAME}
+    # The configuration of an adapter says which network it is for.
+    return not files & {CONFIG_NAME, ADAPTER_CONFIG_NAME} and any(file.endswith(WEIGHT_ENDINGS) for file in files)
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -159,7 +159,7 @@ def content_of(entry: Any) -> str:
         entry (`Mapping`, or a list of these): `bytes` and `path` of its file, or of its channels.
 
     Returns:
-        `str`: sixteen characters, which another file has not; none if the file cannot be read.
+        `str`: 16 hexadecimal digits, equal for equal content; empty if the file cannot be read.
 
     Example:
 

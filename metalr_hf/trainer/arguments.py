@@ -99,8 +99,8 @@ class MetaLRTrainingArguments(TrainingArguments):
             `lr_scheduler_type` is left out, and otherwise `none`.
         stop_when_converged (`bool`, *optional*, defaults to `False`):
             Stop when the best evaluation has not been beaten in the last third of the steps, and go back to its
-            weights. No number of epochs or steps is needed; one that is given is a limit. Rates are constant and
-            weights averaged unless set otherwise.
+            weights. No number of epochs or steps is needed; one that is given is a limit, and its last quarter also
+            trains on images that are held back. Rates are constant and weights averaged unless set otherwise.
         max_minutes (`float`, *optional*):
             With `stop_when_converged`: stop after so many minutes at the latest.
         preset (`str`, *optional*):
@@ -240,8 +240,8 @@ class MetaLRTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Stop when the best evaluation has not been beaten in the last third of the steps, and go back to "
-            "its weights. No number of epochs or steps is needed; one that is given is a limit. Rates are constant and "
-            "weights averaged unless set otherwise."
+            "its weights. No number of epochs or steps is needed; one that is given is a limit, and its last quarter "
+            "also trains on images that are held back. Rates are constant and weights averaged unless set otherwise."
         },
     )
     max_minutes: float | None = field(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..models.bare import logits_of
+from ..models.bare import outputs_and_logits
 from ..models.target_losses import ClassLoss, TargetLoss
 from ..tuning.contexts import untouched
 from ..tuning.sharding import local, reshard, saved, shard_of
@@ -222,14 +222,19 @@ def undo_collapse(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
     if guard is None or not guard.active:
         return
 
+    def have_classes(some: Sequence[Any]) -> bool:
+        # Every process is to look at as many batches: those of a sharded model take their forward passes together.
+        verdict = torch.tensor([float(_has_classes(some))], device=trainer.args.device)
+        return bool(trainer._mean_over_processes(verdict) == 1)
+
     def logits() -> Tensor | None:
-        looked_at = batches[:1] if _has_classes(batches[:1]) else batches_to_look_at(trainer, batches)
-        if guard.start_spread is not None:
-            is_mixed = torch.tensor([float(_has_classes(looked_at))], device=trainer.args.device)
-            if trainer._mean_over_processes(is_mixed) < 1:
-                return None
+        looked_at = batches[:1] if have_classes(batches[:1]) else batches_to_look_at(trainer, batches)
+        if guard.start_spread is not None and not have_classes(looked_at):
+            return None
         with torch.no_grad(), untouched(model, "eval"):
-            answers = [_logits(trainer, batch) for batch in looked_at]
+            has_own_loss = trainer.compute_loss_func is None
+            inputs = map(trainer._prepare_inputs, looked_at)
+            answers = [outputs_and_logits(model, batch, has_own_loss)[1] for batch in inputs]
         reshard(model)
         found = [answer for answer in answers if answer is not None]
         return torch.cat(found) if found else None
@@ -257,15 +262,6 @@ def _has_classes(batches: Sequence[Any]) -> bool:
     """Whether images are of more than one class: those of one may well get the same answer, as a single one does."""
     labels = torch.cat([batch["labels"] for batch in batches])
     return bool((labels != labels[:1]).any())
-
-
-def _logits(trainer: MetaLRTrainer, batch: Any) -> Tensor | None:
-    inputs = trainer._prepare_inputs(batch)
-    # As Trainer does: of labels for another loss, a model would compute its own.
-    has_own_loss = trainer.compute_loss_func is None
-    if not has_own_loss:
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    return logits_of(trainer.model(**inputs), has_own_loss)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

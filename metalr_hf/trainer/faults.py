@@ -95,9 +95,9 @@ def warn_of_sizes(trainer: MetaLRTrainer, steps: int) -> None:
     images = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
     if trainer.meta_source == "next_batch" and args.hyper_lr > 0 and has_length(rows) and images >= len(rows) > 0:
         logger.warning(
-            f"A step takes {images} images, and there are {len(rows)} to train on: the next batch, which is to tell "
-            "how well a step does on other images, has the same ones. Set a smaller per_device_train_batch_size, or "
-            "hold images out with meta_split."
+            f"Every step takes all {len(rows)} training images: the next batch, which is to tell how well a step does "
+            "on other images, has the same ones. Set a smaller per_device_train_batch_size or "
+            "gradient_accumulation_steps, or hold images out with meta_split."
         )
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers.trainer_utils import has_length
 
 from ..layers.names import head_layers
-from ..models.bare import logits_of
+from ..models.bare import outputs_and_logits
 from ..models.target_losses import ClassLoss
 from ..tuning.contexts import untouched
 from ..tuning.fresh_head import fit_head
@@ -229,8 +229,7 @@ def _batches(trainer: MetaLRTrainer, linear: nn.Linear, images: int) -> Generato
                     return
                 seen.clear()
                 with trainer.compute_loss_context_manager():
-                    outputs = model(**inputs)
-                logits = logits_of(outputs)
+                    outputs, logits = outputs_and_logits(model, inputs, trainer.compute_loss_func is None)
                 if logits is None or len(seen) != 1:
                     yield None
                     return

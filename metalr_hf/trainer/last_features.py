@@ -34,10 +34,11 @@ class LastFeatures:
     passes of the training, so that this takes no further one. All classes count alike in the fit, unless the loss has
     weights for them.
     It is done where weights are averaged, and for a head that [`~metalr_hf.trainer.fresh_head.FreshHead`] has found to
-    be fresh and linear, whether it fitted it or not, once there are images of every class among the last.
+    be fresh and linear, whether it fitted it or not, once each class has two images or more among the last.
 
     Attributes:
-        images (`int`): How many images the head was fitted to when it was last looked at; 0 if it was not.
+        images (`int`): How many images the head was fitted to in the weights that were last looked at, or gone back to;
+            0 if it was not.
 
     Example:
 
@@ -59,6 +60,7 @@ class LastFeatures:
 
     def __init__(self) -> None:
         self.images = 0
+        self._images_at: dict[int, int] = {}
         self._batches: deque[tuple[Tensor, Tensor]] = deque()
         self._linear: nn.Linear | None = None
         self._fitted: tuple[int, FittedHead] | None = None
@@ -112,9 +114,20 @@ class LastFeatures:
         Args:
             trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer, whose model holds the average of its weights.
         """
-        linear, self.images = self._head_of(trainer), 0
+        self.images = self._images_at[trainer.state.global_step] = self._refine(trainer)
+
+    def go_back(self, step: int | None) -> None:
+        """Notes that the model is that of an earlier step, as when the best is loaded at the end.
+
+        Args:
+            step (`int`, *optional*): The optimizer step.
+        """
+        self.images = self._images_at.get(step or 0, self.images)
+
+    def _refine(self, trainer: MetaLRTrainer) -> int:
+        linear = self._head_of(trainer)
         if linear is None or not self._batches:
-            return
+            return 0
         # Those of a checkpoint are on the CPU, as the fit is.
         features, labels = (torch.cat([part.cpu() for part in parts]) for parts in zip(*self._batches, strict=True))
         known = (labels >= 0) & (labels < linear.out_features)
@@ -122,7 +135,7 @@ class LastFeatures:
         counts = labels.bincount(minlength=linear.out_features)
         # A class without images would get the answer 0, among others that are fitted.
         if counts.min() < FEWEST_OF_A_CLASS:
-            return
+            return 0
         if self._fitted is None or self._fitted[0] != trainer.state.global_step:
             weights = _weights(trainer, counts)
             self._fitted = trainer.state.global_step, fit_head(features, labels, linear.out_features, weights)
@@ -130,19 +143,22 @@ class LastFeatures:
         own = [whole(local(part), part).to(features) for part in (linear.weight, linear.bias)]
         new = [fitted.weight, fitted.bias]
         scale = _spread(functional.linear(features, *own)) / _spread(functional.linear(features, *new))
-        if bool(scale.isfinite()):
-            means = [mine.lerp(scale * other, FITTED_WEIGHT) for mine, other in zip(own, new, strict=True)]
-            write_head(linear, *(part.to(linear.weight.device) for part in means))
-            self.images = len(labels)
+        if not bool(scale.isfinite()):
+            return 0
+        means = [mine.lerp(scale * other, FITTED_WEIGHT) for mine, other in zip(own, new, strict=True)]
+        write_head(linear, *(part.to(linear.weight.device) for part in means))
+        return len(labels)
 
     def forget(self) -> None:
         """Forgets all features, for a run that begins anew."""
         self._batches.clear()
         self.images, self._fitted = 0, None
+        self._images_at.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The features and classes, on the CPU."""
-        return {"batches": [[part.cpu() for part in batch] for batch in self._batches], "images": self.images}
+        batches = [[part.cpu() for part in batch] for batch in self._batches]
+        return {"batches": batches, "images": self.images, "images_at": dict(self._images_at)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what [`~LastFeatures.state_dict`] gave.
@@ -151,7 +167,8 @@ class LastFeatures:
             state_dict (`Mapping`): The state.
         """
         self._batches = deque((features, labels) for features, labels in state_dict["batches"])
-        self.images, self._fitted = state_dict["images"], None
+        self.images, self._images_at = state_dict["images"], dict(state_dict["images_at"])
+        self._fitted = None
 
 
 def _weights(trainer: MetaLRTrainer, counts: Tensor) -> Tensor:

@@ -129,12 +129,11 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
             check_optimizer_name(args.optim)
         self.meta_source = meta_source_of(args, meta_dataset is not None)
         self.meta_dataset = meta_dataset
-        self._created_optimizer = self._has_trained = False
+        self._created_optimizer = self._has_trained = self._has_warned = False
         self._meta_stream: MetaStream | None = None
         self._scheduler: MetaLRScheduler | None = None
         self._step_loss: Tensor | float = 0.0
         self._not_in_optimizer: dict[str, Tensor] = {}
-        self._has_warned = False
         self.collapse_guard: CollapseGuard | None = None
         self.fresh_head, self.last_features = FreshHead(), LastFeatures()
         self._step_hooks: StepHooks | None = None
@@ -321,6 +320,10 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
     def _refine_average(self) -> None:
         self.last_features.refine(self)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.last_features.go_back(self.state.best_global_step)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As Trainer's; the step before is judged on the batches of the coming one."""
         batches, count = super().get_batch_samples(*args, **kwargs)
@@ -383,10 +386,7 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
             # The rates that the step will have been taken with are known when the next batch is there.
             logs.pop("learning_rate")
         elif "learning_rate" in logs and isinstance(scheduler, MetaLRScheduler) and len(self.lr_history):
-            logs |= self.lr_history.last_row(every_layer=bool(self.args.report_to))
-            guard = scheduler.guard
-            counts = {"meta_non_finite": guard.non_finite, "meta_refused": guard.refused}
-            logs |= {name: count for name, count in counts.items() if count}
+            logs |= self.lr_history.last_row(every_layer=bool(self.args.report_to)) | scheduler.guard.counts
         super().log(logs, *args, **kwargs)
 
     def _layer_groups(self, model: nn.Module) -> dict[str, list[str]]:

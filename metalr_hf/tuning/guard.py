@@ -92,6 +92,12 @@ class TuningGuard:
                 "set lr_max lower, or start from a learning rate of your own with calibrate=False."
             )
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many steps were not tuned, and how many taken back, as the log calls them; without those that are 0."""
+        counts = {"meta_non_finite": self.non_finite, "meta_refused": self.refused}
+        return {name: count for name, count in counts.items() if count}
+
     def harmful(self, loss: float, slope: float = math.inf) -> bool:
         """Whether the last step did harm. If not, its loss is added to the running mean.
 

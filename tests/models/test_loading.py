@@ -57,3 +57,11 @@ def test_weights_alone_are_told_what_they_lack(tmp_path, name):
     with pytest.raises(ValueError, match=r"model_name_or_path='.*weights alone .* config.json .*save_for_hf") as error:
         TASK.load_model(ModelArguments(str(tmp_path / name)), {0: "a", 1: "b"})
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_is_not_taken_for_weights_alone(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"lora_A.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="model_name_or_path=") as error:
+        TASK.load_model(ModelArguments(str(tmp_path)), {0: "a", 1: "b"})
+    assert "weights alone" not in str(error.value)

@@ -10,6 +10,7 @@ from small_runs import Kill, arguments, images, resnet, same_weights, vit
 from torch import nn
 
 from metalr_hf import MetaLRTrainer
+from metalr_hf.models.bare import outputs_and_logits
 from metalr_hf.models.target_losses import LabelSetLoss, QuantityLoss
 from metalr_hf.trainer.collapse import CollapseGuard
 
@@ -250,6 +251,24 @@ def test_steps_of_single_images_are_watched_too(tmp_path, setting):
     run = MetaLRTrainer(vit(0.0), args, train_dataset=images(), callbacks=[Kill(at=2)])
     run.train()
     assert run.lr_scheduler.restarted_at > 0
+
+
+def test_all_processes_look_at_as_many_batches(tmp_path, monkeypatch):
+    looked_at = []
+
+    class Looking(MetaLRTrainer):
+        def _mean_over_processes(self, values):
+            # In another process the first batch is of one class.
+            return values / 2
+
+    def logits(model, inputs, has_own_loss):
+        looked_at.append(len(inputs["labels"]))
+        return outputs_and_logits(model, inputs, has_own_loss)
+
+    monkeypatch.setattr("metalr_hf.trainer.collapse.outputs_and_logits", logits)
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=4)
+    Looking(vit(0.0), args, train_dataset=images()).train()
+    assert len(looked_at) > 1
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -4,7 +4,7 @@ import pytest
 from small_runs import images, streamed, trainer, vit
 from transformers.utils import logging
 
-TOO_SHORT, ALL_AT_ONCE = "too short to measure its start learning rates", "there are 48 to train on"
+TOO_SHORT, ALL_AT_ONCE = "too short to measure its start learning rates", "Every step takes all 48 training images"
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ TOO_SHORT, ALL_AT_ONCE = "too short to measure its start learning rates", "there
         ({"max_steps": 2, "calibrate": False}, []),
         ({"max_steps": 3, "per_device_train_batch_size": 48}, [ALL_AT_ONCE]),
         ({"max_steps": 3, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 2}, [ALL_AT_ONCE]),
+        ({"max_steps": 3, "per_device_train_batch_size": 64}, [ALL_AT_ONCE]),
         ({"max_steps": 3, "per_device_train_batch_size": 24}, []),
         ({"max_steps": 3, "per_device_train_batch_size": 48, "meta_split": 0.25}, []),
         ({"max_steps": 3, "per_device_train_batch_size": 48, "hyper_lr": 0.0}, []),

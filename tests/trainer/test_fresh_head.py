@@ -223,6 +223,22 @@ def test_features_that_say_nothing_of_the_classes_leave_it_alone(tmp_path):
     assert run.fresh_head.images == 0
 
 
+class NoLabels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = vit(dropout=0.0)
+
+    def forward(self, pixel_values):
+        return {"logits": self.network(pixel_values=pixel_values).logits}
+
+
+def test_a_module_that_takes_no_labels_is_fitted_where_the_loss_is_given(tmp_path):
+    options = {"max_steps": 30, "remove_unused_columns": False, "label_names": ["labels"]}
+    run = trainer(tmp_path, NoLabels(), compute_loss_func=ClassLoss(), **ON, **options)
+    run.train()
+    assert run.fresh_head.images == 48
+
+
 def test_class_weights_count(tmp_path):
     even = begun(tmp_path, vit(), compute_loss_func=ClassLoss([1.0, 1.0, 1.0]))
     weighted = begun(tmp_path, vit(), compute_loss_func=ClassLoss([0.01, 0.01, 2.98]))

@@ -91,6 +91,27 @@ def test_nothing_else_changes_and_evaluations_see_it(tmp_path, monkeypatch, make
     assert (rates[0] == rates[1]).all()
 
 
+def test_it_is_told_of_the_weights_that_are_kept(tmp_path):
+    class Rising(MetaLRTrainer):
+        def evaluate(self, *args, **kwargs):
+            found = super().evaluate(*args, **kwargs)
+            self.evaluated = [*getattr(self, "evaluated", []), self.last_features.images]
+            return found
+
+    options = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    run = Rising(
+        vit(),
+        arguments(tmp_path, **ON, **options, load_best_model_at_end=True, metric_for_best_model="rank"),
+        train_dataset=images(),
+        eval_dataset=images(24, seed=1),
+        # The first evaluation is the best.
+        compute_metrics=lambda _: {"rank": -run.state.global_step},
+    )
+    run.train()
+    assert run.state.best_global_step == 4
+    assert run.last_features.images == run.evaluated[0] < run.evaluated[-1]
+
+
 @pytest.mark.parametrize("save_at", [2, 9])
 def test_a_resumed_run_ends_bitwise_as_if_never_interrupted(tmp_path, save_at):
     options = {"save_strategy": "steps", "save_steps": save_at, "save_total_limit": 20}

@@ -302,7 +302,7 @@ def named_classes(args: MaskArguments, values: Iterable[int], first: Mapping[int
                 f"... without a gap: {ids[:8]}{' ...' if len(ids) > 8 else ''}. Name the classes with class_names, or "
                 "mend the mask."
             )
-        if ids == [0]:
+        if found == [0]:
             raise ValueError(
                 "The training masks have one class: every mask is empty (only 0). Check that the masks are those of "
                 "the images, and that no class was lost when they were saved."

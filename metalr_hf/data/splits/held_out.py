@@ -203,10 +203,10 @@ def hold_out_rows(
             rest, held = _divide_groups(groups, size, seed, strata)
     except ValueError as error:
         kept = "every class" if group_column is None else f"each value of {group_column!r} on one side and every class"
+        enough = _enough(argument, size, strata) if group_column is None else ""
         raise ValueError(
             f"{argument}: {size} of {len(rows)} training images cannot be taken with {kept} in both parts "
-            f"({first_line(error)}).{_enough(argument, size, strata) if group_column is None else ''}"
-            f"{_one(argument, size, rows, groups)}{_single(rows, strata)}"
+            f"({first_line(error)}).{enough or _one(argument, size, rows, groups)}{_single(rows, strata)}"
         ) from error
     if groups is not None and abs(len(held) - size) > size / 2:
         largest = np.unique(groups, return_counts=True)[1].max()

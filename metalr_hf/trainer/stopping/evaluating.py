@@ -195,9 +195,9 @@ def _has_error(evaluated: Evaluated) -> bool:
 
 
 def _of_classes(logits: Any, labels: Any) -> Any:
-    first = logits[0] if isinstance(logits, tuple) else logits
+    first = next(iter(logits), None) if isinstance(logits, tuple) else logits
     if not isinstance(first, torch.Tensor):
-        # That of a detector is a dictionary of losses.
+        # A detector gives a dictionary of losses, and some modules nothing but their loss.
         return labels
     return first if first.ndim == 2 else first.new_zeros(len(first))
 

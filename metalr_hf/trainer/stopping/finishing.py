@@ -164,7 +164,7 @@ class FinishingTrainer(StoppingTrainer):
     def _step_near_limit(self) -> int:
         """The end of the epoch in which three quarters of the limit are over, or of the last but one."""
         epochs = self.state.max_steps / self._steps_per_epoch
-        return min(math.ceil(epochs / (1 + FURTHER_STEPS)), math.ceil(epochs) - 1) * self._steps_per_epoch
+        return min(math.ceil(round(epochs / (1 + FURTHER_STEPS), 6)), math.ceil(epochs) - 1) * self._steps_per_epoch
 
     def _comes_near_limit(self, time_used: float) -> bool:
         if self._sampler is None:

@@ -13,13 +13,13 @@ TEXT = """# Runs that stop by themselves
 ## With all images in the end
 
 The rule for stopping is that of today; these runs end with the trained head in place of the [head of the
-average](../README.md#the-head-of-the-average). A run with `stop_when_converged` holds 50 of its 500 images back. Where it has not come to overfit
-by the step at which it has converged, it goes on for a third of its steps with all images. AdamW with a weight decay of
-0.01, batches of 32 unless it says otherwise, one thread, seeds 0 and 1. Images have 32 × 32 pixels, on the ViT 16 × 16.
-Balanced accuracy on all test images, 719 digits, 396 blood cells or 235 of breast ultrasound. *60*, *240* and *1,000
-steps* are looks at the average along one run with all 500 images, of 1,000 steps, or of 240 where there is no figure of
-1,000; the head was fitted to all images, where one of 60 steps by itself would take 384. *Converged* is empty where the
-run overfitted, and went back to the weights of the step *model*.
+average](../README.md#the-head-of-the-average), and have no limit. A run with `stop_when_converged` holds 50 of its 500
+images back. Where it has not come to overfit by the step at which it has converged, it goes on for a third of its steps
+with all images. AdamW with a weight decay of 0.01, batches of 32 unless it says otherwise, one thread, seeds 0 and 1.
+Images have 32 × 32 pixels, on the ViT 16 × 16. Balanced accuracy on all test images, 719 digits, 396 blood cells or 235
+of breast ultrasound. *60*, *240* and *1,000 steps* are looks at the average along one run with all 500 images, of 1,000
+steps, or of 240 where there is no figure of 1,000; the head was fitted to all images, where one of 60 steps by itself
+would take 384. *Converged* is empty where the run overfitted, and went back to the weights of the step *model*.
 
 {all_images}
 

@@ -203,6 +203,9 @@ def test_masks_that_are_pictures_or_of_one_class_are_refused(tmp_path):
     name = folder(tmp_path / "b", lambda mask, *_: mask * 0)
     with pytest.raises(ValueError, match=r"every mask is empty \(only 0\)"):
         load_masks(arguments(name))
+    name = folder(tmp_path / "c", lambda mask, *_: mask * 255)
+    with pytest.raises(ValueError, match=r"1 classes \(0\).* Pixels of the value ignore_index=255 do not count"):
+        load_masks(arguments(name, ignore_index=255))
 
 
 def test_a_named_class_that_no_training_mask_holds_is_warned_of(tmp_path, caplog):

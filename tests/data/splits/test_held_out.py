@@ -213,3 +213,6 @@ def test_a_share_of_less_than_one_image_says_which_is_enough(labels):
     with pytest.raises(ValueError, match=message):
         hold_out_rows(data, "test_share", 0, 0, group_column="patient")
     assert len(hold_out_rows(data, "test_share", round(0.2 * 40), 0, group_column="patient")[1]) == 8
+    with pytest.raises(ValueError, match="test_share: 0 of 40") as error:
+        hold_out_rows(data, "test_share", 0, 0)
+    assert str(error.value).count("Take a larger share") == 1

@@ -236,3 +236,14 @@ def test_no_answers_are_kept_but_those_of_classes():
     masks = torch.zeros(4, 8, 8)
     assert _of_classes(torch.zeros(4, 3, 8, 8), masks).shape == (4,)
     assert _of_classes((torch.zeros(4, 3), masks), torch.zeros(4)).shape == (4, 3)
+
+
+class LossOnly(torch.nn.Linear):
+    def forward(self, pixel_values, labels=None):
+        return torch.nn.functional.cross_entropy(super().forward(pixel_values.flatten(1)), labels)
+
+
+def test_a_module_that_gives_nothing_but_its_loss_stops_too(tmp_path):
+    run = trainer(tmp_path, LossOnly(768, 3), eval_dataset=images(24, seed=1), **{**STOPPING, "max_steps": 6})
+    run.train()
+    assert run.state.best_global_step

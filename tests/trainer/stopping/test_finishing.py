@@ -161,6 +161,14 @@ def test_the_last_quarter_before_a_limit_has_all_images(tmp_path, limit, went_on
     assert same_weights(run.model, again.model)
 
 
+@pytest.mark.parametrize("steps", [20, 28, 40, 56, 68])
+def test_the_last_quarter_does_not_begin_an_epoch_late_by_rounding(tmp_path, steps):
+    # Epochs of three steps; three quarters of 20 are five of them.
+    run = finishing(tmp_path, max_steps=steps)
+    run.state.max_steps, run._steps_per_epoch = steps, 3
+    assert run._step_near_limit == 3 * (steps // 4)
+
+
 def test_within_a_single_epoch_a_limit_ends_the_run(tmp_path):
     run = finishing(tmp_path, max_steps=2)
     run.train()

@@ -110,22 +110,24 @@ class FreshHead:
         Returns:
             `int`: how many forward passes it took.
         """
-        model, loss = trainer.model, trainer.compute_loss_func
+        model, loss = trainer.model, trainer.compute_loss_func or ClassLoss()
         linear = last_linear(model, trainer._layer_groups(model))
-        if linear is None or not (loss is None or isinstance(loss, ClassLoss)):
+        if linear is None or not isinstance(loss, ClassLoss):
             return 0
-        loss, limit = loss or ClassLoss(), _images_to_fit(trainer)
-        batches, forwards = [], 0
-        with closing(_batches(trainer, linear, limit)) as found:
-            for batch in found:
-                forwards += 1
-                if batch is None:
-                    return forwards
-                batches.append(batch)
-        if not batches:
-            return 0
-        # The last batch may begin the images anew.
-        features, logits, labels = (torch.cat(parts)[:limit] for parts in zip(*batches, strict=True))
+        examples, forwards = _examples(trainer, linear)
+        if examples is not None:
+            self._replace_if_better(trainer, linear, loss, *examples)
+        return forwards
+
+    def _replace_if_better(
+        self,
+        trainer: MetaLRTrainer,
+        linear: nn.Linear,
+        loss: ClassLoss,
+        features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+    ) -> None:
         classes = logits.shape[1]
         known = (labels >= 0) & (labels < classes)
         features, logits, labels = features[known], logits[known], labels[known]
@@ -143,7 +145,6 @@ class FreshHead:
         if is_better:
             write_head(linear, *parts[1:])
             self.images = len(labels)
-        return forwards
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in plain containers."""
@@ -210,6 +211,19 @@ def _images_to_fit(trainer: MetaLRTrainer) -> int:
     a_step = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
     affordable = max(1, int(HEAD_SHARE * trainer.state.max_steps * a_step))
     return min(HEAD_IMAGES, affordable, len(dataset) if has_length(dataset) else HEAD_IMAGES)
+
+
+def _examples(trainer: MetaLRTrainer, linear: nn.Linear) -> tuple[list[Tensor] | None, int]:
+    """Features, logits and classes of some training images, where the head is linear, and how many forwards it took."""
+    limit, batches, forwards = _images_to_fit(trainer), [], 0
+    with closing(_batches(trainer, linear, limit)) as found:
+        for batch in found:
+            forwards += 1
+            if batch is None:
+                return None, forwards
+            batches.append(batch)
+    # The last batch may begin the images anew.
+    return [torch.cat(parts)[:limit] for parts in zip(*batches, strict=True)] or None, forwards
 
 
 def _batches(trainer: MetaLRTrainer, linear: nn.Linear, images: int) -> Generator[tuple[Tensor, Tensor, Tensor] | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from ..data.loading import DataArguments, load_images
 from ..data.transforms import ImageTransform, load_image_processor
 from ..layers.groups import layer_groups
 from ..models.loading import ModelArguments, load_config, naming_the_model
-from ..models.timm import HUB_PREFIX, architecture_of, wrap_timm_model
+from ..models.timm import architecture_of, wrap_timm_model
 from ..settings import check_choice, check_count
 from ..tasks import get_task
 from ..trainer.arguments import MetaLRTrainingArguments
@@ -261,8 +260,8 @@ def make_model(arguments: BenchmarkArguments, id2label: Mapping[int, str]) -> Pr
         FileNotFoundError, ValueError: if there is none of that name.
     """
     name, size = arguments.model, arguments.image_size
-    if name.startswith(HUB_PREFIX) and not os.path.isdir(name):
-        name = architecture_of(name)
+    if (architecture := architecture_of(name)) is not None:
+        name = architecture
     elif name == DEMO:
         return get_task("classification").load_model(ModelArguments(), id2label)
     elif not timm.is_model(name):

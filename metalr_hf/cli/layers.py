@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from torch import nn
@@ -26,7 +24,7 @@ from ..messages import first_line
 # The package's own networks are known to transformers, without code from the folder, once their modules are imported.
 from ..models import monai_networks, unet  # noqa: F401
 from ..models.loading import load_config
-from ..models.timm import HUB_PREFIX, architecture_of
+from ..models.timm import architecture_of
 from ..settings import LAYER_GRANULARITIES
 
 TASKS: tuple[tuple[Any, Any], ...] = (
@@ -96,9 +94,11 @@ def empty_model(name: str | None, *, trust_remote_code: bool = False) -> nn.Modu
         from ..models.demo import ARCHITECTURE
 
         name = f"timm/{ARCHITECTURE}"
-    if name.startswith(HUB_PREFIX) and not os.path.isdir(name):
+    if (architecture := architecture_of(name)) is not None:
+        import timm
+
         with torch.device("meta"):
-            return timm.create_model(architecture_of(name))
+            return timm.create_model(architecture)
     try:
         config = load_config(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

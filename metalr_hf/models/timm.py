@@ -22,14 +22,14 @@ PREFIX = "timm_model."
 HUB_PREFIX = "timm/"
 
 
-def architecture_of(name: str) -> str:
-    """The architecture that a name of a timm model stands for.
+def architecture_of(name: str) -> str | None:
+    """The architecture that the name of a timm model of the Hub stands for.
 
     Args:
-        name (`str`): The name, with or without `timm/` before it and the tag of its weights behind it.
+        name (`str`): Of any model; one of timm begins with `timm/`, and may end with the tag of its weights.
 
     Returns:
-        `str`
+        `str`, *optional*: `None` for other models, and for a local folder.
 
     Raises:
         ValueError: if timm has no such architecture. It names the near ones.
@@ -43,6 +43,9 @@ def architecture_of(name: str) -> str:
 
     ```
     """
+    if not name.startswith(HUB_PREFIX) or os.path.isdir(name):
+        return None
+    # Takes seconds, and other models do not need it.
     import timm
 
     architecture = name.removeprefix(HUB_PREFIX).split(".")[0]

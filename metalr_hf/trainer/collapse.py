@@ -228,9 +228,11 @@ def undo_collapse(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
         return bool(trainer._mean_over_processes(verdict) == 1)
 
     def logits() -> Tensor | None:
-        looked_at = batches[:1] if have_classes(batches[:1]) else batches_to_look_at(trainer, batches)
-        if guard.start_spread is not None and not have_classes(looked_at):
-            return None
+        looked_at = batches[:1]
+        if not have_classes(looked_at):
+            looked_at = batches_to_look_at(trainer, batches)
+            if guard.start_spread is not None and not have_classes(looked_at):
+                return None
         with torch.no_grad(), untouched(model, "eval"):
             has_own_loss = trainer.compute_loss_func is None
             inputs = map(trainer._prepare_inputs, looked_at)

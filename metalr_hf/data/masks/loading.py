@@ -19,7 +19,7 @@ from ..files.nifti import check_place
 from ..files.reading import file_bytes
 from ..loading import SHUFFLE_BUFFER_SIZE, DataArguments, as_image_files, image_columns, load_splits
 from ..splits import ImageSplits, arrange
-from .reading import kind_of, read_mask, size_of
+from .reading import BLACK_AND_WHITE, kind_of, read_mask, size_of
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +27,6 @@ MASK_NAME = re.compile(
     r"(.*_)?(masks?|labels?|annotations?|segmentations?(_maps?)?|seg|targets?|ground_truth|gt)(_.*)?", re.IGNORECASE
 )
 # As an 8-bit image of 0 and 1 shows nothing, masks of two classes are often written so.
-BLACK_AND_WHITE = (0, 255)
 WHITE = BLACK_AND_WHITE[-1]
 # Masks of a stream that are looked at before it is trained on, at the least.
 FIRST_MASKS = 16

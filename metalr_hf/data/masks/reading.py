@@ -15,7 +15,8 @@ from ..files.reading import file_bytes, format_of
 
 # Masks of one channel; in `P` the colours stand for the ids.
 MASK_MODES = ("1", "L", "P", "I", "I;16")
-TWO_CLASSES = ((0, 1), (0, 255))
+BLACK_AND_WHITE = (0, 255)
+TWO_CLASSES = ((0, 1), BLACK_AND_WHITE)
 
 
 def read_mask(entry: Mapping[str, Any]) -> np.ndarray:

@@ -20,7 +20,7 @@ LOOKS = (0, 1, 2)
 # A fresh head may say nothing of the backbone, whatever the batch; one that has learned for some steps does.
 LATER_LOOKS = (5, 10)
 # At the same rate Adam's first steps are about three times as long as later ones, whose gradients partly cancel. A rate
-# that suits a later step would be too high by that.
+# that suits a later step would be too high by that, but for the highest one, which the first step has set.
 LONGER_FIRST_STEP = 10**0.5
 # The step that is calibrated may have any learning rate, but the same one in every run, so that the learning rate that
 # the user gave makes no difference, not even in the last digit.
@@ -292,7 +292,8 @@ class Calibrator:
             warn_of_doubts(found)
         if later and found.backbone_in_doubt:
             return list(before)
-        if later:
+        highest = found.largest_lr / kwargs.get("momentum_growth", 1.0)
+        if later and found.backbone_lr < 0.99 * highest:
             lower = max(found.backbone_lr / LONGER_FIRST_STEP, kwargs.get("lr_min", 0.0))
             found = replace(found, backbone_lr=lower)
         self.found = found

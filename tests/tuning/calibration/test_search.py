@@ -327,6 +327,24 @@ def test_looks_along_further_steps(doubtful, looks, later_looks):
         assert late.guard.first_loss == resumed.guard.first_loss
 
 
+def test_a_later_look_may_find_the_highest_rate(monkeypatch):
+    monkeypatch.setattr(search, "largest_backbone_lr", lambda *args: 1e-3)
+    model = network()
+    scheduler = MetaLRScheduler(torch.optim.AdamW(groups(model, 1e-4)), meta_source="next_batch", calibrate=True)
+    for step in range(8):
+        loss_of(model, slice(64 * step, 64 * step + 64)).backward()
+        start = model[0].weight.detach().clone()
+        scheduler.optimizer.step()
+
+        def loss(sign=1 if step < 5 else -1, start=start):
+            return loss_of(model, slice(1000, 1064)).detach() + sign * (model[0].weight - start).abs().sum()
+
+        scheduler.step(loss)
+        scheduler.optimizer.zero_grad()
+    assert not scheduler.calibration.backbone_in_doubt
+    assert scheduler.calibration.backbone_lr == scheduler.calibration.largest_lr == 1e-3
+
+
 @pytest.mark.usefixtures("unlimited")
 def test_tuning_ends_after_its_steps():
     _, scheduler = train(1e-3, "stream", steps=9, tuning_steps=6)

@@ -63,6 +63,7 @@ def check_folder(folder: str, splits: Mapping[str, Sequence[Path]], has_scans: b
     tables = {file.path: _read_table(file.path) for inside in files.values() for file in inside if file.name == TABLE}
     for part in parts:
         _refuse_archives(part, files[part], has_scans)
+        _warn_of_empty_folders(part, files[part])
         _check_listing(part, files[part], tables)
 
 
@@ -147,6 +148,20 @@ def _read_table(path: str) -> pd.DataFrame:
             f"{'Call one of them so.' if len(table.columns) > 1 else HOW_A_TABLE_IS}"
         )
     return table
+
+
+def _warn_of_empty_folders(part: Path, files: Sequence[os.DirEntry[str]]) -> None:
+    if not part.is_dir() or _has_table(files):
+        return
+    filled = {Path(file.path).relative_to(part).parts[0] for file in files if not file.name.startswith(".")}
+    folders = [path for path in sorted(part.iterdir()) if path.is_dir() and not path.name.startswith((".", "__"))]
+    empty = [path for path in folders if path.name not in filled]
+    if empty:
+        warnings.warn(
+            f"The folder {str(part)!r} has folders without a file: {_listed(empty)}. They make no class.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _check_listing(part: Path, files: Sequence[os.DirEntry[str]], tables: Mapping[str, pd.DataFrame]) -> None:

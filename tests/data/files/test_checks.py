@@ -71,6 +71,17 @@ def test_names_of_splits_that_make_none_alone_are_classes(tmp_path, places):
     check(made(tmp_path, *places))
 
 
+def test_an_empty_class_is_warned_of(tmp_path):
+    made(tmp_path, "train/a", "train/b/patient", "train/.cache", "test/a")
+    check(tmp_path)
+    (tmp_path / "train" / "c" / "patient").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="train' has folders without a file: 'c'. They make no class"):
+        check(tmp_path)
+    # Where a table lists the images, folders are no classes.
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\na/scan.png,ill\nb/patient/scan.png,well\n")
+    check(tmp_path)
+
+
 def test_images_beside_splits_are_warned_of(tmp_path):
     made(tmp_path, "train/a", "train/b", "test/a", "logs/empty")
     (tmp_path / "logs" / "empty" / "scan.png").unlink()

@@ -16,7 +16,7 @@ from ..layers.names import head_layers
 from ..models.bare import outputs_and_logits
 from ..models.target_losses import ClassLoss
 from ..tuning.contexts import untouched
-from ..tuning.fresh_head import fit_head
+from ..tuning.ridge import fit_head
 from ..tuning.sharding import local, reshard, shard_of
 from .defaults import fits_head
 from .meta import EmptyMetaSetError, spare_batches

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..models.target_losses import ClassLoss
-from ..tuning.fresh_head import FittedHead, fit_head
+from ..tuning.ridge import FittedHead, fit_head
 from ..tuning.sharding import local, whole
 from .fresh_head import HEAD_IMAGES, last_linear, write_head
 

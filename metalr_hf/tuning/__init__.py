@@ -2,8 +2,8 @@
 
 from .averaging import WeightAverage
 from .contexts import untouched
-from .fresh_head import fit_head
 from .history import LRHistory
+from .ridge import fit_head
 from .rules import Rule, register_rule
 from .scheduler import MetaLRScheduler
 

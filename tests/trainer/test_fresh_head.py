@@ -23,7 +23,7 @@ from metalr_hf.hub.facts import run_facts
 from metalr_hf.models.target_losses import ClassLoss, LabelSetLoss
 from metalr_hf.trainer.fresh_head import FreshHead, _batches
 from metalr_hf.tuning import untouched
-from metalr_hf.tuning.fresh_head import LOGIT_STD
+from metalr_hf.tuning.ridge import LOGIT_STD
 
 ON = {"calibrate": True}
 

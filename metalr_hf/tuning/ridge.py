@@ -1,4 +1,4 @@
-"""A fresh classification head in closed form: ridge regression on what the pretrained backbone makes of some images."""
+"""A linear classification head in closed form: ridge regression on what a backbone makes of some images."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear, one_hot
 
-from metalr_hf.tuning.fresh_head import LOGIT_STD, PENALTIES, SCALES, fit_head
+from metalr_hf.tuning.ridge import LOGIT_STD, PENALTIES, SCALES, fit_head
 
 
 def examples(n=24, features=5, classes=3, noise=2.5, seed=0):

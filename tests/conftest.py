@@ -3,6 +3,9 @@ import os
 
 # The tests' models are small: threads cost more than they give, and the tests themselves run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Many tests start a process. Where images of containers have switched the cache of compiled modules off, each of these
+# would compile torch, transformers and the others again, which takes longer than most tests.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 import pytest
 

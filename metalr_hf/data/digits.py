@@ -7,7 +7,6 @@ from typing import Any
 
 import datasets
 from PIL import Image
-from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 TEST_SIZE = 797
@@ -31,7 +30,7 @@ def demo_dataset(seed: int = 0) -> datasets.DatasetDict:
 
     ```
     """
-    names = [str(name) for name in load_digits().target_names]
+    names = [str(digit) for digit in range(10)]
     return _divided(datasets.ClassLabel(names=names), lambda digit, image: digit, seed)
 
 
@@ -85,6 +84,9 @@ def demo_quantities(seed: int = 0) -> datasets.DatasetDict:
 
 
 def _divided(kind: Any, label_of: Callable[[int, Any], Any], seed: int) -> datasets.DatasetDict:
+    # A second that importing the package need not take.
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = [
         Image.fromarray((image / 16 * 255).astype("uint8")).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")

@@ -12,7 +12,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
+from ..layers.names import head_layers
 from ..tuning.calibration import LOOKS
+from ..tuning.calibration.replay import ReplayedLoss
 from ..tuning.contexts import untouched
 from .collapse import undo_collapse
 from .meta import batches_to_look_at, largest_step
@@ -95,21 +97,27 @@ def calibrate_on(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
         return
     looked_at, before = batches_to_look_at(trainer, batches), scheduler.calibration_forwards
     images = [find_batch_size(batch) or 1 for batch in looked_at]
+    # Each of several processes would decide for itself whether to run the backbone, in which they may meet.
+    can_replay = trainer.args.world_size == 1 and trainer.args.n_gpu <= 1 and not trainer.args.torch_compile
+    heads = head_layers(scheduler.layers)
+    head = [p for group in scheduler.optimizer.param_groups if group["layer"] in heads for p in group["params"]]
 
     def loss() -> torch.Tensor:
         losses = [trainer.compute_meta_loss(batch) for batch in looked_at]
         # The mean over images: batches need not be of one size.
         return reduce(add, (loss * (count / sum(images)) for loss, count in zip(losses, images, strict=True)))
 
+    meta_loss = ReplayedLoss(model, head if can_replay else (), loss)
     if model.training:
-        scheduler.calibrate(loss)
+        scheduler.calibrate(meta_loss)
     else:
         # As an evaluation leaves it, and as Trainer's own training step would find it.
         with untouched(model):
             model.train()
-            scheduler.calibrate(loss)
-    times = sum(images) / trainer._train_batch_size - 1
-    scheduler.count_forwards(round(max(0.0, times) * (scheduler.calibration_forwards - before)))
+            scheduler.calibrate(meta_loss)
+    counted = scheduler.calibration_forwards - before
+    times = max(1.0, sum(images) / trainer._train_batch_size)
+    scheduler.count_forwards(round(times * (counted - meta_loss.replays)) - counted)
 
 
 def fetch_validation_batch(trainer: MetaLRTrainer) -> None:

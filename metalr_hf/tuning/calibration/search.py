@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..hypergradient import LookAhead
 from .ladder import LADDER, TOLERANCE, head_valley, raised
 from .looks import LARGEST_STEP, agree, highest_useful, largest_backbone_lr, losses_down_a_ladder
+from .replay import ReplayedLoss
 
 # One batch of 32 images often says nothing of a backbone, or what is wrong; three batches rarely do. Where two agree, a
 # third has hardly ever changed what they found.
@@ -80,7 +82,7 @@ class Calibration:
 
     @property
     def forwards(self) -> int:
-        """Forward passes of the last look."""
+        """How many losses the last look has computed."""
         return 1 + len(self.head_losses) + len(self.backbone_losses)
 
     def learning_rates(self, layers: int, head_layers: int = 1) -> list[float]:
@@ -123,7 +125,8 @@ def calibrate(
     Args:
         look_ahead ([`~metalr_hf.tuning.hypergradient.LookAhead`]): The step taken. Its last layers are the head.
         step_lrs (`Sequence[float]`): The learning rate that the step was taken with, in every layer.
-        meta_loss (`Callable`): Takes nothing and returns the scalar validation loss at the present parameters.
+        meta_loss (`Callable`): Takes nothing and returns the scalar validation loss at the present parameters. If it is
+            a [`~metalr_hf.tuning.calibration.replay.ReplayedLoss`], the head is walked without the backbone.
         earlier ([`Calibration`], *optional*): What the looks along the steps before have found. With it only the
             backbone is walked, from the head as this step left it.
         head_layers (`int`, *optional*, defaults to 1): How many of the layers, at the end, are the head.
@@ -182,10 +185,11 @@ def calibrate(
     head_losses: dict[float, float] = {}
     head_lr = None if earlier is None else earlier.head_lr
     head_step = 0.0 if earlier is None else step_lrs[-1]
-    start_loss = loss_at(0.0, head_step)
-    if earlier is None:
-        valley, head_losses = head_valley(lambda rate: loss_at(0.0, rate), start_loss, lr_min, lr_max)
-        head_lr = None if valley is None else bounded(HEAD_SHARE * valley)
+    with meta_loss.backbone_kept() if isinstance(meta_loss, ReplayedLoss) and earlier is None else nullcontext():
+        start_loss = loss_at(0.0, head_step)
+        if earlier is None:
+            valley, head_losses = head_valley(lambda rate: loss_at(0.0, rate), start_loss, lr_min, lr_max)
+            head_lr = None if valley is None else bounded(HEAD_SHARE * valley)
     if head_lr is None:
         doubts.append("the loss does not tell the learning rates of the head apart")
         head_lr = bounded(FALLBACK_HEAD_LR)

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 
 class ReplayedLoss:
@@ -153,4 +153,4 @@ class ReplayedLoss:
 
 def _copied(output: Any) -> Any:
     # A model may work in place on what a module gave.
-    return recursively_apply(torch.clone, output)
+    return tree_map_only(Tensor, torch.clone, output)

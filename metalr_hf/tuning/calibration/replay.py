@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+# What is noted at most, in bytes. Most models call few parts, but one may call each of its layers by itself.
+LARGEST_NOTES = 2**30
 
 
 class ReplayedLoss:
@@ -20,7 +23,7 @@ class ReplayedLoss:
     before the first module with one was called is noted in the first call, and given again in the others. They are
     used only if each module with such a parameter was called, and if with them the first loss comes out again, bit for
     bit: dropout behind a part of the head, or a model that reads its features by hooks, makes a difference, and then
-    every pass is run in full.
+    every pass is run in full. So it is where there would be more than a gibibyte to note.
 
     Args:
         model (`torch.nn.Module`): The model.
@@ -82,24 +85,28 @@ class ReplayedLoss:
             self._outputs = []
 
     def _first(self) -> Tensor:
-        noting = False
+        is_inside, room = False, LARGEST_NOTES
 
         def noted(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal noting
-            if self._reached or noting:
+            nonlocal is_inside, room
+            if self._reached or is_inside or room < 0:
                 return forward(*args, **kwargs)
-            noting = True
+            is_inside = True
             try:
                 output = forward(*args, **kwargs)
             finally:
-                noting = False
-            self._outputs.append((module, _copied(output)))
+                is_inside = False
+            room -= sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+            if room < 0:
+                self._outputs = []
+            else:
+                self._outputs.append((module, _copied(output)))
             return output
 
         self._called.clear()
         with self._in_place_of_forward(noted):
             loss = self._loss()
-        if len(self._called) < len(self._owners) or not self._comes_out_as(loss):
+        if room < 0 or len(self._called) < len(self._owners) or not self._comes_out_as(loss):
             self._outputs = []
         return loss
 

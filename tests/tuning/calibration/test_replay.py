@@ -10,7 +10,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from metalr_hf import MetaLRTrainer, layer_groups
 from metalr_hf.layers.names import head_layers
-from metalr_hf.tuning.calibration import search
+from metalr_hf.tuning.calibration import replay, search
 from metalr_hf.tuning.calibration.replay import ReplayedLoss
 from metalr_hf.tuning.contexts import preserve_random_state, untouched
 
@@ -135,6 +135,16 @@ def test_what_cannot_be_replayed_runs_in_full(make):
     found, expected, loss = losses(make())
     assert found == expected
     assert loss.replays == 0
+
+
+def test_a_model_with_too_much_to_note_runs_in_full(monkeypatch):
+    # Six images of 30 x 30 pixels in four channels, in four bytes each, come out of a convolution.
+    needed = 6 * 4 * 30 * 30 * 4
+    for limit, is_replayed in ((3 * needed, True), (3 * needed - 1, False)):
+        monkeypatch.setattr(replay, "LARGEST_NOTES", limit)
+        found, expected, loss = losses(InPlace())
+        assert found == expected
+        assert bool(loss.replays) is is_replayed
 
 
 def test_a_model_with_a_forward_of_its_own_keeps_it():

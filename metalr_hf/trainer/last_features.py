@@ -31,8 +31,8 @@ class LastFeatures:
     Tens of steps leave a head that turns with the noise of its gradients. A ridge regression on the features of the
     last steps has none of that, but trusts features of images that the backbone has been trained on. Their mean was
     better than the trained one in most runs, and worse in fewer than the fitted one. The features come from the forward
-    passes of the training, so that this takes no further one. All classes count alike in the fit, unless the loss has
-    weights for them.
+    passes of the training, so that this takes no further one. In the fit an image counts by the inverse root of how
+    many its class has, unless the loss has weights for the classes.
     It is done where weights are averaged, and for a head that [`~metalr_hf.trainer.fresh_head.FreshHead`] has found to
     be fresh and linear, whether it fitted it or not, once each class has two images or more among the last.
 
@@ -172,12 +172,13 @@ class LastFeatures:
 
 
 def _weights(trainer: MetaLRTrainer, counts: Tensor) -> Tensor:
-    """By how much the images of each class count: as in the loss, or so that all classes count alike."""
+    """By how much the images of each class count: as in the loss, or so that a rare class counts more than its share."""
     loss = trainer.compute_loss_func
     if isinstance(loss, ClassLoss) and loss.weights is not None:
         return loss.weights
     # Ridge regression answers a rare class too rarely, more so than the cross-entropy that the head was trained with.
-    return counts.sum() / (len(counts) * counts)
+    # Without the root, all classes would count alike: better for the rare ones, but at the cost of accuracy.
+    return (counts.sum() / (len(counts) * counts)).sqrt()
 
 
 def _spread(logits: Tensor) -> Tensor:

@@ -54,9 +54,9 @@ def test_it_is_the_mean_of_the_trained_head_and_the_fitted_one(tmp_path, weights
     features, labels = (torch.cat(parts) for parts in zip(*run.given[-run.last_features.images // 8 :], strict=True))
     assert len(labels) == run.last_features.images
     assert 8 * (20 - 4) <= len(labels) <= 8 * (20 - 2)
-    # All classes count alike, unless weights of the loss say otherwise.
-    expected = len(labels) / (3 * labels.bincount()) if weights is None else torch.tensor(weights)
-    assert expected[2] > 1.9
+    # Half-way to classes that count alike, unless weights of the loss say otherwise.
+    expected = (len(labels) / (3 * labels.bincount())).sqrt() if weights is None else torch.tensor(weights)
+    assert expected[2] > 1.4
     fitted = fit_head(features, labels, 3, expected)
     scale = spread(functional.linear(features, *run.trained)) / spread(
         functional.linear(features, fitted.weight, fitted.bias)

@@ -172,7 +172,7 @@ class LastFeatures:
 
 
 def _weights(trainer: MetaLRTrainer, counts: Tensor) -> Tensor:
-    """By how much the images of each class count: as in the loss, or so that a rare class counts more than its share."""
+    """By how much the images of each class count: as in the loss, or more where the class is rare."""
     loss = trainer.compute_loss_func
     if isinstance(loss, ClassLoss) and loss.weights is not None:
         return loss.weights

@@ -100,7 +100,7 @@ def calibrate_on(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
     # Each of several processes would decide for itself whether to run the backbone, in which they may meet.
     can_replay = trainer.args.world_size == 1 and trainer.args.n_gpu <= 1 and not trainer.args.torch_compile
     heads = head_layers(scheduler.layers)
-    head = [p for group in scheduler.optimizer.param_groups if group["layer"] in heads for p in group["params"]]
+    head = [p for group in scheduler.optimizer.param_groups if group.get("layer") in heads for p in group["params"]]
 
     def loss() -> torch.Tensor:
         losses = [trainer.compute_meta_loss(batch) for batch in looked_at]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
@@ -97,17 +99,13 @@ def calibrate_on(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
         return
     looked_at, before = batches_to_look_at(trainer, batches), scheduler.calibration_forwards
     images = [find_batch_size(batch) or 1 for batch in looked_at]
-    # Each of several processes would decide for itself whether to run the backbone, in which they may meet.
-    can_replay = trainer.args.world_size == 1 and trainer.args.n_gpu <= 1 and not trainer.args.torch_compile
-    heads = head_layers(scheduler.layers)
-    head = [p for group in scheduler.optimizer.param_groups if group.get("layer") in heads for p in group["params"]]
 
     def loss() -> torch.Tensor:
         losses = [trainer.compute_meta_loss(batch) for batch in looked_at]
         # The mean over images: batches need not be of one size.
         return reduce(add, (loss * (count / sum(images)) for loss, count in zip(losses, images, strict=True)))
 
-    meta_loss = ReplayedLoss(model, head if can_replay else (), loss)
+    meta_loss = replayed(trainer, loss)
     if model.training:
         scheduler.calibrate(meta_loss)
     else:
@@ -117,7 +115,29 @@ def calibrate_on(trainer: MetaLRTrainer, batches: Sequence[Any]) -> None:
             scheduler.calibrate(meta_loss)
     counted = scheduler.calibration_forwards - before
     times = max(1.0, sum(images) / trainer._train_batch_size)
-    scheduler.count_forwards(round(times * (counted - meta_loss.replays)) - counted)
+    scheduler.count_forwards(round(times * counted) - counted)
+
+
+def replayed(trainer: MetaLRTrainer, loss: Callable[[], torch.Tensor]) -> ReplayedLoss:
+    """A loss that runs the backbone of a trainer's model once for all rates of its head, where that is safe.
+
+    Args:
+        trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer.
+        loss (`Callable`): Takes nothing and returns the scalar loss of the trainer's model.
+
+    Returns:
+        [`~metalr_hf.tuning.calibration.replay.ReplayedLoss`]
+    """
+    args, model, scheduler = trainer.args, trainer.model, trainer.lr_scheduler
+    is_safe = args.n_gpu <= 1 and not args.torch_compile
+    if args.world_size > 1:
+        # Each of several processes decides for itself whether to run the backbone, so that they must not meet there.
+        is_alone = trainer.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        meets = trainer._own_loss or any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        is_safe = is_safe and is_alone and not meets
+    heads = head_layers(scheduler.layers) if is_safe else ()
+    groups = [group for group in scheduler.optimizer.param_groups if group.get("layer") in heads]
+    return ReplayedLoss(model, [p for group in groups for p in group["params"]], loss)
 
 
 def fetch_validation_batch(trainer: MetaLRTrainer) -> None:
@@ -131,4 +151,5 @@ def fetch_validation_batch(trainer: MetaLRTrainer) -> None:
     if stream is not None and scheduler.will_tune:
         # The scale is as large as training gradients bear. Those of a validation batch may be larger.
         scheduler.meta_loss_scale = trainer._loss_scale(trainer.args.device, headroom=8)
-        scheduler.meta_loss = partial(trainer.compute_meta_loss, next(stream))
+        loss = partial(trainer.compute_meta_loss, next(stream))
+        scheduler.meta_loss = replayed(trainer, loss) if scheduler.will_calibrate else loss

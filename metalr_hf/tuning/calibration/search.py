@@ -6,8 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from statistics import geometric_mean
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +31,6 @@ PROBE_LR = 1e-3
 # follow would be as long. In short runs a tenth was better than the whole rate, a third and a thirtieth of it.
 HEAD_SHARE = 0.1
 FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 3e-4
-HEAD_DOUBT = "the loss does not tell the learning rates of the head apart"
 BACKBONE_DOUBT = "no step of the backbone lowers the loss"
 # Tuning lowers a rate that is too high within a few steps; from one a thousand times too low it needs the better part
 # of a short run. Where a tenth of the head's rate does harm, a hundredth is the least.
@@ -48,15 +46,12 @@ class Calibration:
         head_lr (`float`): Start rate of the head.
         start_loss (`float`): The validation loss before the step of the last look.
         head_losses (`dict[float, float]`):
-            Learning rate to validation loss with the head alone moved, from 0 where that is not `start_loss`; empty
-            where the head was not walked.
+            Learning rate to validation loss with the head alone moved; empty where the head's rate was known.
         backbone_losses (`dict[float, float]`): The same for the backbone.
         largest_lr (`float`): The highest rate that was tried for the backbone.
         changes (`list[dict[float, float]]`):
             By how much of the loss before the step a rate of the backbone changed the loss, a mapping a look.
         doubts (`list[str]`): Why the rates are not to be trusted. Empty if all went well.
-        head_valleys (`list[float]`, *optional*, defaults to `[]`):
-            The rate at which the loss stopped falling along the head's step, one for each look that found it.
 
     Example:
 
@@ -79,7 +74,6 @@ class Calibration:
     largest_lr: float
     changes: list[dict[float, float]]
     doubts: list[str]
-    head_valleys: list[float] = field(default_factory=list)
 
     @property
     def backbone_in_doubt(self) -> bool:
@@ -111,7 +105,6 @@ def calibrate(
     meta_loss: Callable[[], Tensor] | None,
     *,
     earlier: Calibration | None = None,
-    walks_head: bool = True,
     head_layers: int = 1,
     lr_min: float = 0.0,
     lr_max: float = math.inf,
@@ -122,9 +115,9 @@ def calibrate(
     """Finds start rates for head and backbone along the optimizer step just taken, with forward passes only.
 
     The step gives every layer a direction. The validation loss is walked along it, once with the head alone and once
-    with the backbone alone: its gradient was taken through the head as it was, and says nothing for another one. A
-    single batch says little, so that both rates are read off the mean of this look and all `earlier` ones. The head
-    gets a tenth of the rate at which the loss stops falling. The rate of the backbone is at least a tenth of that, or a
+    with the backbone alone: its gradient was taken through the head as it was, and says nothing for another one. The
+    head gets a tenth of the rate at which the loss stops falling. A single batch says little of the backbone, so that
+    its rate is read off the mean of this look and all `earlier` ones. It is at least a tenth of the head's, or a
     hundredth if a tenth does harm, and at most where the step moves the median layer by 1 % of its norm. The parameters
     are put back bit for bit; buffers and random numbers are the caller's, see
     [`~metalr_hf.tuning.contexts.untouched`].
@@ -134,9 +127,8 @@ def calibrate(
         step_lrs (`Sequence[float]`): The learning rate that the step was taken with, in every layer.
         meta_loss (`Callable`): Takes nothing and returns the scalar validation loss at the present parameters. If it is
             a [`~metalr_hf.tuning.calibration.replay.ReplayedLoss`], the head is walked without the backbone.
-        earlier ([`Calibration`], *optional*): What the looks along the steps before have found. With it the backbone
-            is walked from the head as this step left it.
-        walks_head (`bool`, *optional*, defaults to `True`): Whether to walk the head too.
+        earlier ([`Calibration`], *optional*): What the looks along the steps before have found. With it only the
+            backbone is walked, from the head as this step left it.
         head_layers (`int`, *optional*, defaults to 1): How many of the layers, at the end, are the head.
         lr_min (`float`, *optional*, defaults to 0.0), lr_max (`float`, *optional*, defaults to `math.inf`): Rungs
             outside these bounds are left out.
@@ -189,21 +181,18 @@ def calibrate(
     def bounded(rate: float) -> float:
         return min(max(rate, lr_min), lr_max)
 
-    doubts = list[str]()
-    head_losses = dict[float, float]()
-    head_valleys = [] if earlier is None else list(earlier.head_valleys)
+    doubts = [] if earlier is None else [doubt for doubt in earlier.doubts if doubt != BACKBONE_DOUBT]
+    head_losses: dict[float, float] = {}
+    head_lr = None if earlier is None else earlier.head_lr
     head_step = 0.0 if earlier is None else step_lrs[-1]
-    with meta_loss.backbone_kept() if isinstance(meta_loss, ReplayedLoss) and walks_head else nullcontext():
+    with meta_loss.backbone_kept() if isinstance(meta_loss, ReplayedLoss) and earlier is None else nullcontext():
         start_loss = loss_at(0.0, head_step)
-        if walks_head:
-            before = {} if head_step == 0 else {0.0: loss_at(0.0, 0.0)}
-            loss_before = before.get(0.0, start_loss)
-            valley, walked = head_valley(lambda rate: loss_at(0.0, rate), loss_before, lr_min, lr_max)
-            head_losses = before | walked
-            head_valleys += [] if valley is None else [valley]
-    if not head_valleys:
-        doubts.append(HEAD_DOUBT)
-    head_lr = bounded(HEAD_SHARE * geometric_mean(head_valleys) if head_valleys else FALLBACK_HEAD_LR)
+        if earlier is None:
+            valley, head_losses = head_valley(lambda rate: loss_at(0.0, rate), start_loss, lr_min, lr_max)
+            head_lr = None if valley is None else bounded(HEAD_SHARE * valley)
+    if head_lr is None:
+        doubts.append("the loss does not tell the learning rates of the head apart")
+        head_lr = bounded(FALLBACK_HEAD_LR)
     if earlier is None:
         sizes = look_ahead.relative_sizes(reduce)[: layers - head_layers]
         largest_lr = bounded(largest_backbone_lr(sizes, step_lrs[: layers - head_layers], largest_step))
@@ -227,8 +216,7 @@ def calibrate(
         backbone_lr = lowest if harms_at_once else min(bounded(guess), largest_lr)
     # Of the backbone alone: the head has little to forget, and learns too slowly at such a rate.
     backbone_lr = max(backbone_lr / momentum_growth, lr_min)
-    losses = head_losses, backbone_losses
-    return Calibration(backbone_lr, head_lr, start_loss, *losses, largest_lr, changes, doubts, head_valleys)
+    return Calibration(backbone_lr, head_lr, start_loss, head_losses, backbone_losses, largest_lr, changes, doubts)
 
 
 class Calibrator:
@@ -296,8 +284,7 @@ class Calibrator:
             earlier = replace(earlier, changes=[])
         with look_ahead.excursions():
             step_lrs = [rate * shape for rate in before]
-            # A later look finds a head that has been tuned since.
-            found = calibrate(look_ahead, step_lrs, meta_loss, earlier=earlier, walks_head=not later, **kwargs)
+            found = calibrate(look_ahead, step_lrs, meta_loss, earlier=earlier, **kwargs)
         self.forwards += found.forwards - (meta_loss.replays if isinstance(meta_loss, ReplayedLoss) else 0)
         self._steps = self._steps[1:]
         if not later and agree(found.changes):
@@ -316,7 +303,8 @@ class Calibrator:
         self.found = found
         head_layers = kwargs.get("head_layers", 1)
         rates = found.learning_rates(len(before), head_layers)
-        return [*rates[:-head_layers], *before[-head_layers:]] if later else rates
+        # The head has been tuned since its own look.
+        return rates if earlier is None else [*rates[:-head_layers], *before[-head_layers:]]
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in plain containers."""

@@ -177,5 +177,5 @@ def test_a_run_is_the_same_bit_for_bit_and_costs_less(tmp_path, make_model, sour
     in_full = run("full")
     assert all(torch.equal(a, b) for a, b in zip(replayed.model.parameters(), in_full.model.parameters(), strict=True))
     assert replayed.lr_scheduler.calibration == in_full.lr_scheduler.calibration
-    # A forward pass counts as a third, and the head is walked twice, over three rungs at least.
-    assert in_full.lr_scheduler.extra_passes - replayed.lr_scheduler.extra_passes >= 2
+    # A forward pass counts as a third, and the head is walked over three rungs at least.
+    assert in_full.lr_scheduler.extra_passes - replayed.lr_scheduler.extra_passes >= 1

@@ -211,42 +211,6 @@ def test_the_backbone_starts_at_a_tenth_of_the_head_unless_that_does_harm():
     assert odd.backbone_lr == pytest.approx(1e-2 / 3)
 
 
-def test_the_head_starts_at_the_geometric_mean_of_what_the_looks_find():
-    model, start = network(), network()
-    look_ahead = a_step_taken(model, torch.optim.AdamW(groups(model, PROBE_LR), weight_decay=0.0))
-
-    def look(best, **kwargs):
-        # Adam's first step moves each weight by the learning rate, so that the loss falls up to the best one.
-        def loss():
-            return 5 + ((model[5].weight - start[5].weight).abs().max() - best).abs()
-
-        return calibrate(look_ahead, [PROBE_LR] * 2, loss, **kwargs)
-
-    first = look(0.1)
-    second = look(1e-2, earlier=first)
-    assert first.head_valleys == pytest.approx([0.1])
-    assert second.head_valleys == pytest.approx([0.1, 1e-2])
-    assert second.head_lr == pytest.approx(0.1 * 0.1 * 10**-0.5)
-    # The step before had moved the head, so that the loss without it is one pass more.
-    assert second.head_losses[0.0] == pytest.approx(5 + 1e-2, rel=1e-5)
-    assert second.start_loss == pytest.approx(5 + 1e-2 - PROBE_LR, rel=1e-5)
-    # A look that says nothing of the head changes nothing, and neither does one that does not walk it.
-    flat = calibrate(look_ahead, [PROBE_LR] * 2, lambda: torch.tensor(1.0), earlier=first)
-    assert (flat.head_lr, flat.doubts) == (first.head_lr, [search.BACKBONE_DOUBT])
-    later = look(1e-2, earlier=first, walks_head=False)
-    assert (later.head_lr, later.head_losses) == (first.head_lr, {})
-
-
-def test_a_look_that_finds_the_head_ends_the_doubt():
-    model = network()
-    look_ahead = a_step_taken(model, torch.optim.AdamW(groups(model, PROBE_LR)))
-    flat = calibrate(look_ahead, [PROBE_LR] * 2, lambda: torch.tensor(1.0))
-    assert search.HEAD_DOUBT in flat.doubts
-    found = calibrate(look_ahead, [PROBE_LR] * 2, lambda: loss_of(model, slice(64, 128)), earlier=flat)
-    assert len(found.head_valleys) == 1
-    assert search.HEAD_DOUBT not in found.doubts
-
-
 def test_it_needs_a_validation_batch():
     model = network()
     optimizer = torch.optim.AdamW(groups(model, 1e-3))
@@ -297,7 +261,7 @@ def test_a_restart_records_the_step_that_waits():
 
 @pytest.mark.usefixtures("unlimited")
 def test_it_waits_for_the_end_of_a_warm_up_from_zero():
-    _, scheduler = train(1e-4, "stream", steps=2, shape=lambda step: min(1.0, step / 2))
+    _, scheduler = train(1e-4, "stream", steps=3, shape=lambda step: min(1.0, step / 2))
     rates = scheduler.history.learning_rates
     assert rates[0].tolist() == [0.0, 0.0]
     assert rates[1].tolist() == [rate / 2 for rate in scheduler.calibration.learning_rates(2)]
@@ -350,8 +314,7 @@ def test_looks_along_further_steps(doubtful, looks, later_looks):
     assert first.guard.first_loss == late.guard.first_loss == first.calibration.start_loss
     assert not early.will_calibrate
     assert len(early.calibration.changes) == looks
-    assert len(first.calibration.head_valleys) == 1
-    assert len(early.calibration.head_valleys) == len(late.calibration.head_valleys) == min(looks, len(LOOKS))
+    assert early.calibration.head_losses == {}
     assert early.calibration.backbone_in_doubt == (doubtful >= len(LOOKS))
     assert not late.calibration.backbone_in_doubt
     assert len(late.calibration.changes) == later_looks

@@ -9,7 +9,6 @@ from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
@@ -132,9 +131,8 @@ def replayed(trainer: MetaLRTrainer, loss: Callable[[], torch.Tensor]) -> Replay
     is_safe = args.n_gpu <= 1 and not args.torch_compile
     if args.world_size > 1:
         # Each of several processes decides for itself whether to run the backbone, so that they must not meet there.
-        is_alone = trainer.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        meets = trainer._own_loss or any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-        is_safe = is_safe and is_alone and not meets
+        meets = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        is_safe = is_safe and not (meets or trainer.is_fsdp_enabled or trainer._own_loss)
     heads = head_layers(scheduler.layers) if is_safe else ()
     groups = [group for group in scheduler.optimizer.param_groups if group.get("layer") in heads]
     return ReplayedLoss(model, [p for group in groups for p in group["params"]], loss)

@@ -161,6 +161,7 @@ def run(
     result = {
         "rates": rates.rates,
         "steps": [trainer.state.global_step, trainer.state.best_global_step],
+        "calibration_forwards": trainer.lr_scheduler.calibration_forwards,
         "stopped_because": trainer.stopped_because,
         "fitted_to": trainer.fresh_head.images,
         "refined_on": trainer.last_features.images,

@@ -123,6 +123,9 @@ def test_two_processes_of_a_batch_are_one_of_a_batch_twice_as_large(folder, tmp_
     torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
     assert far_apart(tmp_path, folder / source) < 1e-6
     assert (of_process(folder / source)["sharded"] > 0) == (not is_ddp(folder))
+    # Of a model that is sharded, the backbone is run for each rate of the head too.
+    alone, together = (of_process(place)["calibration_forwards"] for place in (tmp_path, folder / source))
+    assert alone == together if is_ddp(folder) else alone < together
 
 
 def test_the_average_of_two_processes_is_that_of_one(folder, tmp_path):

@@ -9,6 +9,7 @@ from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.other import is_compiled_module
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
@@ -128,7 +129,9 @@ def replayed(trainer: MetaLRTrainer, loss: Callable[[], torch.Tensor]) -> Replay
         [`~metalr_hf.tuning.calibration.replay.ReplayedLoss`]
     """
     args, model, scheduler = trainer.args, trainer.model, trainer.lr_scheduler
-    is_safe = args.n_gpu <= 1 and not args.torch_compile
+    # Hooks that come and go would have a compiled model compiled again.
+    compiled = any(is_compiled_module(module) or module._compiled_call_impl is not None for module in model.modules())
+    is_safe = args.n_gpu <= 1 and not args.torch_compile and not compiled
     if args.world_size > 1:
         # Each of several processes decides for itself whether to run the backbone, so that they must not meet there.
         meets = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())

@@ -13,7 +13,7 @@ from rich.markdown import Markdown
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..compare.report import write_report
-from ..compare.results import read_results
+from ..compare.results import FAILED, read_results
 from ..compare.runs import Cell, Comparison, compare
 from ..compare.workers import check_backend
 from ..data.files.layout import folder_of
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         argv (`list[str]`): The arguments, or a YAML or JSON file with them, which further arguments override.
 
     Returns:
-        `int`: the exit code.
+        `int`: the exit code, 1 if an error ended every run.
     """
     arguments, *given = parse_compare_arguments(argv)
     try:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         say(f"Interrupted. What has run is in {arguments.output_dir}; the same command runs the rest.")
         return INTERRUPTED
-    return 0
+    return 1 if all(row["status"] == FAILED for row in read_results(arguments.output_dir)) else 0
 
 
 @dataclass

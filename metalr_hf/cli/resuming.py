@@ -1,4 +1,4 @@
-"""Whether a run that goes on from a checkpoint learns from the images and classes that the checkpoint's run had."""
+"""Whether a run that goes on from a checkpoint has the images, classes and tuning that the checkpoint's run had."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ DECIDING = (
     "label_column_name",
     "max_train_samples",
 )
+# What the model card says of the whole run.
+TUNING = ("hyper_lr", "tuning_steps", "calibrate", "fit_head", "average_weights")
 
 
 def splits_of(arguments: TrainArguments, splits: Any, meta_split: float) -> dict[str, Any]:
-    """What a run that goes on from this one must have too, or it would be tested on images that were trained on.
+    """What a run that goes on from this one must have too, or its results and its card would not be what they seem.
 
     Args:
         arguments ([`TrainArguments`]): The run's arguments.
@@ -43,12 +45,13 @@ def splits_of(arguments: TrainArguments, splits: Any, meta_split: float) -> dict
         "seed": arguments.training.seed,
         "meta_split": meta_split,
         **{name: getattr(arguments.data, name, None) for name in DECIDING},
+        **{name: getattr(arguments.training, name) for name in TUNING},
         **sizes,
     }
 
 
 def check_same_splits(checkpoint: str, splits: dict[str, Any]) -> None:
-    """Raises `ValueError` if the run of a checkpoint had other images, shares or classes.
+    """Raises `ValueError` if the run of a checkpoint had other images, shares, classes or tuning.
 
     Args:
         checkpoint (`str`): The checkpoint to go on from. One of another program has no record beside it, and passes.
@@ -60,10 +63,13 @@ def check_same_splits(checkpoint: str, splits: dict[str, Any]) -> None:
     before = json.loads(file.read_text(encoding="utf-8"))
     for name, value in json.loads(json.dumps(splits)).items():
         if name in before and before[name] != value:
+            harm = "be tested on images that it was trained on, or learn other classes"
+            if name in TUNING:
+                harm = "have a model card that is wrong of its first steps"
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r} is of a run with {_shown(name, before[name])}; here there are "
-                f"{_shown(name, value)}. It would be tested on images that it was trained on, or learn other classes. "
-                "Give what it had, or start a run of its own from the weights in that folder with --model_name_or_path."
+                f"{_shown(name, value)}. It would {harm}. Give what it had, or start a run of its own from the weights "
+                "in that folder with --model_name_or_path."
             )
 
 

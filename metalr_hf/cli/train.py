@@ -108,7 +108,9 @@ def check_output_dir(arguments: TrainArguments) -> str | None:
 
 def _left_by_a_run(folder: Path) -> list[Path]:
     files = [folder / name for name in (*RUN_FILES, TRAINING_ARGS_NAME)]
-    return [path for path in files if path.exists()] + checkpoints(folder)
+    left = [path for path in files if path.exists()] + checkpoints(folder)
+    # That is written first. A run that was interrupted before its first checkpoint has left nothing to go on from.
+    return [] if left == [folder / RECORD] else left
 
 
 def _delete_earlier_run(arguments: TrainArguments) -> None:
@@ -253,8 +255,10 @@ def _show(trainer: MetaLRTrainer, results: dict[str, float]) -> None:
     console.print(table)
     if scheduler.calibration is not None:
         console.print(
-            "The start rates were calibrated along the first steps; the learning rate given made no difference."
+            "The start rates were calibrated along the first steps; learning_rate made no difference to them."
         )
+    if scheduler.calibration is not None and scheduler.calibration.doubts:
+        console.print(f"They are in doubt: {'; '.join(scheduler.calibration.doubts)}.")
     if trainer.fresh_head.images:
         console.print(f"After the third step the head was fitted to {trainer.fresh_head.images} training images.")
     schedule = SchedulerType(trainer.args.lr_scheduler_type).value

@@ -87,7 +87,7 @@ class MetaLRTrainingArguments(TrainingArguments):
         head_lr_multiplier (`float`, *optional*, defaults to 1.0):
             With `calibrate=False`, the head starts at `learning_rate` times this.
         head_hold_epochs (`float`, *optional*, defaults to 0.0):
-            The head keeps its start rate for so many first epochs; if they are more than `tuning_steps`, to the end.
+            The head keeps its start rate for so many first epochs; if they last longer than `tuning_steps`, to the end.
         layer_granularity (`str`, *optional*, defaults to `"block"`):
             What gets a learning rate of its own: every `block`, every `stage` of blocks, or every `tensor`.
         head_module (`list[str]`, *optional*):
@@ -213,8 +213,8 @@ class MetaLRTrainingArguments(TrainingArguments):
     head_hold_epochs: float = field(
         default=0.0,
         metadata={
-            "help": "The head keeps its start rate for so many first epochs; if they are more than `tuning_steps`, to "
-            "the end."
+            "help": "The head keeps its start rate for so many first epochs; if they last longer than "
+            "`tuning_steps`, to the end."
         },
     )
     layer_granularity: str = field(

@@ -54,7 +54,7 @@ def averaging_share(kind: str | float) -> Callable[[int], float]:
     if not 0 < decay < 1:
         raise ValueError(
             f'average_weights={kind!r} must be "{POLYNOMIAL}", or the decay of an exponential moving average, such as '
-            '0.99. In training arguments "none" is no average.'
+            '0.99; in training arguments, "none" switches the average off.'
         )
     check_number("average_weights", decay)
     return lambda step: 1.0 if step == 1 else 1 - min(decay, (1 + step) / (10 + step))

@@ -54,6 +54,14 @@ def test_a_comparison_from_the_command_line_leaves_its_report(tmp_path, capsys):
     assert "holds a comparison with other settings" in capsys.readouterr().err
 
 
+def test_a_comparison_of_which_every_run_fails_ends_with_an_error_code(tmp_path):
+    command = ["compare", "--output_dir", str(tmp_path / "out"), "--model", str(save_vit(tmp_path / "vit"))]
+    command += ["--dataset", str(save_image_folder(tmp_path / "images")), "--strategies", "cosine", "--seeds", "0"]
+    command += ["--learning_rates", "1e-3", "--steps", "2", "--image_size", "16", "--train_size", "2"]
+    assert main(command) == 1
+    assert json.loads((tmp_path / "out" / "results.jsonl").read_text())["status"] == "failed"
+
+
 def test_folders_of_one_name_are_told_apart(tmp_path, capsys):
     folders = [str(save_image_folder(tmp_path / place / "images")) for place in ("here", "there")]
     command = ["compare", "--output_dir", str(tmp_path / "out"), "--model", str(save_vit(tmp_path / "vit"))]

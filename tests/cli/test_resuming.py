@@ -33,9 +33,10 @@ def test_a_run_goes_on_with_what_it_had(root, tmp_path):
         (["--seed", "7"], "is of a run with seed=42; here there are seed=7"),
         (["--max_train_samples", "30"], "is of a run with max_train_samples=None; here there are max_train_samples=30"),
         (["--meta_split", "0.2"], "is of a run with meta_split=0.0; here there are meta_split=0.2"),
+        (["--hyper_lr", "0.5"], "hyper_lr=0.1; here there are hyper_lr=0.5. It would have a model card that is wrong"),
     ],
 )
-def test_other_images_are_refused(root, tmp_path, capsys, more, told):
+def test_other_images_and_other_tuning_are_refused(root, tmp_path, capsys, more, told):
     assert resume(root, tmp_path, *more) == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
 

@@ -169,6 +169,11 @@ def test_an_output_folder_that_holds_another_run(tmp_path, images, vit, capsys):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_folder_that_only_says_what_was_to_be_trained_on_holds_no_run(tmp_path, images, vit):
+    (tmp_path / "data_splits.json").write_text("{}")
+    assert run(tmp_path, images, vit, "--max_steps", "1") == 0
+
+
 def test_an_earlier_run_is_deleted_when_the_new_one_begins_and_not_before(tmp_path, images, vit, capsys, monkeypatch):
     def files():
         return {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -340,6 +340,6 @@ def warn_of_doubts(calibration: Calibration) -> None:
         warnings.warn(
             f"The calibration of the start learning rates is in doubt: {'; '.join(calibration.doubts)}. It starts at "
             f"{calibration.backbone_lr:.1e} (backbone) and {calibration.head_lr:.1e} (head) instead, and tuning goes "
-            "on from there. Look at the labels and the size of the meta batch if this comes again with another seed.",
+            "on from there. Look at the labels and the batch size if this comes again with another seed.",
             stacklevel=2,
         )

@@ -217,6 +217,8 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
         "device": _device(args),
         "seed": args.seed if args.data_seed is None else f"{args.seed}, {args.data_seed} for the data",
     }
+    if trainer.stopped_because is not None:
+        settings["end of the run"] = trainer.stopped_because
     weights = []
     if trainer.average_weights is not None:
         kind = str(trainer.average_weights)
@@ -249,6 +251,8 @@ def _tuning(trainer: HubTrainer) -> dict[str, object]:
     rates = scheduler.start_learning_rates
     given = " to ".join(dict.fromkeys(f"{rate:.1e}" for rate in (rates.min().item(), rates.max().item())))
     way = "calibrated along the first steps" if scheduler.calibration else "as given"
+    if scheduler.calibration and scheduler.calibration.doubts:
+        way += f" (in doubt: {'; '.join(scheduler.calibration.doubts)})"
     settings: dict[str, object] = {"start learning rates": f"{given}, {way}"}
     if trainer.fresh_head.images:
         settings["head"] = f"fitted in closed form to {trainer.fresh_head.images} training images after the third step"
@@ -277,9 +281,10 @@ def _validation(trainer: HubTrainer) -> str:
     if not args.hyper_lr:
         return ""
     if trainer.meta_source == "next_batch":
+        trained_on = "" if trainer.all_images_from is None else ", before all of them were trained on"
         return (
             "The validation gradient of a step was that of the next training batch, whose images the step had not "
-            "seen. No image was held out for it, and none of the evaluation was used."
+            f"seen. No image was held out for it, and none of the evaluation was used{trained_on}."
         )
     source = "a second, independently shuffled pass over the training set"
     if args.meta_split:

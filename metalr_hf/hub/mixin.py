@@ -45,6 +45,7 @@ class HubTrainer(Trainer):
     dataset_name: str | None = None
     task: Task | None = None
     all_images_from: int | None = None
+    stopped_because: str | None = None
     held_back: Any = None
     test_split: str | None = "test"
 

@@ -375,7 +375,11 @@ def test_a_run_without_any_number_stops_by_itself(tmp_path, images, vit, capsys)
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert accuracy(tmp_path) == pytest.approx(results["test_accuracy"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"Converged at step {step}, and trained on to step {state['global_step']} with the images too" in shown
+    said = f"Converged at step {step}, and trained on to step {state['global_step']} with the images too"
+    assert said in shown
+    card = (tmp_path / "README.md").read_text()
+    assert said in card
+    assert "none of the evaluation was used, before all of them were trained on." in " ".join(card.split())
 
 
 def test_a_validation_split_of_its_own_is_never_trained_on(tmp_path, vit, monkeypatch):

@@ -65,10 +65,12 @@ def main(argv: list[str]) -> int:
                 console.print(f"{kept} of the {len(images.names)} images were in the table already.", soft_wrap=True)
             if table.replaced:
                 console.print(f"Rows replaced, as their images have changed since: {table.replaced}.", soft_wrap=True)
-            broken = predict(task, model, processor, images, numbers, table, **options, report=report)
+            broken, doubtful = predict(task, model, processor, images, numbers, table, **options, report=report)
     except KeyboardInterrupt:
         say(f"Interrupted. What is done is in {output}; the same command does the rest.")
         return INTERRUPTED
+    if doubtful:
+        say(f"The answers to {doubtful} of the images may mislead: the column 'warning' says why.")
     if broken:
         say(f"{broken} of the images could not be read: the column 'error' says why. A second run tries them again.")
         if broken == len(images.names):
@@ -85,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         "of their source, all others PNG. Their values are the class numbers, and the table has the share of every "
         "class, or of volumes its voxels and its volume in ml. Files that end in _0000, _0001 ... are channels of one "
         "volume where the model takes as many. Started again with the same table, it goes on where it stopped; the "
-        "column content tells whether an image is still the same, and the row of one that is not is replaced.",
+        "column content tells whether an image is still the same, and the row of one that is not is replaced. The "
+        "column warning names images that are unlike those of the training: with 8 bits where these had more, or all "
+        "of one colour.",
         allow_abbrev=False,
     )
     parser.add_argument("run", help="output folder of a run, or Hub id of a model")

@@ -20,15 +20,20 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..data.files import look_at
 from ..data.files.folders import OTHER_ENDINGS
 from ..data.files.reading import file_bytes
+from ..data.intensity import VOI, channels_of, window_of
 from ..data.listing import ImageList
 from ..messages import first_line
 from ..models.losses import first_logits
 from .base import Task
 
-# What every table has: which image, by which model, what is wrong with the file, and a fingerprint of what it holds.
-FILE, MODEL, ERROR, CONTENT = "file", "model", "error", "content"
+# What every table has: which image, by which model, why the answer may mislead, what is wrong with the file, and a
+# fingerprint of what it holds.
+FILE, MODEL, WARNING, ERROR, CONTENT = "file", "model", "warning", "error", "content"
+# Less than one of 256 levels, and more than what resizing an even image leaves of rounding.
+EVEN = 1e-3
 FINGERPRINT_BYTES = 8
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 # What a mask of an image that is no NIfTI file need not have in its name.
@@ -59,7 +64,7 @@ class PredictionTable:
 
     def __init__(self, file: Path, columns: Sequence[str], model_name: str, overwrite: bool = False):
         self.file, self.model_name = file, model_name
-        self.columns = [FILE, *columns, ERROR, CONTENT, MODEL]
+        self.columns = [FILE, *columns, WARNING, ERROR, CONTENT, MODEL]
         self.done: dict[str, dict[str, str]] = {} if overwrite else self._kept()
         self.replaced = 0
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +149,8 @@ class _Inputs(Dataset[Any]):
             return {FILE: name, ERROR: "there is no image"}, None, None
         row = {FILE: name, ERROR: "", CONTENT: content_of(entry)}
         try:
-            return row, *self.task.read(entry, self.processor)
+            pixels, source = self.task.read(entry, self.processor)
+            return row | {WARNING: _warning(entry, pixels, self.processor)}, pixels, source
         except ImportError:
             # True of every such file.
             raise
@@ -182,6 +188,17 @@ def content_of(entry: Any) -> str:
     return digest.hexdigest()
 
 
+def _warning(entry: Any, pixels: Any, processor: BaseImageProcessor) -> str:
+    """Why the answer to an image that can be read may mislead; empty if nothing is known."""
+    levels = torch.as_tensor(pixels).flatten(1)
+    if bool((levels.amax(1) - levels.amin(1) < EVEN).all()):
+        return "the model sees one even colour"
+    window, is_one = window_of(processor), not isinstance(entry, (list, tuple))
+    if window is not None and window.source != VOI and is_one and not look_at(entry, channels_of(processor)).deep:
+        return f"the image has 8 bits; the model was trained on more, of which {window.low:g} to {window.high:g} count"
+    return ""
+
+
 def _without_path(error: Exception, entry: Any, name: str) -> str:
     # Of a file in memory libraries tell its address.
     told = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", name, first_line(error))
@@ -203,7 +220,7 @@ def predict(
     batch_size: int = 32,
     num_workers: int = 0,
     report: Callable[[int], None] = lambda done: None,
-) -> int:
+) -> tuple[int, int]:
     """Writes what a model says of images into a table.
 
     Args:
@@ -218,7 +235,7 @@ def predict(
         report (`Callable`, *optional*): Is told how many images are done each time.
 
     Returns:
-        `int`: how many images could not be read.
+        `tuple[int, int]`: how many images could not be read, and of how many the answer may mislead.
     """
     names = names_of(model)
     # Those of the table too, which a mask of another image must not take the place of.
@@ -226,7 +243,7 @@ def predict(
     loader: DataLoader[Any] = DataLoader(
         _Inputs(images, numbers, task, processor), batch_size, num_workers=num_workers, collate_fn=list
     )
-    device, broken = next(model.parameters()).device, 0
+    device, broken, doubtful = next(model.parameters()).device, 0, 0
     model.eval()
     for batch in loader:
         rows = {row[FILE]: row for row, _, _ in batch}
@@ -238,8 +255,9 @@ def predict(
                 }
         table.add(list(rows.values()))
         broken += sum(bool(row[ERROR]) for row in rows.values())
+        doubtful += sum(bool(row.get(WARNING)) for row in rows.values())
         report(len(batch))
-    return broken
+    return broken, doubtful
 
 
 def _answers(

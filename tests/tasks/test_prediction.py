@@ -74,6 +74,7 @@ def test_probabilities_are_those_of_transformers_pipeline(tmp_path, run, photos)
         "probability_nil",
         "probability_one",
         "probability_two",
+        "warning",
         "error",
         "content",
         "model",
@@ -84,6 +85,25 @@ def test_probabilities_are_those_of_transformers_pipeline(tmp_path, run, photos)
         assert {label: row[f"probability_{label}"] for label in told} == pytest.approx(told, abs=1e-5)
         assert told[row["prediction"]] == max(told.values())
     assert table["error"].isna().all()
+    assert table["warning"].isna().all()
+
+
+def test_images_of_fewer_bits_and_of_one_colour_are_warned_of(tmp_path, scans, capsys):
+    run = train(tmp_path / "run", scans, save_vit(tmp_path / "vit"))
+    folder = tmp_path / "new"
+    folder.mkdir()
+    levels = np.arange(400).reshape(20, 20)
+    Image.fromarray((levels * 10).astype("uint16")).save(folder / "deep.png")
+    Image.fromarray((levels // 2).astype("uint8")).save(folder / "shallow.png")
+    # All of it is above the window.
+    Image.fromarray((levels + 60_000).astype("uint16")).save(folder / "above.png")
+    table = predict(run, folder, tmp_path / "p.csv")
+    assert table["error"].isna().all()
+    assert np.isfinite(table["probability_left"]).all()
+    assert pandas.isna(table.loc["deep.png", "warning"])
+    assert table.loc["shallow.png", "warning"].startswith("the image has 8 bits; the model was trained on more, of")
+    assert table.loc["above.png", "warning"] == "the model sees one even colour"
+    assert "The answers to 2 of the images may mislead: the column 'warning' says why." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["photos", "scans", "voi"])

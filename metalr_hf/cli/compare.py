@@ -189,7 +189,8 @@ def parse_compare_arguments(argv: Sequence[str]) -> tuple[CompareArguments, dict
         "a YAML or JSON file may be given.",
         allow_abbrev=False,
     )
-    parser.set_defaults(**task.default_arguments)
+    known = parser.names()
+    parser.set_defaults(**{name: value for name, value in task.default_arguments.items() if name in known})
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         file, *argv = argv

@@ -18,9 +18,12 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
+from ..data.loading import DataArguments
 from ..data.splits import hold_out
+from ..data.transforms import model_input
 from ..hub.card import tested_on
 from ..hub.publish import BESIDE_THE_MODEL, RESULTS
+from ..models.volume_processor import VolumeImageProcessor
 from ..trainer.checkpoints import checkpoints, is_complete, step_of, usable_checkpoint
 from ..trainer.meta import UnusableRowError
 from ..trainer.metalr import MetaLRTrainer
@@ -187,6 +190,7 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     refuse_empty_epochs(trainer.train_dataset, training)
     trainer.task = task
     trainer.test_split = _test_split(splits, data)
+    trainer.preparation = _preparation(data, processor)
     trainer.dataset_name = task.demo_description if data.is_demo else data.hub_id
     if arguments.overwrite_output_dir and checkpoint is None:
         # Not earlier: a run that cannot begin costs no other.
@@ -225,6 +229,19 @@ def _validation_share(train: Any, stops_by_itself: bool) -> float:
     if not (stops_by_itself and hasattr(train, "__len__")):
         return VALIDATION_SHARE
     return min(max(IMAGES_TO_STOP_BY / len(train), SMALLEST_SHARE_TO_STOP_BY), VALIDATION_SHARE)
+
+
+def _preparation(data: DataArguments, processor: Any) -> dict[str, object]:
+    """How images became inputs of the model, for its card."""
+    facts: dict[str, object] = {}
+    # Of volumes, patches are cut, and their voxels have a size.
+    if not isinstance(processor, VolumeImageProcessor):
+        height, width = model_input(processor).shape[-2:]
+        facts["image size"] = f"{height} × {width} pixels"
+    facts["augmentation"] = data.augment
+    if data.group_column:
+        facts["groups"] = f"images with the same {data.group_column!r} are in the same split"
+    return facts
 
 
 def _test_split(splits: Any, data: Any) -> str | None:

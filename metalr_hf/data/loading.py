@@ -304,7 +304,7 @@ def load_splits(
     splits = with_groups({name: splits[name] for name in splits}, args.group_column, args.image_column_name)
     columns = getattr(splits[train_name], "column_names", None)
     if args.group_column is not None and columns is not None and args.group_column not in columns:
-        raise ValueError(f"group_column={args.group_column!r} is not a column of the data set: {columns}.")
+        raise ValueError(f"group_column={args.group_column!r} is neither a column {columns} nor a tag of DICOM files.")
     if test_name is None and args.streaming:
         raise ValueError(
             f"A stream has no share to hold out for the test. Name a split with test_split, of {list(splits)}, or "

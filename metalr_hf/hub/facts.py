@@ -211,6 +211,7 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
         "optimizer": f"{type(optimizer).__name__}, weight decay {decay:g}",
         "schedule": f"{schedule}, {warmup} warm-up steps" if warmup else schedule.removesuffix("_with_warmup"),
         **_tuning(trainer),
+        **trainer.preparation,
         **_images(trainer.processing_class),
         **({"loss": loss.description} if isinstance(loss, TargetLoss) else {}),
         "precision": _precision(trainer),

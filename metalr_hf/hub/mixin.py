@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -28,6 +30,7 @@ class HubTrainer(Trainer):
         test_split (`str`, *optional*):
             Which images an evaluation with the prefix `"test"` is on, for the card: the name of their split, or `None`
             for images held out of those to train on.
+        preparation (`Mapping[str, object]`): How images became inputs of the model, as rows of the card.
     """
 
     args: Any
@@ -48,6 +51,7 @@ class HubTrainer(Trainer):
     stopped_because: str | None = None
     held_back: Any = None
     test_split: str | None = "test"
+    preparation: Mapping[str, object] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._evaluations: dict[tuple[str, int], Evaluation] = {}

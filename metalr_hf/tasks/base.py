@@ -28,6 +28,12 @@ from ..messages import did_you_mean
 from ..models.loading import ModelArguments, load_config, naming_the_model
 from ..models.probe import check_input
 
+# Those of Trainer are made for longer runs on more images: 8 a step, and a first loss in the log at step 500.
+DEFAULT_ARGUMENTS: Mapping[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "logging_steps": 10,
+}
 # Of a run that names neither a model nor a data set.
 DEMO_ARGUMENTS: Mapping[str, Any] = {
     # Too low on purpose, and of no consequence: that it makes no difference is what the demo shows.
@@ -71,7 +77,7 @@ class Task(ABC):
     pipeline_tag: ClassVar[str]
     data_arguments: ClassVar[type[DataArguments]] = DataArguments
     training_arguments: ClassVar[Mapping[str, Any]] = {}
-    default_arguments: ClassVar[Mapping[str, Any]] = {}
+    default_arguments: ClassVar[Mapping[str, Any]] = DEFAULT_ARGUMENTS
     demo_name: ClassVar[str] = "demo"
     demo_description: ClassVar[str] = "images that come with the package"
     demo_model_name: ClassVar[str] = "EfficientNet-Lite0"

@@ -71,7 +71,7 @@ class VolumeSegmentation(Task):
     }
     # These networks begin untrained, with a norm after each convolution: a first step a hundred times too long is as
     # good as another, and the steps after it are not.
-    default_arguments: ClassVar[Mapping[str, Any]] = {"lr_max": 1e-2}
+    default_arguments: ClassVar[Mapping[str, Any]] = {"logging_steps": 10, "lr_max": 1e-2}
     demo_name = "generated volumes"
     demo_description = "generated volumes of an organ with a lesion"
     demo_model_name = DEFAULT_NETWORK

@@ -52,10 +52,21 @@ def test_with_own_images_or_model_there_are_no_demo_settings(tmp_path):
     assert own_images.data.max_train_samples is None
     assert own_images.data.augment == "crop_flip"
     assert own_images.data.image_size == 224
+    assert own_images.training.per_device_train_batch_size == own_images.training.per_device_eval_batch_size == 32
+    assert own_images.training.logging_steps == 10
     own_model = parse_train_arguments([*output, "--model_name_or_path", "timm/resnet18.a1_in1k"])
     assert own_model.training.learning_rate == 5e-5
     assert own_model.data.augment == "crop"
     assert own_model.data.image_size is None
+
+
+def test_the_default_batch_is_as_large_as_the_task_allows(tmp_path):
+    def batch_size(*more):
+        return parse_train_arguments([f"--output_dir={tmp_path}", *more]).training.per_device_train_batch_size
+
+    assert batch_size("--data_dir", "photos", "--task", "segmentation") == 8
+    assert batch_size("--data_dir", "photos", "--task", "regression", "--target_column_names", "age") == 32
+    assert batch_size("--data_dir", "photos", "--per_device_train_batch_size", "4") == 4
 
 
 def test_one_value_in_a_file_is_a_list_of_one_where_a_list_is_taken(tmp_path):

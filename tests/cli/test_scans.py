@@ -71,6 +71,8 @@ def test_nothing_of_the_patient_goes_to_the_hub(tmp_path, scans, vit, hub, user)
     assert run(tmp_path / "run", scans, vit, *more) == 0
     done = user.metalr_hf("publish", tmp_path / "run", "--repo_id", "me/scans")
     assert done.returncode == 0, done.stderr
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| groups | images with the same 'PatientID' are in the same split |" in card
     pushed = [hub.folder("me/scans") / name for name in hub.files("me/scans")]
     assert len(pushed) >= 7
     for file in pushed:

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,10 @@ def test_a_run_leaves_its_eight_files_and_a_model_that_reloads(tmp_path, images,
     assert history.learning_rates[0] == pytest.approx(1e-3)
     assert width(tmp_path / "learning_rates.png") > 300
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 72
-    assert "| start learning rates | 1.0e-03, as given |" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "| start learning rates | 1.0e-03, as given |" in card
+    assert re.search(r"\| image size \| (\d+) × \1 pixels \|\n\| augmentation \| none \|", card)
+    assert "| groups |" not in card
     shown = capsys.readouterr().out
     assert f"{results['test_accuracy']:.4f}" in shown
     assert "schedule" not in shown

@@ -142,7 +142,7 @@ def test_a_patient_who_is_a_whole_number_in_one_split_and_a_fraction_in_the_othe
 
 def test_bad_groups_are_told_before_training(tmp_path):
     name = saved(tmp_path / "a", train=rows())
-    with pytest.raises(ValueError, match=r"group_column='subject' is not a column of the data set: \['image'"):
+    with pytest.raises(ValueError, match=r"='subject' is neither a column \['image'.* nor a tag of DICOM files"):
         load_images(DataArguments(dataset_name=name, group_column="subject"))
     missing = rows().remove_columns("patient").add_column("patient", [None if i == 7 else "p" for i in range(40)])
     name = saved(tmp_path / "b", train=missing)

@@ -45,5 +45,5 @@ def test_files_without_the_tag_are_told_of(tmp_path):
     np.save(tmp_path / "train" / "left" / "a.npy", np.zeros((4, 4), "uint16"))
     with pytest.raises(ValueError, match=r"a.npy\): group_column='PatientID' is no column but a tag of DICOM files"):
         load_images(arguments(tmp_path))
-    with pytest.raises(ValueError, match="group_column='patient' is not a column"):
+    with pytest.raises(ValueError, match="group_column='patient' is neither a column"):
         load_images(DataArguments(dataset_name=str(tmp_path), group_column="patient"))

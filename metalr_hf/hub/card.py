@@ -34,7 +34,7 @@ class LayerFacts:
 
     Args:
         name (`str`): The layer.
-        start (`float`): Its rate at the first step, calibrated or given.
+        start (`float`): Its rate at the end of the calibration, or as it was given.
         final (`float`): Its rate at the last step.
         low (`float`): Its lowest rate.
         high (`float`): Its highest rate.

@@ -39,7 +39,8 @@ class LayerRateScheduler(LRScheduler):
     Attributes:
         layers (`list[str]`): The layers, in the order of the groups.
         learning_rates (`torch.Tensor` of shape `(layers,)`, float64): α of every layer.
-        start_learning_rates (`torch.Tensor` of shape `(layers,)`, float64): Where the layers started.
+        start_learning_rates (`torch.Tensor` of shape `(layers,)`, float64):
+            Where the layers started, or where their calibration ended.
         lowest_learning_rates (`torch.Tensor` of shape `(layers,)`, float64): The lowest α of every layer at a step.
         highest_learning_rates (`torch.Tensor` of shape `(layers,)`, float64): The highest.
         history ([`LRHistory`]): α s(t) of every layer at every step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -337,15 +338,17 @@ def _class_table(rows: pd.DataFrame) -> str:
 
 
 def _notes(folder: Path, results: pd.DataFrame, timings: pd.DataFrame) -> str:
-    seeds = ", ".join(map(str, sorted(set(results["seed"]))))
-    over = f"seeds {seeds}{' and folds' if results['fold'].notna().any() else ''}"
+    numbers, has_folds = sorted(set(results["seed"])), bool(results["fold"].notna().any())
+    seeds = f"seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+    over = f"mean ± standard error over {seeds}{' and folds' * has_folds}, or over *n* runs where it says so"
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     notes = [
-        f"Columns are start learning rates; entries are test {_shown(results)}, mean ± standard error over {over}, "
-        "or over *n* runs where it says so. The best entry is bold. "
+        f"Columns are start learning rates; entries are test {_shown(results)}, "
+        f"{over if has_folds or len(numbers) > 1 else f'of {seeds}'}. The best entry is bold. "
         "*worst*, *mean* and *best* are over the start learning rates. *cost* is forward and backward passes over "
         "those of a plain run of equal steps, validation included. The test split was used once a run, after training, "
         "with the weights that the run ended with.",
-        f"Settings of all runs: `{(folder / SETTINGS).read_text(encoding='utf-8').strip()}`".replace("\n", " "),
+        f"Settings of all runs: `{json.dumps(settings, ensure_ascii=False)}`",
     ]
     for status, meaning in {
         DIVERGED: "Runs that diverged, counted as zero, or as the lowest of their cell where that is below zero:",

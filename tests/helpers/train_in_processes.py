@@ -16,7 +16,7 @@ from small_runs import Kill, images, resnet, streamed, vit
 from torch import multiprocessing, nn
 from torch.profiler import profile
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, default_data_collator, set_seed
 
 from metalr_hf import MetaLRTrainer, MetaLRTrainingArguments
 from metalr_hf.models.target_losses import ClassLoss
@@ -49,6 +49,11 @@ class Rows(IterableDataset):
 
 TRAINING_SETS = {"table": images, "stream": lambda: streamed(images())}
 META_SETS = {None: lambda: None, "stream": lambda: streamed(images(META_ROWS, seed=1)), "rows": Rows}
+
+
+def without_the_last(rows):
+    """As a collator does that leaves out an image it cannot use."""
+    return default_data_collator(rows[:-1])
 
 
 def names(inputs):
@@ -121,6 +126,7 @@ def run(
     saves_alone=False,
     class_loss=False,
     killed_at=None,
+    shorter_in_one=False,
     **arguments,
 ):
     folder = Path(folder)
@@ -144,6 +150,7 @@ def run(
         held_back=images(evaluated_on, seed=1) if holds_back else None,
         callbacks=[rates],
         compute_loss_func=ClassLoss([1.0, 1.0, 1.0]) if class_loss else None,
+        data_collator=without_the_last if shorter_in_one and args.process_index == 1 else None,
     )
     if killed_at is not None:
         trainer.add_callback(Kill(at=killed_at))

@@ -250,6 +250,16 @@ def test_one_process_may_save_the_average_alone(tmp_path):
         assert all(value.isfinite().all() for value in saved.values())
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_one_process_may_have_fewer_images_in_its_batches(tmp_path, way):
+    # The batches of an accumulated step are enough to look at in one process, and not in the other.
+    common = {"max_steps": 6, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "ddp_timeout": 60}
+    launch([{"folder": str(tmp_path), "class_loss": True, "shorter_in_one": True, **common, **WAYS[way]}], tmp_path)
+    one, two = (of_process(tmp_path, process) for process in (0, 1))
+    assert one["steps"][0] == two["steps"][0] == 6
+    assert one["rates"] == two["rates"]
+
+
 def is_ddp(folder):
     return (folder / "way").read_text() == "ddp"
 

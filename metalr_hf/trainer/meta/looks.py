@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.trainer_utils import has_length
 
@@ -96,21 +97,42 @@ def batches_to_look_at(trainer: MetaLRTrainer, coming: Sequence[Any]) -> list[An
     images = min(images, max(LOOK_IMAGES, own * args.world_size))
     if has_length(trainer.train_dataset):
         images = min(images, len(trainer.train_dataset))
-    size, taken, found = math.ceil(images / args.world_size), list[Any](), 0
-    for batch in coming:
-        # A collator may have left out all of one.
-        taken += [batch] * (_images_of(batch) != 0)
-        found += _images_of(batch) or 0
-        if found >= size:
-            return taken
+    size = math.ceil(images / args.world_size)
+    # Losses and sharded models meet the other processes in every batch, so that all have to take as many.
+    enough = _highest(trainer, _how_many_are_enough(coming, size, may_skip=args.world_size == 1))
+    if enough <= len(coming):
+        return [batch for batch in coming[:enough] if _images_of(batch) != 0]
+    spare: list[Any] = []
     # A process may have no row of a stream.
     with preserve_random_state(args.device), suppress(EmptyMetaSetError):
         # Another seed at every step: each look has images of its own, and a resumed run the same ones.
         at_a_time = min(size, TIMES_AS_MANY * own)
-        spare = spare_batches(trainer, size, at_a_time, seed=trainer.state.global_step, alone=False)
-        if spare is not None:
-            return list(spare)
-    return taken or list(coming[:1])
+        spare += spare_batches(trainer, size, at_a_time, seed=trainer.state.global_step, alone=False) or ()
+    if fewest := -_highest(trainer, -len(spare)):
+        return spare[:fewest]
+    some = [batch for batch in coming if _images_of(batch) != 0] if args.world_size == 1 else coming
+    return list(some or coming[:1])
+
+
+def _how_many_are_enough(coming: Sequence[Any], size: int, may_skip: bool) -> int:
+    """With how many of these batches there are so many images; more than there are if that does not suffice."""
+    found = 0
+    for number, batch in enumerate(coming, 1):
+        images = _images_of(batch) or 0
+        # A collator may have left out all of one.
+        if images == 0 and not may_skip:
+            break
+        found += images
+        if found >= size:
+            return number
+    return len(coming) + 1
+
+
+def _highest(trainer: MetaLRTrainer, number: int) -> int:
+    """The highest of the numbers of all processes."""
+    if trainer.args.world_size == 1:
+        return number
+    return int(trainer.accelerator.gather(torch.tensor([number], device=trainer.args.device)).max())
 
 
 def largest_step(trainer: MetaLRTrainer, coming: Sequence[Any]) -> float:

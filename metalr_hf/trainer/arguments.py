@@ -60,11 +60,11 @@ class MetaLRTrainingArguments(TrainingArguments):
             1.1 where the start rates are calibrated, so that tuning corrects them gently, and 2 where it has to find
             them.
         tuning_steps (`int`, *optional*, defaults to 40):
-            Tune at the first so many optimizer steps, then keep the rates found and leave them to the schedule; 0 tunes
-            to the end.
+            Tune at the first so many optimizer steps and those that are calibrated, then keep the rates found and leave
+            them to the schedule; 0 tunes to the end.
         calibrate (`bool`, *optional*):
-            Find the start rates along the first two or three steps, so that `learning_rate` makes no difference. On by
-            default, unless `hyper_lr` is 0.
+            Find the start rates along the first steps (two or three, and later ones in doubt), so that `learning_rate`
+            makes no difference. On by default, unless `hyper_lr` is 0.
         fit_head (`bool`, *optional*):
             Fit a classifier's fresh linear head in closed form: after the third step to up to 512 training images and,
             for the averaged weights, in part to the last 512. On by default where rates are calibrated.
@@ -151,15 +151,15 @@ class MetaLRTrainingArguments(TrainingArguments):
     tuning_steps: int = field(
         default=40,
         metadata={
-            "help": "Tune at the first so many optimizer steps, then keep the rates found and leave them to the "
-            "schedule; 0 tunes to the end."
+            "help": "Tune at the first so many optimizer steps and those that are calibrated, then keep the rates "
+            "found and leave them to the schedule; 0 tunes to the end."
         },
     )
     calibrate: bool | None = field(
         default=None,
         metadata={
-            "help": "Find the start rates along the first two or three steps, so that `learning_rate` makes no "
-            "difference. On by default, unless `hyper_lr` is 0."
+            "help": "Find the start rates along the first steps (two or three, and later ones in doubt), so that "
+            "`learning_rate` makes no difference. On by default, unless `hyper_lr` is 0."
         },
     )
     fit_head: bool | None = field(

@@ -131,7 +131,6 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
         self.meta_dataset = meta_dataset
         self._created_optimizer = self._has_trained = self._has_warned = False
         self._meta_stream: MetaStream | None = None
-        self._scheduler: MetaLRScheduler | None = None
         self._step_loss: Tensor | float = 0.0
         self._not_in_optimizer: dict[str, Tensor] = {}
         self.collapse_guard: CollapseGuard | None = None
@@ -239,9 +238,6 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
             warn_of_sizes(self, num_training_steps)
             # A create_optimizer of a subclass need not have called ours.
             self._split_by_layer(unwrap(optimizer), self.model)
-            if self._scheduler is not None:
-                # With auto_find_batch_size the run begins anew with the same optimizer.
-                self._scheduler.remove_hooks()
             fixed = args.hyper_lr == 0 and not calibrates(args)
             scheduler = MetaLRScheduler(
                 optimizer,
@@ -264,7 +260,7 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
             scheduler.hold_steps = dict.fromkeys(head_layers(scheduler.layers), held_for)
             scheduler.calibrates_later = self.meta_source == "next_batch"
             self._begin_run(scheduler)
-            self.lr_scheduler = self._scheduler = scheduler
+            self.lr_scheduler = scheduler
             # Trainer's own mark of a scheduler that a second train() has to make anew.
             self._created_lr_scheduler = True
         return self.lr_scheduler

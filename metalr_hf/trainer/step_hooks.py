@@ -29,7 +29,8 @@ class StepHooks(TrainerCallback):
     """Prepares every step and fetches a validation batch after its backward, where `training_step` has not.
 
     Before a step it calibrates the one before, fits the head when its turn has come, and undoes a collapse. A
-    `training_step` or `compute_loss` of a subclass need not call that of [`~metalr_hf.MetaLRTrainer`].
+    `compute_loss` of a subclass need not call that of [`~metalr_hf.MetaLRTrainer`], nor need its `training_step` if its
+    `get_batch_samples` does.
 
     Args:
         trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer whose run it is.
@@ -64,6 +65,12 @@ class StepHooks(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.trainer.lr_scheduler.calibration_is_late:
+            raise ValueError(
+                f"{type(self.trainer).__name__} has a training_step and a get_batch_samples that both do without those "
+                "of MetaLRTrainer, so that there is no batch to calibrate the learning rates on. Call the one of super "
+                "in one of them, or set calibrate=False."
+            )
         if self.trainer.lr_scheduler.meta_loss is None:
             fetch_validation_batch(self.trainer)
 

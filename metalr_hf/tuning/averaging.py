@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..settings import check_number
 from .sharding import local, reshard, saved, shard_of
 
 POLYNOMIAL = "polynomial"
@@ -56,7 +55,6 @@ def averaging_share(kind: str | float) -> Callable[[int], float]:
             f'average_weights={kind!r} must be "{POLYNOMIAL}", or the decay of an exponential moving average, such as '
             '0.99; in training arguments, "none" switches the average off.'
         )
-    check_number("average_weights", decay)
     return lambda step: 1.0 if step == 1 else 1 - min(decay, (1 + step) / (10 + step))
 
 
@@ -220,7 +218,7 @@ class WeightAverage:
         self._put(self._laid_out(shard_of, weights))
         average = self._laid_out(shard_of, state_dict["average"])
         self._average = {name: value.to(live[name].device, copy=True) for name, value in average.items()}
-        self.steps = state_dict["steps"]
+        self.steps, self._estimated_at = state_dict["steps"], 0
 
     def _live(self) -> dict[str, Tensor]:
         # Asked for anew: moving a model to a device replaces its buffers.

@@ -21,15 +21,12 @@ class StepListener(Protocol):
     def after_optimizer_step(self, optimizer: Optimizer) -> None: ...
 
 
-def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> list[torch.utils.hooks.RemovableHandle]:
+def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> None:
     """Registers hooks that call the listener at every step. A listener of an earlier run is no longer called.
 
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer.
         listener ([`StepListener`]): Kept by a weak reference: when it is gone, nothing is told.
-
-    Returns:
-        `list[torch.utils.hooks.RemovableHandle]`: to take the hooks away with.
     """
     # Weak, so that a scheduler which is gone neither lives on in its optimizer nor tunes it any more.
     reference = weakref.ref(listener)
@@ -47,7 +44,6 @@ def listen_to_steps(optimizer: Optimizer, listener: StepListener) -> list[torch.
     for hook in _HOOKS.get(base, []):
         hook.remove()
     _HOOKS[base] = [base.register_step_pre_hook(before), base.register_step_post_hook(after)]
-    return _HOOKS[base]
 
 
 def refuse_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

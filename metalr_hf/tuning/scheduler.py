@@ -48,7 +48,8 @@ class MetaLRScheduler(CalibratedScheduler):
         meta_every (`int`, *optional*, defaults to 1):
             Tunes at every k-th optimizer step, the first included.
         tuning_steps (`int`, *optional*):
-            Tunes at the first so many optimizer steps and keeps the rates found. `None` tunes to the end.
+            Tunes at the first so many optimizer steps, and at those that are calibrated, and keeps the rates found.
+            `None` tunes to the end.
         calibrate (`bool`, *optional*, defaults to `False`):
             Finds the start rates along the first two or three steps, whatever the `lr` of the groups; see
             [`~metalr_hf.tuning.calibration.calibrate`]. Needs a `meta_loss` at every `step()` before which
@@ -153,7 +154,7 @@ class MetaLRScheduler(CalibratedScheduler):
         super().__init__(optimizer, shape, lr_min, lr_max, calibrate, meta_context, reduce)
         check_layer_names("hold_steps", hold_steps or {}, self.layers)
         self.hold_steps = dict(hold_steps or {})
-        self._hooks = listen_to_steps(optimizer, self)
+        listen_to_steps(optimizer, self)
 
     @property
     def extra_passes(self) -> float:
@@ -184,7 +185,7 @@ class MetaLRScheduler(CalibratedScheduler):
             meta_loss (`Callable`, *optional*): Takes nothing and returns the scalar validation loss at the present
                 parameters; the backward is done here. Defaults to the attribute `meta_loss`; if that is `None` too,
                 nothing is tuned. Not called on steps that `meta_every` leaves out, nor with
-                `meta_source="next_batch"`. Training gradients are not kept.
+                `meta_source="next_batch"`, unless the step is calibrated. Training gradients are not kept.
         """
         # The base class steps once from its own __init__, before any optimizer step.
         if self.last_epoch >= 0:
@@ -273,11 +274,6 @@ class MetaLRScheduler(CalibratedScheduler):
         self._look_ahead.load_state_dict(state_dict["look_ahead"], self.parameters_by_layer())
         for name in self.stateful.keys() & state_dict["stateful"].keys():
             self.stateful[name].load_state_dict(state_dict["stateful"][name])
-
-    def remove_hooks(self) -> None:
-        """Takes the scheduler off its optimizer, so that another one can take over."""
-        for hook in self._hooks:
-            hook.remove()
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Settles the step before, if the next batch's gradient does that, and notes where the parameters are."""

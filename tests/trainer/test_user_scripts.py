@@ -183,6 +183,17 @@ def test_by_default_it_is_calibrated_and_tuned(tmp_path, script):
     assert unmeasured in ([[3], [4]] if trained.fresh_head.images else [[]])
 
 
+def test_batches_and_steps_that_both_do_without_ours_are_told_what_to_do(tmp_path):
+    class OwnBatchesAndStep(OwnBatches, StepWithoutLoss):
+        pass
+
+    with pytest.raises(ValueError, match=r"Call the one of super in one of them, or set calibrate=False"):
+        run(OwnBatchesAndStep, MetaLRTrainer, tmp_path)
+    args = stock_arguments(tmp_path, MetaLRTrainingArguments, calibrate=False)
+    kind = type("Uncalibrated", (OwnBatchesAndStep, MetaLRTrainer), {})
+    kind(model=vit(), args=args, train_dataset=images()).train()
+
+
 @pytest.mark.parametrize("script", [OwnLoss, OwnStepAndLoss, StepWithoutLoss])
 def test_a_stream_tunes_it_too(tmp_path, script):
     kind = type(script.__name__, (script, MetaLRTrainer), {})

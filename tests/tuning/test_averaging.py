@@ -47,6 +47,25 @@ def test_the_polynomial_average_is_that_of_a_plain_loop_over_saved_weights():
     assert all(torch.equal(value, saved[-1][name]) for name, value in weights(model).items())
 
 
+def test_statistics_that_were_estimated_are_not_those_of_an_average_that_is_loaded():
+    images = torch.randn(32, 4) + 3
+    averages = []
+    for shift in (0.0, 1.0):
+        model = network()
+        model[0].bias.data += shift
+        averages.append(WeightAverage(model))
+        trained(model, averages[-1].update)
+
+    def statistics(average):
+        with average.applied(lambda: average._model(images)):
+            return weights(average._model)
+
+    statistics(averages[0])
+    averages[0].load_state_dict(averages[1].state_dict())
+    first, second = map(statistics, averages)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def test_what_is_thawed_later_is_averaged_if_it_was_given_and_refused_if_not():
     model = network()
     for parameter in model[0].parameters():

@@ -1,6 +1,7 @@
 import gc
 import io
 import math
+import weakref
 
 import pytest
 import torch
@@ -260,16 +261,22 @@ def test_learning_rates_given_as_tensors_are_filled_in_place():
     assert float(tensors[2]) == pytest.approx(float(scheduler.learning_rates[1]))
 
 
-def test_a_scheduler_that_is_gone_or_taken_off_tunes_no_more():
+def test_a_second_scheduler_takes_the_place_of_the_first():
     model, optimizer, scheduler = make()
-    scheduler.remove_hooks()
-    train(model, optimizer, scheduler, 2)
-    assert scheduler.learning_rates.tolist() == [1e-2, 1e-2]
-    del scheduler
-    gc.collect()
     second = MetaLRScheduler(optimizer)
     train(model, optimizer, second, 2)
+    assert scheduler.learning_rates.tolist() == [1e-2, 1e-2]
     assert 1e-2 not in second.learning_rates.tolist()
+
+
+def test_a_scheduler_that_is_gone_listens_no_more():
+    model, optimizer, scheduler = make()
+    gone = weakref.ref(scheduler)
+    del scheduler
+    gc.collect()
+    assert gone() is None
+    loss_of(model, torch.arange(32)).backward()
+    optimizer.step()
 
 
 def test_a_frozen_layer_and_one_unfrozen_in_the_middle():

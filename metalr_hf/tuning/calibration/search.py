@@ -173,8 +173,10 @@ def calibrate(
         )
     layers = len(look_ahead.sizes)
 
-    def loss_at(backbone_lr: float, head_lr: float) -> float:
-        rates = [backbone_lr] * (layers - head_layers) + [head_lr] * head_layers
+    def loss_at(backbone_lr: float, head_lr: float | None) -> float:
+        rates = [backbone_lr] * (layers - head_layers)
+        # The layers of the head may have rates of their own by now.
+        rates += step_lrs[layers - head_layers :] if head_lr is None else [head_lr] * head_layers
         ratios = [rate / step_lr for rate, step_lr in zip(rates, step_lrs, strict=True)]
         return look_ahead.loss_at(ratios, meta_loss, reduce)
 
@@ -184,7 +186,7 @@ def calibrate(
     doubts = [] if earlier is None else [doubt for doubt in earlier.doubts if doubt != BACKBONE_DOUBT]
     head_losses: dict[float, float] = {}
     head_lr = None if earlier is None else earlier.head_lr
-    head_step = 0.0 if earlier is None else step_lrs[-1]
+    head_step = 0.0 if earlier is None else None
     with meta_loss.backbone_kept() if isinstance(meta_loss, ReplayedLoss) and earlier is None else nullcontext():
         start_loss = loss_at(0.0, head_step)
         if earlier is None:
@@ -292,15 +294,17 @@ class Calibrator:
         settled = self.has_looked and not found.backbone_in_doubt
         if settled or not found.backbone_losses:
             self._steps = []
-        if not self._steps:
-            warn_of_doubts(found)
-        if later and found.backbone_in_doubt:
+        keeps_rates = later and found.backbone_in_doubt
+        if not keeps_rates:
+            highest = found.largest_lr / kwargs.get("momentum_growth", 1.0)
+            if later and found.backbone_lr < 0.99 * highest:
+                lower = max(found.backbone_lr / LONGER_FIRST_STEP, kwargs.get("lr_min", 0.0))
+                found = replace(found, backbone_lr=lower)
+            self.found = found
+        if self.found is not None and not self._steps:
+            warn_of_doubts(self.found)
+        if keeps_rates:
             return list(before)
-        highest = found.largest_lr / kwargs.get("momentum_growth", 1.0)
-        if later and found.backbone_lr < 0.99 * highest:
-            lower = max(found.backbone_lr / LONGER_FIRST_STEP, kwargs.get("lr_min", 0.0))
-            found = replace(found, backbone_lr=lower)
-        self.found = found
         head_layers = kwargs.get("head_layers", 1)
         rates = found.learning_rates(len(before), head_layers)
         # The head has been tuned since its own look.

@@ -11,7 +11,16 @@ from torch import nn
 from metalr_hf import MetaLRScheduler, MetaLRTrainer
 from metalr_hf.tuning.calibration import search
 from metalr_hf.tuning.calibration.ladder import LADDER
-from metalr_hf.tuning.calibration.search import LOOKS, PROBE_LR, Calibration, calibrate, warn_of_doubts
+from metalr_hf.tuning.calibration.search import (
+    BACKBONE_DOUBT,
+    LATER_LOOKS,
+    LOOKS,
+    PROBE_LR,
+    Calibration,
+    Calibrator,
+    calibrate,
+    warn_of_doubts,
+)
 from metalr_hf.tuning.contexts import untouched
 from metalr_hf.tuning.hypergradient import LookAhead
 from metalr_hf.tuning.optimizers import momentum_growth
@@ -144,6 +153,35 @@ def test_a_flat_ladder_and_an_odd_batch_are_warned_of():
     odd = calibrate(look_ahead, [PROBE_LR] * 2, lambda: torch.tensor(math.nan), lr_min=1e-2)
     with pytest.warns(UserWarning, match=r"starts at 1\.0e-02 \(backbone\)"):
         warn_of_doubts(odd)
+
+
+def test_the_warning_names_the_rates_that_are_used():
+    model = network()
+    look_ahead = a_step_taken(model, torch.optim.AdamW(groups(model, PROBE_LR)))
+    calibrator = Calibrator(active=True)
+    calibrator.load_state_dict({**calibrator.state_dict(), "steps": [LATER_LOOKS[-1]]})
+    calibrator.found = Calibration(2e-4, 5e-4, 1.0, {}, {}, largest_lr=1e-2, changes=[], doubts=[BACKBONE_DOUBT])
+    with pytest.warns(UserWarning, match=r"starts at 2\.0e-04 \(backbone\) and 5\.0e-04 \(head\)"):
+        rates = calibrator.learning_rates(look_ahead, [3e-4, 6e-4], 1.0, lambda: torch.tensor(1.0))
+    # Tuned since.
+    assert rates == [3e-4, 6e-4]
+
+
+def test_a_later_look_leaves_all_layers_of_the_head_where_the_step_has_brought_them():
+    def by_layer(model, rates):
+        backbone, head = groups(model, PROBE_LR)
+        head = [{"params": [parameter], "layer": name} for name, parameter in model[5].named_parameters()]
+        return [group | {"lr": rate} for group, rate in zip([backbone, *head], rates, strict=True)]
+
+    model, rates = network(), [1e-3, 4e-3, 2e-2]
+    look_ahead = a_step_taken(model, torch.optim.AdamW(by_layer(model, rates)))
+    earlier = Calibration(1e-3, 1e-3, 2.3, {}, {}, largest_lr=1e-2, changes=[], doubts=[])
+    found = calibrate(look_ahead, rates, lambda: loss_of(model.eval(), slice(64, 128)), earlier=earlier, head_layers=2)
+    again = network()
+    torch.manual_seed(1)
+    loss_of(again, slice(0, 64)).backward()
+    torch.optim.AdamW(by_layer(again, [0.0, *rates[1:]])).step()
+    assert found.start_loss == pytest.approx(loss_of(again.eval(), slice(64, 128)).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])

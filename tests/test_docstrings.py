@@ -59,7 +59,7 @@ SHOWN = (
     "metalr_hf.tasks.metrics.classes",
     "metalr_hf.trainer.arguments",
     "metalr_hf.trainer.collapse",
-    "metalr_hf.trainer.meta.stream",
+    "metalr_hf.trainer.batches.stream",
     "metalr_hf.trainer.metalr",
     "metalr_hf.trainer.schedules",
     "metalr_hf.tuning.calibration.search",

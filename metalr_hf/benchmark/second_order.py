@@ -10,7 +10,7 @@ from torch.func import functional_call
 from transformers import Trainer
 
 from ..layers.groups import layer_groups, split_optimizer
-from ..trainer.meta import MetaStream
+from ..trainer.batches import MetaStream
 
 
 class SecondOrderTrainer(Trainer):

@@ -99,7 +99,7 @@ def _warnings_without_their_source() -> Iterator[None]:
 def _is_message_to_user(error: Exception) -> bool:
     """Whether this package raised the error itself; one of a library below it keeps its traceback."""
     if isinstance(error, RuntimeError):
-        from ..trainer.meta import UnusableRowError
+        from ..trainer.batches import UnusableRowError
 
         # torch's own, such as an exhausted memory, come without a frame of torch where its compiled code raised them.
         return isinstance(error, UnusableRowError)

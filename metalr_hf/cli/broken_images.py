@@ -10,7 +10,7 @@ import datasets
 
 from ..data.columns import IMAGE
 from ..data.files import read_image
-from ..trainer.meta import UnusableRowError
+from ..trainer.batches import UnusableRowError
 
 
 def name_broken_image(error: Exception, splits: Mapping[str, Any]) -> None:

@@ -24,8 +24,8 @@ from ..data.transforms import model_input
 from ..hub.card import tested_on
 from ..hub.publish import BESIDE_THE_MODEL, RESULTS
 from ..models.volume_processor import VolumeImageProcessor
+from ..trainer.batches import UnusableRowError
 from ..trainer.checkpoints import checkpoints, is_complete, step_of, usable_checkpoint
-from ..trainer.meta import UnusableRowError
 from ..trainer.metalr import MetaLRTrainer
 from . import INTERRUPTED, say
 from .arguments import TrainArguments, parse_train_arguments

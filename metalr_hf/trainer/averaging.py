@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from ..tuning.averaging import POLYNOMIAL, WeightAverage
 from ..tuning.contexts import preserve_random_state
+from .batches import EmptyMetaSetError, larger_batch, spare_batches
 from .defaults import NO_AVERAGE
-from .meta import EmptyMetaSetError, larger_batch, spare_batches
 
 logger = logging.get_logger(__name__)
 

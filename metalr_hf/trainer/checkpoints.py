@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..settings import check_saved_layers
-from .meta import MetaStream
+from .batches import MetaStream
 
 logger = logging.get_logger(__name__)
 

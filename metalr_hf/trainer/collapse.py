@@ -15,7 +15,7 @@ from ..models.bare import outputs_and_logits
 from ..models.target_losses import ClassLoss, TargetLoss
 from ..tuning.contexts import untouched
 from ..tuning.sharding import local, reshard, saved, shard_of
-from .meta import batches_to_look_at
+from .batches import batches_to_look_at
 
 if TYPE_CHECKING:
     from .metalr import MetaLRTrainer

@@ -18,15 +18,15 @@ from ..models.target_losses import ClassLoss
 from ..tuning.contexts import untouched
 from ..tuning.ridge import fit_head
 from ..tuning.sharding import local, reshard, shard_of
+from .batches import EmptyMetaSetError, spare_batches
 from .defaults import fits_head
-from .meta import EmptyMetaSetError, spare_batches
 
 if TYPE_CHECKING:
     from .metalr import MetaLRTrainer
 
 
 # Training images that a head is fitted to, at most, and as a share of those that the run will be trained on.
-HEAD_IMAGES, HEAD_SHARE = 512, 0.2
+HEAD_IMAGES, SHARE_OF_A_RUN = 512, 0.2
 # A head is replaced by one whose loss on images that it was not fitted to is at most this share of its own. Where the
 # features say little of the classes, a head that was fitted to them was worse than random numbers that learn.
 CLEARLY_BETTER = 0.8
@@ -209,7 +209,7 @@ def _images_to_fit(trainer: MetaLRTrainer) -> int:
     """How many training images to fit a head to."""
     args, dataset = trainer.args, trainer.train_dataset
     a_step = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
-    affordable = max(1, int(HEAD_SHARE * trainer.state.max_steps * a_step))
+    affordable = max(1, int(SHARE_OF_A_RUN * trainer.state.max_steps * a_step))
     return min(HEAD_IMAGES, affordable, len(dataset) if has_length(dataset) else HEAD_IMAGES)
 
 

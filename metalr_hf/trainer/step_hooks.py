@@ -18,8 +18,8 @@ from ..layers.names import head_layers
 from ..tuning.calibration import LOOKS
 from ..tuning.calibration.replay import ReplayedLoss
 from ..tuning.contexts import untouched
+from .batches import batches_to_look_at, largest_step
 from .collapse import undo_collapse
-from .meta import batches_to_look_at, largest_step
 
 if TYPE_CHECKING:
     from .metalr import MetaLRTrainer

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HTTPError
 from small_runs import LABELS, images, trainer, vit
 from torch.utils.data import Dataset, IterableDataset
 
-from metalr_hf.trainer.meta import MetaStream
+from metalr_hf.trainer.batches import MetaStream
 
 # The HTTP library that the installed huggingface_hub uses, which has changed over time.
 HTTP = importlib.import_module(HTTPError.__module__.split(".")[0])
@@ -82,7 +82,7 @@ class Flaky(IterableDataset):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("metalr_hf.trainer.meta.stream.RETRY_AFTER", (0, 0, 0))
+    monkeypatch.setattr("metalr_hf.trainer.batches.stream.RETRY_AFTER", (0, 0, 0))
 
 
 def labels(dataset, num_workers=0):

@@ -7,7 +7,7 @@ from small_runs import LABELS, arguments, images, losses, same_weights, trainer,
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from metalr_hf import MetaLRTrainer
-from metalr_hf.trainer.meta import create_meta_stream
+from metalr_hf.trainer.batches import create_meta_stream
 from metalr_hf.tuning.guard import TuningGuard
 
 SOURCES = ("stream", "next_batch")

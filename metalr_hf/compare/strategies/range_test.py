@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from ...trainer.meta import stream_of
+from ...trainer.batches import stream_of
 from ...tuning.contexts import untouched
 from .registry import Job, register_strategy
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import BatchFeature, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...layers.groups import layer_groups
-from ...trainer.meta import stream_of
+from ...trainer.batches import stream_of
 from ...tuning.contexts import untouched
 from .registry import Job, register_strategy
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import ConcatDataset, IterableDataset, RandomSampler, Sampler
 from transformers.trainer_utils import has_length
 
-from ..meta import own_data_methods
+from ..batches import own_data_methods
 from .convergence import is_clearly_worse
 from .evaluating import StoppingTrainer
 

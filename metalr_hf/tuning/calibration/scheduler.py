@@ -15,7 +15,7 @@ from ..hypergradient import LookAhead
 from ..hypergradient.validation import clear_gradients
 from ..optimizers import check_own_rates, momentum_growth, unwrap
 from ..rates import LayerRateScheduler
-from .looks import LARGEST_STEP
+from .backbone import LARGEST_STEP
 from .search import PROBE_LR, Calibration, Calibrator
 
 

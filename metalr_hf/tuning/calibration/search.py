@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ..hypergradient import LookAhead
+from .backbone import LARGEST_STEP, agree, highest_useful, largest_backbone_lr, losses_down_a_ladder
 from .ladder import LADDER, TOLERANCE, head_valley, raised
-from .looks import LARGEST_STEP, agree, highest_useful, largest_backbone_lr, losses_down_a_ladder
 from .replay import ReplayedLoss
 
 # One batch of 32 images often says nothing of a backbone, or what is wrong; three batches rarely do. Where two agree, a
@@ -29,7 +29,7 @@ LONGER_FIRST_STEP = 10**0.5
 PROBE_LR = 1e-3
 # Along one step the loss falls up to the rate at which that step does all the work, and each of the tens of steps that
 # follow would be as long. In short runs a tenth was better than the whole rate, a third and a thirtieth of it.
-HEAD_SHARE = 0.1
+SHARE_OF_VALLEY = 0.1
 FALLBACK_BACKBONE_LR, FALLBACK_HEAD_LR = 1e-4, 3e-4
 BACKBONE_DOUBT = "no step of the backbone lowers the loss"
 # Tuning lowers a rate that is too high within a few steps; from one a thousand times too low it needs the better part
@@ -191,7 +191,7 @@ def calibrate(
         start_loss = loss_at(0.0, head_step)
         if earlier is None:
             valley, head_losses = head_valley(lambda rate: loss_at(0.0, rate), start_loss, lr_min, lr_max)
-            head_lr = None if valley is None else bounded(HEAD_SHARE * valley)
+            head_lr = None if valley is None else bounded(SHARE_OF_VALLEY * valley)
     if head_lr is None:
         doubts.append("the loss does not tell the learning rates of the head apart")
         head_lr = bounded(FALLBACK_HEAD_LR)

@@ -32,7 +32,7 @@ def largest_backbone_lr(sizes: Sequence[float], step_lrs: Sequence[float], large
     Example:
 
     ```python
-    >>> from metalr_hf.tuning.calibration.looks import largest_backbone_lr
+    >>> from metalr_hf.tuning.calibration.backbone import largest_backbone_lr
     >>> round(largest_backbone_lr([0.01, 0.02, 0.5], [1e-3, 1e-3, 1e-3]), 6)
     0.0005
 
@@ -65,7 +65,7 @@ def losses_down_a_ladder(
     Example:
 
     ```python
-    >>> from metalr_hf.tuning.calibration.looks import losses_down_a_ladder
+    >>> from metalr_hf.tuning.calibration.backbone import losses_down_a_ladder
     >>> losses = {1e-5: 2.2, 1e-4: 2.0, 1e-3: 1.8, 1e-2: 3.0, 1e-1: 0.9}
     >>> losses_down_a_ladder(list(losses), losses.get, start_loss=2.3)
     {0.0001: 2.0, 0.001: 1.8, 0.01: 3.0, 0.1: inf}
@@ -110,7 +110,7 @@ def highest_useful(changes: Sequence[dict[float, float]], ladder: Sequence[float
     Example:
 
     ```python
-    >>> from metalr_hf.tuning.calibration.looks import highest_useful
+    >>> from metalr_hf.tuning.calibration.backbone import highest_useful
     >>> looks = [{1e-4: 0.0, 1e-3: -0.1, 1e-2: 0.4}, {1e-4: 0.01, 1e-3: 0.02, 1e-2: -0.1}]
     >>> highest_useful(looks, [1e-4, 1e-3, 1e-2])
     0.001
@@ -149,7 +149,7 @@ def agree(changes: Sequence[dict[float, float]]) -> bool:
     Example:
 
     ```python
-    >>> from metalr_hf.tuning.calibration.looks import agree
+    >>> from metalr_hf.tuning.calibration.backbone import agree
     >>> agree([{1e-4: 0.0, 1e-3: -0.1, 1e-2: 0.4}, {1e-4: -0.01, 1e-3: -0.1, 1e-2: 0.2}])
     True
     >>> agree([{1e-4: 0.0, 1e-3: -0.1, 1e-2: 0.4}, {1e-4: 0.01, 1e-3: 0.02, 1e-2: -0.1}])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import has_length
 
-from ...tuning.calibration.looks import LARGEST_STEP
+from ...tuning.calibration.backbone import LARGEST_STEP
 from ...tuning.contexts import preserve_random_state
-from .batches import EmptyMetaSetError
+from .collated import EmptyMetaSetError
 from .sets import spare_batches
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def larger_batch(batch_size: int) -> int:
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.meta.looks import larger_batch
+    >>> from metalr_hf.trainer.batches.calibrating import larger_batch
     >>> larger_batch(2), larger_batch(8), larger_batch(64)
     (8, 32, 64)
 
@@ -63,7 +63,7 @@ def images_of_a_look(batch_size: int, images_of_the_run: int) -> int:
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.meta.looks import images_of_a_look
+    >>> from metalr_hf.trainer.batches.calibrating import images_of_a_look
     >>> [images_of_a_look(batch_size, 240 * batch_size) for batch_size in (2, 8, 32, 64)]
     [8, 32, 32, 64]
     >>> images_of_a_look(8, 60 * 8)

@@ -58,7 +58,7 @@ def create_meta_stream(trainer: MetaLRTrainer) -> MetaStream:
         trainer ([`~metalr_hf.MetaLRTrainer`]): The trainer.
 
     Returns:
-        [`~metalr_hf.trainer.meta.MetaStream`]
+        [`~metalr_hf.trainer.batches.MetaStream`]
 
     Raises:
         ValueError: if the training batches come from a loader or sampler of the user's own, which it would pass by, or

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate
 from torchvision.transforms import v2
 
-import metalr_hf.trainer.meta.stream
-from metalr_hf.trainer.meta import MetaStream, check_meta_dataset, split_meta_dataset
+import metalr_hf.trainer.batches.stream
+from metalr_hf.trainer.batches import MetaStream, check_meta_dataset, split_meta_dataset
 
 ROWS = 10
 
@@ -502,4 +502,4 @@ def test_a_good_meta_set_passes_and_draws_no_random_number(dataset):
 
 
 def test_examples():
-    assert doctest.testmod(metalr_hf.trainer.meta.stream).failed == 0
+    assert doctest.testmod(metalr_hf.trainer.batches.stream).failed == 0

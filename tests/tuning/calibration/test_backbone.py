@@ -2,8 +2,8 @@ import math
 
 import pytest
 
+from metalr_hf.tuning.calibration.backbone import agree, highest_useful, largest_backbone_lr, losses_down_a_ladder
 from metalr_hf.tuning.calibration.ladder import LADDER
-from metalr_hf.tuning.calibration.looks import agree, highest_useful, largest_backbone_lr, losses_down_a_ladder
 
 
 def test_the_median_layer_sets_the_limit_and_those_without_a_norm_or_a_step_do_not_count():

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ...data.splits.several_labels import divide_rows
 from ...tuning.contexts import preserve_random_state
-from .batches import (
+from .collated import (
     EMPTY,
     EmptyMetaSetError,
     InterruptedStreamError,
@@ -68,7 +68,7 @@ class MetaStream:
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.meta import MetaStream
+    >>> from metalr_hf.trainer.batches import MetaStream
     >>> stream = MetaStream(range(5), batch_size=3, collate_fn=list)
     >>> sorted(row for _ in range(5) for row in next(stream))
     [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
@@ -217,7 +217,7 @@ def split_meta_dataset(
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.meta import split_meta_dataset
+    >>> from metalr_hf.trainer.batches import split_meta_dataset
     >>> train, meta = split_meta_dataset([{"label": i % 2} for i in range(10)], 0.2)
     >>> len(train), len(meta)
     (8, 2)
@@ -271,7 +271,7 @@ def check_meta_dataset(dataset: Any, *, label_column: str, num_classes: int | No
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.meta import check_meta_dataset
+    >>> from metalr_hf.trainer.batches import check_meta_dataset
     >>> check_meta_dataset([{"label": 0}, {"label": 1}], label_column="label", num_classes=2)
 
     ```

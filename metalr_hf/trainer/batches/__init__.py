@@ -1,7 +1,7 @@
 """Batches beside those that are trained on: to tune and calibrate by, to fit a head to, for batch norm."""
 
-from .batches import EmptyMetaSetError, UnusableRowError
-from .looks import batches_to_look_at, larger_batch, largest_step
+from .calibrating import batches_to_look_at, larger_batch, largest_step
+from .collated import EmptyMetaSetError, UnusableRowError
 from .sets import create_meta_stream, own_data_methods, prepare_meta_dataset, spare_batches, stream_of
 from .stream import MetaStream, check_meta_dataset, split_meta_dataset
 

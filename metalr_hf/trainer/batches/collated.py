@@ -67,7 +67,7 @@ def numbered_rows(
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.meta.batches import numbered_rows
+    >>> from metalr_hf.trainer.batches.collated import numbered_rows
     >>> batches = numbered_rows(rows=4, batch_size=2, seed=0, process_index=0, num_processes=1, first=0)
     >>> sorted(row for _ in range(2) for row in next(batches)[1])
     [0, 1, 2, 3]
@@ -194,7 +194,7 @@ def unusable(what: str, error: Exception) -> UnusableRowError:
     Example:
 
     ```python
-    >>> from metalr_hf.trainer.meta.batches import unusable
+    >>> from metalr_hf.trainer.batches.collated import unusable
     >>> print(unusable("Row 7", OSError("truncated")))
     Row 7 of the meta set cannot be used: OSError('truncated'). Repair the row or leave it out.
 

@@ -192,6 +192,7 @@ class MetaLRScheduler(CalibratedScheduler):
             meta_loss = meta_loss or self.meta_loss
             if self.awaits_calibration and meta_loss is None and self.calibrates_later and not self.overflowed:
                 # On the next batch, which `calibrate` is called with. Nothing is recorded until the rates are known.
+                self.calibration_is_late = True
                 return super().step()
             if self.awaits_calibration:
                 self._calibrate(meta_loss, self.last_epoch)
@@ -249,6 +250,7 @@ class MetaLRScheduler(CalibratedScheduler):
             "guard": self.guard.state_dict(),
             "calibrator": self._calibrator.state_dict(),
             # Of a step that is recorded when its calibration is done.
+            "calibration_is_late": self.calibration_is_late,
             "measured": list(self._measured),
             "look_ahead": self._look_ahead.state_dict(self.parameters_by_layer()),
             "stateful": {name: part.state_dict() for name, part in self.stateful.items()},
@@ -267,6 +269,7 @@ class MetaLRScheduler(CalibratedScheduler):
         self.restarted_at, self.validations = state_dict["restarted_at"], state_dict["validations"]
         self.guard.load_state_dict(state_dict["guard"])
         self._calibrator.load_state_dict(state_dict["calibrator"])
+        self.calibration_is_late = state_dict["calibration_is_late"]
         self._measured = tuple(state_dict["measured"])
         # Another rule, or another source of validation batches, than before starts anew.
         if state_dict["rule"]["name"] == type(self.rule).__name__:

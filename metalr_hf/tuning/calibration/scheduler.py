@@ -37,6 +37,7 @@ class CalibratedScheduler(LayerRateScheduler):
         largest_step (`float`): By which share of its norm a step with the start rates may move the median layer of
             the backbone.
         calibrates_later (`bool`): Whether a step for which `step()` has no validation loss waits for `calibrate()`.
+        calibration_is_late (`bool`): Whether the step before the present one waits for it.
     """
 
     meta_source: str
@@ -52,7 +53,7 @@ class CalibratedScheduler(LayerRateScheduler):
         reduce: Callable[[Tensor], Tensor] | None = None,
     ):
         self.meta_context, self.reduce = meta_context, reduce
-        self.calibrates_later = False
+        self.calibrates_later = self.calibration_is_late = False
         self.largest_step = LARGEST_STEP
         self._calibrator = Calibrator(calibrate)
         self._look_ahead = LookAhead(unwrap(optimizer))
@@ -109,7 +110,7 @@ class CalibratedScheduler(LayerRateScheduler):
         if self.calibration_is_late:
             meta_loss, hypergradients = self._measured or (math.nan, None)
             self.record(meta_loss, hypergradients, self.last_epoch - 1)
-            self._measured = ()
+            self._measured, self.calibration_is_late = (), False
 
     @property
     def awaits_calibration(self) -> bool:
@@ -120,11 +121,6 @@ class CalibratedScheduler(LayerRateScheduler):
     def overflowed(self) -> bool:
         """Whether the step just taken met an overflow, so that a fused optimizer did not move the parameters."""
         return any(float(flag) > 0 for flag in self._found_inf)
-
-    @property
-    def calibration_is_late(self) -> bool:
-        """Whether the step before the present one is still to be calibrated."""
-        return self.last_epoch > len(self.history) and self._look_ahead.taken
 
     def _calibrate(self, meta_loss: Callable[[], Tensor] | None, step: int) -> None:
         if self.overflowed:

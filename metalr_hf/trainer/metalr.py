@@ -336,7 +336,6 @@ class MetaLRTrainer(FinishingTrainer, AveragingTrainer, CheckpointingTrainer, Hu
         Returns:
             `torch.Tensor` of shape `()`: the loss, with its graph.
         """
-        self.lr_scheduler.meta_loss = None
         # A copy: a loss may work in place, and a batch is looked at several times.
         inputs = recursively_apply(torch.clone, self._prepare_inputs(inputs))
         # A compute_loss_func may divide by the count, which all processes take part in. Models take their own mean.

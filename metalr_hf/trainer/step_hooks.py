@@ -74,6 +74,10 @@ class StepHooks(TrainerCallback):
         if self.trainer.lr_scheduler.meta_loss is None:
             fetch_validation_batch(self.trainer)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The coming step is to fetch a batch of its own, whoever does that.
+        self.trainer.lr_scheduler.meta_loss = None
+
 
 @contextmanager
 def step_hooks(trainer: MetaLRTrainer) -> Iterator[StepHooks]:

@@ -144,24 +144,11 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         ValueError: if an image cannot be read. It names the split, the row and the file. Of a test image, the run's
             files are written before, without test results.
     """
-    training, data = arguments.training, arguments.data
-    task = arguments.task
-    with training.main_process_first(desc="loading the images"):
-        splits = task.load_splits(data, seed=training.seed)
+    training, data, task = arguments.training, arguments.data, arguments.task
     evaluates = training.eval_strategy != IntervalStrategy.NO or training.stop_when_converged
-    if evaluates and splits.validation is None:
-        share = data.validation_share or _validation_share(splits.train, training.stop_when_converged)
-        splits = hold_out(splits, "validation", "validation_share", share, training.seed, data.group_column)
-        # A split of its own is never trained on.
-        if training.stop_when_converged:
-            splits = replace(splits, held_back=splits.validation)
-    record = splits_of(arguments, splits, training.meta_split)
+    splits, record = _load_splits(arguments, evaluates)
     if checkpoint is not None:
         check_same_splits(checkpoint, record)
-    if training.meta_split and data.group_column:
-        splits = hold_out(splits, "meta", "meta_split", training.meta_split, training.seed, data.group_column)
-        # They are held out now. The trainer, which knows no groups, need not do it.
-        training.meta_split = 0.0
     set_seed(training.seed)
     model_arguments = task.model_arguments(arguments.model, splits)
     model = task.load_model(model_arguments, splits.id2label, data.image_size, data.num_channels)
@@ -198,21 +185,7 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
     if trainer.is_world_process_zero():
         write_splits(str(training.output_dir), record)
     try:
-        trained = trainer.train(resume_from_checkpoint=checkpoint)
-        results = trained.metrics
-        if checkpoint is not None and step_of(checkpoint) == trained.global_step:
-            # It had ended: what training gave is known from then.
-            file = Path(checkpoint).parent / RESULTS
-            results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        # It is pushed when it has been tested.
-        trainer.save_model(_internal_call=True)
-        try:
-            results |= trainer.evaluate(prepared.test, metric_key_prefix="test")
-        finally:
-            # If the test fails, the files of the trained model are still written.
-            trainer.save_metrics("all", results, combined=False)
-            trainer.save_state()
-            trainer.create_model_card()
+        results = _train_and_test(trainer, prepared.test, checkpoint)
     except (OSError, UnusableRowError) as error:
         others = {name: rows for name in ("validation", "meta") if (rows := getattr(splits, name)) is not None}
         name_broken_image(error, {"training": splits.train, "test": splits.test, **others})
@@ -221,6 +194,45 @@ def run_training(arguments: TrainArguments, checkpoint: str | None = None) -> di
         _show(trainer, results)
     if training.push_to_hub:
         trainer.push_to_hub()
+    return results
+
+
+def _load_splits(arguments: TrainArguments, evaluates: bool) -> tuple[Any, dict[str, Any]]:
+    """The images, with the shares that are held out of those to train on, and the record of how they were split."""
+    training, data = arguments.training, arguments.data
+    with training.main_process_first(desc="loading the images"):
+        splits = arguments.task.load_splits(data, seed=training.seed)
+    if evaluates and splits.validation is None:
+        share = data.validation_share or _validation_share(splits.train, training.stop_when_converged)
+        splits = hold_out(splits, "validation", "validation_share", share, training.seed, data.group_column)
+        # A split of its own is never trained on.
+        if training.stop_when_converged:
+            splits = replace(splits, held_back=splits.validation)
+    record = splits_of(arguments, splits, training.meta_split)
+    if training.meta_split and data.group_column:
+        splits = hold_out(splits, "meta", "meta_split", training.meta_split, training.seed, data.group_column)
+        # They are held out now. The trainer, which knows no groups, need not do it.
+        training.meta_split = 0.0
+    return splits, record
+
+
+def _train_and_test(trainer: MetaLRTrainer, test: Any, checkpoint: str | None) -> dict[str, float]:
+    """Trains, measures the test split and writes the files of the run."""
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    results = trained.metrics
+    if checkpoint is not None and step_of(checkpoint) == trained.global_step:
+        # It had ended: what training gave is known from then.
+        file = Path(checkpoint).parent / RESULTS
+        results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    # It is pushed when it has been tested.
+    trainer.save_model(_internal_call=True)
+    try:
+        results |= trainer.evaluate(test, metric_key_prefix="test")
+    finally:
+        # If the test fails, the files of the trained model are still written.
+        trainer.save_metrics("all", results, combined=False)
+        trainer.save_state()
+        trainer.create_model_card()
     return results
 
 

@@ -141,7 +141,8 @@ class AveragingTrainer(Trainer):
         return WeightAverage(self.model, self.average_weights or POLYNOMIAL, trained)
 
     def _update_average(self) -> None:
-        # In float16 a step that overflowed was not taken.
+        # In float16 a step that overflowed was not taken. One that did harm stays in the average where it is taken back
+        # only when the next batch has shown it; it weighs little there.
         if self.average_weights is None or self.accelerator.optimizer_step_was_skipped:
             return
         if self.weight_average is None:

@@ -8,6 +8,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,17 @@ def hunt(
         keep_settings(folder, {"steps": STEPS, "test_images": TEST_IMAGES})
         rows = mend_lines(folder / RESULTS)
         done = {(row["cell"], row["strategy"], row["learning_rate"], row["seed"]) for row in rows}
-        for name, seeds in strategies.items():
-            for seed in seeds:
-                for trap in traps:
-                    rates = RATES[trap.optim] if get_strategy(name).uses_learning_rate else (None,)
-                    for rate in rates:
-                        if (trap.name, name, rate, seed) not in done:
-                            row = run_trap(trap, name, rate, seed, make_model, data(trap))
-                            append_line(folder / RESULTS, row)
-                            rows.append(row)
+        runs = [
+            (trap, name, rate, seed)
+            for name, seeds in strategies.items()
+            for seed, trap in product(seeds, traps)
+            for rate in (RATES[trap.optim] if get_strategy(name).uses_learning_rate else (None,))
+        ]
+        for trap, name, rate, seed in runs:
+            if (trap.name, name, rate, seed) not in done:
+                row = run_trap(trap, name, rate, seed, make_model, data(trap))
+                append_line(folder / RESULTS, row)
+                rows.append(row)
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import logging
 
 from ..tuning.averaging import POLYNOMIAL, WeightAverage
@@ -95,6 +95,17 @@ class AveragingTrainer(Trainer):
         """Trainer's, with the average of the weights."""
         with self.averaged():
             return super().evaluation_loop(*args, **kwargs)
+
+    # Callbacks that keep the weights of an evaluation are to find those that were evaluated.
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, with the average of the weights, also for the callbacks that it calls."""
+        with self.averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Trainer's, with the average of the weights, also for the callbacks that it calls."""
+        with self.averaged():
+            return super().predict(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, with the average of the weights."""

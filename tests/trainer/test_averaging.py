@@ -73,6 +73,28 @@ def test_evaluate_predict_and_what_is_saved_are_of_the_average(tmp_path, options
     assert same_weights(saved, run.model)
 
 
+def test_a_callback_of_an_evaluation_sees_the_weights_that_were_evaluated(tmp_path):
+    class Keeps(TrainerCallback):
+        def __init__(self):
+            self.kept = []
+
+        def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
+            if state.global_step < state.max_steps:
+                self.kept.append((metrics["eval_loss"], copy.deepcopy(model.state_dict())))
+
+    eval_dataset = images(24, seed=1)
+    run = trainer(tmp_path, resnet(), eval_dataset=eval_dataset, eval_strategy="steps", eval_steps=2, **AVERAGED)
+    run.add_callback(keeps := Keeps())
+    run.add_callback(notes := Notes())
+    run.train()
+    assert len(keeps.kept) == 2
+    for loss, weights in keeps.kept:
+        run.model.load_state_dict(weights)
+        assert run.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-6)
+    # The run itself goes on from its own.
+    assert not all(torch.equal(value, notes.weights[1][name]) for name, value in keeps.kept[0][1].items())
+
+
 def test_a_callback_at_the_end_of_training_sees_the_average(tmp_path):
     class AtTheEnd(TrainerCallback):
         def on_train_end(self, args, state, control, model=None, **kwargs):

@@ -95,6 +95,17 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be a number, not NaN.")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises `TypeError` if a setting is neither true nor false nor left out, as the text `"no"`, which counts as true.
+
+    Args:
+        name (`str`): The setting, for the message.
+        value (`Any`): What was given.
+    """
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True, False or None, not {type(value).__name__}.")
+
+
 def check_count(name: str, value: Any, otherwise: str = "") -> None:
     """Raises if a setting is not a whole number of 1 or more.
 

@@ -103,6 +103,8 @@ class RunFacts:
         has_own_code (`bool`): Whether the code of the model's class is published with it.
         volume_channels (`int`, *optional*): Of the volumes that a 3-D network takes, for which there is no pipeline.
         reads_nifti (`bool`): Whether the processor that is published with it reads such volumes.
+        input_shape (`Sequence[int]`, *optional*): `(channels, height, width)` of an image that the model takes, where
+            no image processor was saved with it.
         own_reader (`str`, *optional*): Why images have to be read by this package, which other readers would misread.
         base_model (`str`, *optional*): Hub id of the pretrained model.
         license (`str`, *optional*): Its licence.
@@ -131,6 +133,7 @@ class RunFacts:
     has_own_code: bool = False
     volume_channels: int | None = None
     reads_nifti: bool = False
+    input_shape: Sequence[int] | None = None
     own_reader: str | None = None
     base_model: str | None = None
     license: str | None = None

@@ -40,6 +40,7 @@ PIPELINE_TAGS = {
     "ForSemanticSegmentation": "image-segmentation",
     "ForObjectDetection": "object-detection",
 }
+USUAL_SIZE = 224
 NOT_A_RESULT = ("_runtime", "_per_second", "model_preparation_time")
 
 
@@ -81,6 +82,7 @@ def run_facts(
         has_own_code=getattr(network, "_auto_class", None) is not None,
         volume_channels=config.num_channels if getattr(config, "model_type", None) == MonaiConfig.model_type else None,
         reads_nifti=isinstance(trainer.processing_class, VolumeImageProcessor),
+        input_shape=_input_shape(config) if trainer.processing_class is None else None,
         own_reader=_own_reader(trainer.processing_class),
         base_model=base_model,
         license=_license(base_model, loaded_from, config),
@@ -245,6 +247,15 @@ def _own_reader(processor: Any) -> str | None:
         return "The images have more than 8 bits: they are read with the window of intensities saved with the model."
     channels = channels_of(processor)
     return None if channels == CHANNELS else f"The images have {channels} channels, which a pipeline does not keep."
+
+
+def _input_shape(config: Any) -> tuple[int, ...]:
+    """The shape of a pretrained model's images; networks that take any size take this one too."""
+    if of_timm := (getattr(config, "pretrained_cfg", None) or {}).get("input_size"):
+        return tuple(of_timm)
+    size = getattr(config, "image_size", None) or USUAL_SIZE
+    height, width = (size, size) if isinstance(size, int) else size
+    return (getattr(config, "num_channels", None) or CHANNELS, height, width)
 
 
 def _tuning(trainer: HubTrainer) -> dict[str, object]:

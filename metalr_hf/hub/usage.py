@@ -35,6 +35,15 @@ outputs = model(**processor("volume.nii.gz", return_tensors="pt"))
 mask, = processor.post_process_semantic_segmentation(outputs, ["volume.nii.gz"])
 mask.to_filename("mask.nii.gz")
 """,
+    "tensors": """
+import torch
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{model_id}"{code}).eval()
+# No image processor was saved with the model: images have to be prepared as those that it was trained on.
+images = torch.zeros{input_shape}
+print(model(images).logits{activation})
+""",
     "timm": """
 import timm
 from PIL import Image, ImageOps
@@ -80,6 +89,7 @@ def usage(facts: RunFacts) -> str:
             auto_class=facts.auto_class,
             code=", trust_remote_code=True" if facts.has_own_code else "",
             channels=facts.volume_channels,
+            input_shape=(1, *(facts.input_shape or ())),
             base_model=facts.base_model,
             classes=len(facts.classes),
             activation=ACTIVATIONS[facts.activation],
@@ -104,4 +114,6 @@ def example_of(facts: RunFacts) -> str | None:
         return "nifti"
     if facts.volume_channels:
         return "volumes"
+    if facts.library != "peft" and facts.input_shape:
+        return "tensors"
     return "predict" if facts.own_reader and facts.library != "peft" else facts.library

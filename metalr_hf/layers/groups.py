@@ -176,6 +176,7 @@ def check_layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]]) ->
         groups (`Mapping[str, Sequence[str]]`): Layer name to parameter names.
 
     Raises:
+        TypeError: if they are no mapping.
         ValueError: naming the parameter that is missing, doubled, frozen or not there.
 
     Example:
@@ -190,6 +191,11 @@ def check_layer_groups(model: nn.Module, groups: Mapping[str, Sequence[str]]) ->
 
     ```
     """
+    if not isinstance(groups, Mapping):
+        raise TypeError(
+            f"layer_groups is a {type(groups).__name__}: give a dictionary from the name of a layer to the names of "
+            "its parameters, as metalr_hf.layer_groups(model) does."
+        )
     parameters = dict(model.named_parameters())
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError(NOTHING_TO_TRAIN)

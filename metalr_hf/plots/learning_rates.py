@@ -9,13 +9,12 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from ..settings import check_choice
+from ..tuning.history import LRHistory
 from .drawing import bare, color_key, figure_of, label_lines, new_axes, ordered_colors, widen
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from ..tuning.history import LRHistory
 
 KINDS = ("curves", "heatmap")
 MOST_LABELS, MOST_ROW_LABELS = 9, 24
@@ -45,6 +44,7 @@ def plot_learning_rates(
         `matplotlib.figure.Figure`: to be shown by a notebook, or saved with `savefig`.
 
     Raises:
+        TypeError: if it is no history.
         ValueError: if the history is empty or the kind unknown.
 
     Example:
@@ -60,6 +60,11 @@ def plot_learning_rates(
     ```
     """
     check_choice("kind", kind, KINDS)
+    if not isinstance(history, LRHistory):
+        raise TypeError(
+            f"history is a {type(history).__name__}: give an LRHistory, such as trainer.lr_history or "
+            "LRHistory.load('lr_history.csv')."
+        )
     if not len(history):
         raise ValueError("The history is empty: there is no learning rate to draw. Train first.")
     if ax is None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from ..settings import LAYER_GRANULARITIES, META_MODES, check_choice, check_count, check_number, check_settings
+from ..settings import (
+    LAYER_GRANULARITIES,
+    META_MODES,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_settings,
+)
 from ..tuning.averaging import averaging_share
 from ..tuning.rules import get_rule
 from .defaults import FilledIn, calibrates, fill_in_direction, fill_in_schedule, leave_out_again
+from .faults import refuse_deepspeed
 from .stopping import prepare_stopping
 
 # Chen et al. 2023, section 3.1, and the reference code, with the sign of the paper's equation.
@@ -259,6 +267,8 @@ class MetaLRTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # transformers would want DeepSpeed installed first.
         refuse_deepspeed(self)
+        for name in ("calibrate", "fit_head", "stop_when_converged"):
+            check_flag(name, getattr(self, name))
         leave_out_again(self)
         self._apply_preset()
         fill_in_schedule(self)
@@ -375,26 +385,4 @@ def _check_tuning_arguments(args: Any) -> None:
         raise ValueError(
             f"head_lr_multiplier={args.head_lr_multiplier!r} would be ignored: the calibration finds where the "
             "head starts. Set calibrate=False to start from learning_rate, or leave it out."
-        )
-
-
-def refuse_deepspeed(args: TrainingArguments) -> None:
-    """Raises `ValueError` if the run is to use DeepSpeed, by its arguments or by `accelerate launch`.
-
-    Args:
-        args (`TrainingArguments`): The arguments.
-
-    Example:
-
-    ```python
-    >>> from transformers import TrainingArguments
-    >>> from metalr_hf.trainer.arguments import refuse_deepspeed
-    >>> refuse_deepspeed(TrainingArguments("runs/example"))
-
-    ```
-    """
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
-        raise ValueError(
-            f"deepspeed={args.deepspeed!r}: DeepSpeed steps the optimizer inside its backward, so there is no step "
-            "to tune. Use FSDP instead (`fsdp=True`, or `accelerate config`)."
         )

@@ -138,10 +138,18 @@ def check_checkpoint(folder: str, layers: Sequence[str]) -> None:
         layers (`Sequence[str]`): The layers of the model that is to go on from it.
 
     Raises:
-        ValueError: if it is a checkpoint of a run with other layers, or with no learning rate per layer.
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it is a checkpoint of a run with other layers, or with no learning rate per layer, or the folder
+            of a run.
     """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"resume_from_checkpoint={folder!r}: there is no such folder.")
     file = os.path.join(folder, SCHEDULER_FILE)
     if not os.path.isfile(file):
+        if (last := usable_checkpoint(folder)) is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={folder!r} is the folder of a run, not a checkpoint: its last one is {last}."
+            )
         logger.warning(
             f"{folder} holds weights alone (save_only_model): optimizer, learning rates, schedule and history start "
             "anew, and the run will not end as it would have without the interruption."

@@ -1,11 +1,13 @@
-"""Models that cannot be tuned, runs that are too short or too small for it, and batches that spoil one."""
+"""Models and runs that cannot be tuned, runs that are too short or too small for it, and batches that spoil one."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -16,6 +18,28 @@ if TYPE_CHECKING:
     from .metalr import MetaLRTrainer
 
 logger = logging.get_logger(__name__)
+
+
+def refuse_deepspeed(args: TrainingArguments) -> None:
+    """Raises `ValueError` if the run is to use DeepSpeed, by its arguments or by `accelerate launch`.
+
+    Args:
+        args (`TrainingArguments`): The arguments.
+
+    Example:
+
+    ```python
+    >>> from transformers import TrainingArguments
+    >>> from metalr_hf.trainer.faults import refuse_deepspeed
+    >>> refuse_deepspeed(TrainingArguments("runs/example"))
+
+    ```
+    """
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+        raise ValueError(
+            f"deepspeed={args.deepspeed!r}: DeepSpeed steps the optimizer inside its backward, so there is no step "
+            "to tune. Use FSDP instead (`fsdp=True`, or `accelerate config`)."
+        )
 
 
 def refuse_sparse_gradients(model: nn.Module) -> None:

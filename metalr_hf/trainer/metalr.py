@@ -24,13 +24,13 @@ from ..tuning.hypergradient.linearity import check_optimizer_name
 from ..tuning.optimizers import unwrap
 from ..tuning.scheduler import MetaLRScheduler
 from ..tuning.sharding import refuse_fsdp1, reshard
-from .arguments import MetaLRTrainingArguments, refuse_deepspeed, with_tuning_arguments
+from .arguments import MetaLRTrainingArguments, with_tuning_arguments
 from .averaging import AveragingTrainer
 from .batches import MetaStream, create_meta_stream, prepare_meta_dataset
 from .checkpoints import CheckpointingTrainer, check_checkpoint, checkpoint_to_resume
 from .collapse import CollapseGuard, guard_for, undo_collapse
 from .defaults import calibrates, head_hold_steps_of, lr_change_of, meta_every_of, meta_source_of
-from .faults import describe_bad_batch, refuse_label_smoothing, refuse_sparse_gradients, warn_of_sizes
+from .faults import describe_bad_batch, refuse_deepspeed, refuse_label_smoothing, refuse_sparse_gradients, warn_of_sizes
 from .fresh_head import FreshHead
 from .last_features import LastFeatures
 from .schedules import schedule_shape

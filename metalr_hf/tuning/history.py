@@ -6,6 +6,7 @@ import math
 import os
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,8 +140,9 @@ class LRHistory:
         """Writes the learning rates as CSV: `step`, then a column a layer. Every digit is kept.
 
         Args:
-            path (`str` or `os.PathLike`): The file to write.
+            path (`str` or `os.PathLike`): The file to write. Its folder is made if it is not there.
         """
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.to_pandas().to_csv(path)
 
     @classmethod

@@ -164,6 +164,35 @@ def start_learning_rates(
     return torch.tensor(list(highest.values()), dtype=torch.float64), rates
 
 
+def give_own_tensors(optimizer: Optimizer) -> None:
+    """Gives every param group a tensor of its own for its rate, where torch has given one tensor to several.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from metalr_hf.tuning.optimizers import give_own_tensors
+    >>> groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}]
+    >>> optimizer = torch.optim.SGD(groups, lr=torch.tensor(1e-3))
+    >>> first, second = optimizer.param_groups
+    >>> first["lr"] is second["lr"]
+    True
+    >>> give_own_tensors(optimizer)
+    >>> first["lr"] is second["lr"]
+    False
+
+    ```
+    """
+    seen: set[int] = set()
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor) and id(group["lr"]) in seen:
+            group["lr"] = group["lr"].clone()
+        seen.add(id(group["lr"]))
+
+
 def write_learning_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
     """Gives every param group its learning rate; one that is a tensor stays the same tensor.
 

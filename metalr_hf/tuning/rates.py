@@ -13,7 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..settings import check_learning_rates, check_saved_layers, check_saved_optimizer
 from .history import LRHistory
-from .optimizers import layer_of_groups, parameters_by_layer, start_learning_rates, unwrap, write_learning_rates
+from .optimizers import (
+    give_own_tensors,
+    layer_of_groups,
+    parameters_by_layer,
+    start_learning_rates,
+    unwrap,
+    write_learning_rates,
+)
 
 PLAIN_STATE = ("last_epoch", "_step_count")
 RATES = ("learning_rates", "start_learning_rates", "lowest_learning_rates", "highest_learning_rates")
@@ -76,6 +83,7 @@ class LayerRateScheduler(LRScheduler):
         self.lr_min, self.lr_max = lr_min, lr_max
         self._group_layers = layer_of_groups(optimizer)
         self.layers = list(dict.fromkeys(self._group_layers))
+        give_own_tensors(optimizer)
         self.learning_rates, self._group_rates = start_learning_rates(optimizer, self._group_layers, self.layers)
         highest = dict(zip(self.layers, self.learning_rates.tolist(), strict=True))
         self._given_rates = highest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -51,7 +52,8 @@ class MetaLRScheduler(CalibratedScheduler):
             Tunes at the first so many optimizer steps, and at those that are calibrated, and keeps the rates found.
             `None` tunes to the end.
         calibrate (`bool`, *optional*, defaults to `False`):
-            Finds the start rates along the first two or three steps, whatever the `lr` of the groups; see
+            Finds the start rates along the first two or three steps, whatever the `lr` of the groups, and looks again
+            at two later ones where these tell nothing of the backbone; see
             [`~metalr_hf.tuning.calibration.calibrate`]. Needs a `meta_loss` at every `step()` before which
             `will_calibrate` is true, with either source.
         lookahead (`str`, *optional*, defaults to `"optimizer"`):
@@ -148,7 +150,7 @@ class MetaLRScheduler(CalibratedScheduler):
         self._inner_products: Tensor | None = None
         self._training_loss: Tensor | None = None
         self._measured_loss = self._slope = math.nan
-        self._only_creates_state = False
+        self._only_creates_state = self._has_warned = False
 
         check_linear(unwrap(optimizer))
         super().__init__(optimizer, shape, lr_min, lr_max, calibrate, meta_context, reduce)
@@ -197,7 +199,7 @@ class MetaLRScheduler(CalibratedScheduler):
             if self.awaits_calibration:
                 self._calibrate(meta_loss, self.last_epoch)
             elif self.meta_source == "stream":
-                if meta_loss is not None and self._look_ahead.taken and self.will_tune:
+                if self._look_ahead.taken and self.will_tune:
                     self._validate_tune_rescale(meta_loss)
                 self._look_ahead.discard()
             self.record(*self._measured)
@@ -324,7 +326,16 @@ class MetaLRScheduler(CalibratedScheduler):
         if first and self.calibration is not None:
             self.guard.begin(self.calibration.start_loss)
 
-    def _validate_tune_rescale(self, meta_loss: Callable[[], Tensor]) -> None:
+    def _validate_tune_rescale(self, meta_loss: Callable[[], Tensor] | None) -> None:
+        if meta_loss is None:
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    "MetaLRScheduler.step() was called without a validation loss, so that the learning rates stay "
+                    "where they are: call scheduler.step(meta_loss), or set meta_source='next_batch' or hyper_lr=0.",
+                    stacklevel=3,
+                )
+            return
         look_ahead, before, shape = self._look_ahead, self.learning_rates, self.shape(self.last_epoch)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         raw_step = (before * shape).tolist() if self.lookahead == "sgd" else None

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import timm
 import torch
 from digits import save_timm
 from PIL import Image
@@ -31,6 +32,19 @@ def test_a_photograph_that_lies_on_its_side_is_turned_as_in_training(tmp_path, c
         exec(code.replace("image.png", str(tmp_path / name)), {})
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1] != ""
+
+
+@pytest.mark.parametrize("name", ["vit", "timm"])
+def test_without_a_processor_it_is_left_to_the_user_how_images_are_prepared(tmp_path, name, capsys):
+    model = vit() if name == "vit" else timm.create_model("test_vit", num_classes=3, img_size=16)
+    run = MetaLRTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=images())
+    run.train()
+    run.save_model()
+    code = usage(run_facts(run))
+    assert "images have to be prepared as those" in code
+    capsys.readouterr()
+    exec(code.replace("your-name/your-model", str(tmp_path)), {})
+    assert "tensor([[0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,11 @@ def test_a_map_that_does_not_fit_is_refused(groups, message):
         check_layer_groups(nn.Linear(2, 2), groups)
 
 
+def test_a_list_of_layers_is_no_map():
+    with pytest.raises(TypeError, match=r"layer_groups is a list: give a dictionary from the name of a layer"):
+        check_layer_groups(nn.Linear(2, 2), [["weight"], ["bias"]])
+
+
 def test_a_frozen_parameter_in_a_map_and_a_frozen_model_are_refused():
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)

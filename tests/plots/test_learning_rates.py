@@ -160,6 +160,8 @@ def test_a_notebook_shows_the_figure_without_pyplot():
 def test_an_empty_history_and_an_unknown_kind_are_refused():
     with pytest.raises(ValueError, match="The history is empty"):
         plot_learning_rates(LRHistory(["a"]))
+    with pytest.raises(TypeError, match=r"history is a str: give an LRHistory, such as trainer\.lr_history"):
+        plot_learning_rates("lr_history.csv")
     with pytest.raises(ValueError, match="kind='bars' must be one of 'curves', 'heatmap'"):
         plot_learning_rates(history(), kind="bars")
 

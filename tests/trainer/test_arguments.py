@@ -73,6 +73,12 @@ def test_the_source_follows_from_what_is_there(tmp_path):
         source(has_meta_dataset=True, meta_source="next_batch")
 
 
+@pytest.mark.parametrize("name", ["calibrate", "fit_head", "stop_when_converged"])
+def test_a_text_is_neither_true_nor_false(tmp_path, name):
+    with pytest.raises(TypeError, match=f"{name}='no' must be True, False or None, not str"):
+        MetaLRTrainingArguments(str(tmp_path), **{name: "no"})
+
+
 @pytest.mark.parametrize("options", [{}, {"stop_when_converged": True}])
 def test_the_best_of_errors_is_the_lowest(tmp_path, options):
     for name, highest in (("eval_mae", False), ("rmse_age", False), ("hausdorff95", False), ("r2", True)):

@@ -359,6 +359,16 @@ def test_a_run_can_go_on_with_another_source_and_another_rule(tmp_path, before, 
     assert (again.lr_history.learning_rates[-1] != whole.lr_history.learning_rates[-1]).all()
 
 
+def test_a_folder_that_is_no_checkpoint_is_refused_at_once(tmp_path, caplog):
+    run = trainer(tmp_path, resnet(), **SAVING)
+    run.train()
+    with pytest.raises(FileNotFoundError, match="nothing': there is no such folder"):
+        run.train(resume_from_checkpoint=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"is the folder of a run, not a checkpoint: its last one is .*checkpoint-12"):
+        run.train(resume_from_checkpoint=str(tmp_path))
+    assert "weights alone" not in caplog.text
+
+
 def test_weights_without_learning_rates_are_resumed_with_a_warning(tmp_path, caplog):
     setting = {**SAVING, "save_only_model": True}
     trainer(tmp_path, resnet(), **setting).train()

@@ -5,6 +5,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_runs import arguments, images, losses, resnet, same_weights, trainer, vit
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -386,6 +387,12 @@ def test_bad_input_is_refused_before_the_first_step(tmp_path):
         trainer(tmp_path, meta_dataset=images(12).select([]))
     with pytest.raises(ValueError, match="meta_dataset"):
         trainer(tmp_path, meta_dataset=images(12).remove_columns("labels"))
+    with pytest.raises(ValueError, match=r"meta_dataset: its first rows make no batch .* Prepare it like the training"):
+        trainer(tmp_path, meta_dataset=[{"pixel_values": Image.new("L", (4, 4)), "labels": 0}])
+    with pytest.raises(
+        ValueError, match=r"meta_dataset: of its rows the model gets no images, but labels\. Prepare it"
+    ):
+        trainer(tmp_path, meta_dataset=images(12).rename_column("pixel_values", "image"))
     other_classes = images(12).cast_column("labels", datasets.ClassLabel(names=["a", "b", "c", "d"]))
     with pytest.raises(ValueError, match="meta_dataset has 4 classes .* but the model has 3"):
         trainer(tmp_path, meta_dataset=other_classes)

@@ -140,7 +140,9 @@ def test_meta_every_calls_the_validation_loss_at_each_kth_step_only():
 
 def test_the_attribute_meta_loss_is_used_and_nothing_is_tuned_without_any():
     model, optimizer, scheduler = make()
-    train(model, optimizer, scheduler, 2, meta=False)
+    with pytest.warns(UserWarning, match="was called without a validation loss") as warned:
+        train(model, optimizer, scheduler, 2, meta=False)
+    assert len(warned) == 1
     assert scheduler.learning_rates.tolist() == [1e-2, 1e-2]
     scheduler.meta_loss = lambda: loss_of(model, slice(32, 64))
     train(model, optimizer, scheduler, 1, meta=False)
@@ -259,6 +261,24 @@ def test_learning_rates_given_as_tensors_are_filled_in_place():
     train(model, optimizer, scheduler, 2)
     assert all(group["lr"] is tensor for group, tensor in zip(optimizer.param_groups, tensors, strict=True))
     assert float(tensors[2]) == pytest.approx(float(scheduler.learning_rates[1]))
+
+
+def test_groups_that_share_a_tensor_get_one_each():
+    model, optimizer, _ = make(lr=torch.tensor(1e-2))
+    shared = torch.tensor(1e-2)
+    for group in optimizer.param_groups:
+        group["lr"] = shared
+    scheduler = MetaLRScheduler(optimizer)
+    train(model, optimizer, scheduler, 3)
+    rates = scheduler.learning_rates
+    assert rates[0] != rates[1]
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx(rates[[0, 0, 1]].tolist())
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), nn.Linear(2, 2).parameters()])
+def test_what_is_no_optimizer_is_refused(wrong):
+    with pytest.raises(TypeError, match=r"optimizer is a \w+: give an optimizer, such as"):
+        MetaLRScheduler(wrong)
 
 
 def test_a_second_scheduler_takes_the_place_of_the_first():

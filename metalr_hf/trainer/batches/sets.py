@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from ...messages import first_line
+from ...tuning.contexts import preserve_random_state
 from .stream import MetaStream, check_meta_dataset, split_meta_dataset
 
 if TYPE_CHECKING:
@@ -49,6 +52,37 @@ def prepare_meta_dataset(trainer: MetaLRTrainer) -> None:
             label_column=_label_column(trainer, trainer.meta_dataset),
             num_classes=trainer.model.config.num_labels if classifier else None,
         )
+        _refuse_unprepared(trainer)
+
+
+def _refuse_unprepared(trainer: MetaLRTrainer) -> None:
+    rows = trainer.meta_dataset
+    if isinstance(rows, IterableDataset):
+        # It may be read only once.
+        return
+    columns, collator = _as_trainer_reads(trainer, rows)
+    try:
+        with preserve_random_state(trainer.args.device):
+            # Some collators mix two.
+            batch = collator([columns[i] for i in range(min(2, len(columns)))])
+    except Exception as error:
+        raise ValueError(
+            f"meta_dataset: its first rows make no batch ({first_line(error)}). Prepare it like the training set, with "
+            "the same transform and columns."
+        ) from error
+    labels = {"label", "labels", *(trainer.label_names or ())}
+    if isinstance(batch, Mapping) and not any(isinstance(batch[name], Tensor) for name in batch.keys() - labels):
+        raise ValueError(
+            f"meta_dataset: of its rows the model gets no images, but {', '.join(batch) or 'nothing'}. Prepare it like "
+            "the training set, with the same transform and columns."
+        )
+
+
+def _as_trainer_reads(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
+    # The two preparations that Trainer gives to its own loaders; no public method does them.
+    if isinstance(dataset, datasets.Dataset):
+        return trainer._remove_unused_columns(dataset, description="meta"), trainer.data_collator
+    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="meta")
 
 
 def create_meta_stream(trainer: MetaLRTrainer) -> MetaStream:
@@ -136,11 +170,7 @@ def stream_of(
     num_workers, buffer = args.dataloader_num_workers, {}
     if batches_to_shuffle is not None:
         num_workers, buffer = 0, {"shuffle_buffer_size": batches_to_shuffle * batch_size}
-    # The same two preparations that Trainer gives to its own loaders; no public method does them.
-    if isinstance(dataset, datasets.Dataset):
-        dataset, collator = trainer._remove_unused_columns(dataset, description="meta"), trainer.data_collator
-    else:
-        collator = trainer._get_collator_with_removed_columns(trainer.data_collator, description="meta")
+    dataset, collator = _as_trainer_reads(trainer, dataset)
     return MetaStream(
         dataset,
         batch_size,

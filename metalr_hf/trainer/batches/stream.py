@@ -266,6 +266,7 @@ def check_meta_dataset(dataset: Any, *, label_column: str, num_classes: int | No
             How many classes the model has.
 
     Raises:
+        TypeError: if it is no set of rows.
         ValueError: if it is empty, has no labels, or has other classes than the model.
 
     Example:
@@ -276,6 +277,12 @@ def check_meta_dataset(dataset: Any, *, label_column: str, num_classes: int | No
 
     ```
     """
+    is_set = isinstance(dataset, IterableDataset) or hasattr(dataset, "__getitem__")
+    if not is_set or isinstance(dataset, (str, Mapping)):
+        raise TypeError(
+            f"meta_dataset is a {type(dataset).__name__}: give rows, such as a datasets.Dataset, a torch dataset or a "
+            "list of dictionaries, prepared like the training set. Of several splits, give one."
+        )
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise EmptyMetaSetError(EMPTY)
     feature, features = None, getattr(dataset, "features", None)

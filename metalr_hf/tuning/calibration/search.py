@@ -167,9 +167,9 @@ def calibrate(
     """
     if meta_loss is None:
         raise ValueError(
-            f"calibrate=True needs a validation batch at the first {len(LOOKS) - 1} or {len(LOOKS)} steps, while "
-            "scheduler.will_calibrate is true: call scheduler.step(meta_loss), or set scheduler.meta_loss, or leave "
-            "calibrate at False."
+            f"calibrate=True needs a validation batch whenever scheduler.will_calibrate is true: at the first "
+            f"{len(LOOKS) - 1} or {len(LOOKS)} steps and, where they leave the backbone in doubt, at two later ones. "
+            "Call scheduler.step(meta_loss), or set scheduler.meta_loss, or leave calibrate at False."
         )
     layers = len(look_ahead.sizes)
 

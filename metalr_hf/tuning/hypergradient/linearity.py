@@ -73,6 +73,7 @@ def check_linear(optimizer: Optimizer) -> None:
         optimizer (`torch.optim.Optimizer`): The optimizer, not wrapped.
 
     Raises:
+        TypeError: if it is no optimizer.
         ValueError: with what did not hold.
 
     Example:
@@ -90,6 +91,8 @@ def check_linear(optimizer: Optimizer) -> None:
     ```
     """
     name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer is a {name}: give an optimizer, such as torch.optim.AdamW(model.parameters()).")
     if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):
         raise ValueError(
             f"{name} cannot be tuned: it wraps another optimizer, and what it adds to the step is not known. "

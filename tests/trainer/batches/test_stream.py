@@ -477,6 +477,14 @@ def test_a_meta_set_that_cannot_be_tuned_on_is_refused(dataset, message):
         check_meta_dataset(dataset, label_column="label", num_classes=3)
 
 
+@pytest.mark.parametrize(
+    "dataset", ["images", {"row": [1]}, datasets.DatasetDict(), iter([]), torch.utils.data.DataLoader([1])], ids=type
+)
+def test_what_is_no_set_of_rows_is_refused(dataset):
+    with pytest.raises(TypeError, match=r"meta_dataset is a \w+: give rows, such as a datasets.Dataset"):
+        check_meta_dataset(dataset, label_column="label")
+
+
 class Masks(Stream):
     def __iter__(self):
         yield {"x": torch.rand(2), "labels": torch.full((2, 2), 9)}

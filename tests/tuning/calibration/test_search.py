@@ -255,7 +255,7 @@ def test_it_needs_a_validation_batch():
     scheduler = MetaLRScheduler(optimizer, meta_source="next_batch", calibrate=True)
     loss_of(model, slice(0, 64)).backward()
     optimizer.step()
-    with pytest.raises(ValueError, match="needs a validation batch at the first 2 or 3 steps"):
+    with pytest.raises(ValueError, match="at the first 2 or 3 steps and, where they leave"):
         scheduler.step()
 
 

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 # The errors of the HTTP library that the installed huggingface_hub uses, which has changed over time.
 from huggingface_hub.errors import HTTPError
 from sklearn.metrics import precision_recall_fscore_support
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType, has_length
 from yaml import YAMLError
@@ -210,6 +211,7 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
     settings: dict[str, object] = {
         "optimizer steps": f"{state.global_step} ({state.epoch or 0:.4g} epochs)",
         "images a step": batch,
+        **_trained(trainer.model),
         "optimizer": f"{type(optimizer).__name__}, weight decay {decay:g}",
         "schedule": f"{schedule}, {warmup} warm-up steps" if warmup else schedule.removesuffix("_with_warmup"),
         **_tuning(trainer),
@@ -234,6 +236,12 @@ def _settings(trainer: HubTrainer) -> dict[str, object]:
     modules = {type(module).__module__.split(".")[0] for module in trainer.model.modules()}
     packages += sorted(modules & {"timm", "peft", "monai"})
     return settings | {"versions": ", ".join(f"{package} {version(package)}" for package in packages)}
+
+
+def _trained(model: nn.Module) -> dict[str, object]:
+    parameters = list(model.parameters())
+    trained, there_are = (sum(p.numel() for p in of) for of in ([p for p in parameters if p.requires_grad], parameters))
+    return {} if trained == there_are else {"trained parameters": f"{trained:,} of {there_are:,}"}
 
 
 def _images(processor: Any) -> dict[str, object]:

@@ -1,5 +1,6 @@
 import getpass
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -273,7 +274,10 @@ def test_an_adapter_goes_onto_its_base(hub, user, start, tmp_path):
         "learning_rates.png",
         "lr_history.csv",
     }
-    card = ModelCard((published / "README.md").read_text()).data
+    text = (published / "README.md").read_text()
+    trained, there_are = re.search(r"\| trained parameters \| ([\d,]+) of ([\d,]+) \|", text).groups()
+    assert 0 < int(trained.replace(",", "")) < int(there_are.replace(",", ""))
+    card = ModelCard(text).data
     assert (card.library_name, card.base_model, card.datasets) == ("peft", "someone/vit", ["someone/photos"])
     assert {"metalr", "histology"} <= set(card.tags)
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..compare.report import write_report
 from ..compare.results import FAILED, read_results
@@ -207,6 +208,9 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any], rows: di
         arguments ([`CompareArguments`]): What to compare.
         tuning (`dict`): Arguments of `MetaLRTrainingArguments` for the strategies that tune.
         rows (`dict`): Arguments of the data set that only this task has.
+
+    Raises:
+        FileExistsError: if the folder holds a run of `metalr-hf train`.
     """
     optional = ("intensity_window", "num_channels", "image_column_name", "label_column_name", "test_split")
     given = {name: value for name in optional if (value := getattr(arguments, name)) is not None}
@@ -215,6 +219,11 @@ def run_comparison(arguments: CompareArguments, tuning: dict[str, Any], rows: di
         tuning=tuning,
         preparation={"image_size": arguments.image_size, "augment": arguments.augment, **given, **rows},
     )
+    if (Path(arguments.output_dir) / TRAINER_STATE_NAME).is_file():
+        raise FileExistsError(
+            f"output_dir={arguments.output_dir!r} holds a model that `metalr-hf train` has trained. Give the "
+            "comparison a folder of its own."
+        )
     if tuning:
         # Refuses a bad one now rather than in each run.
         MetaLRTrainingArguments(arguments.output_dir, **tuning)

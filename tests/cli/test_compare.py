@@ -136,3 +136,10 @@ def test_a_file_that_is_none_of_arguments_is_one_line_too(tmp_path, capsys):
     file.write_text("strategies: [cosine")
     assert main(["compare", str(file)]) == 2
     assert f"'{file}' is not valid JSON or YAML: while parsing a flow sequence" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_training_run_is_left_alone(tmp_path, capsys):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    assert main(["compare", "--output_dir", str(tmp_path), "--strategies", "cosine"]) == 2
+    assert "holds a model that `metalr-hf train` has trained" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["trainer_state.json"]

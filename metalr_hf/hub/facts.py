@@ -23,6 +23,7 @@ from yaml import YAMLError
 
 from ..data.intensity import CHANNELS, channels_of, window_of
 from ..models.bare import Classifier
+from ..models.channels import input_channels
 from ..models.monai_networks import MonaiConfig
 from ..models.target_losses import TargetLoss
 from ..models.volume_processor import VolumeImageProcessor
@@ -263,7 +264,7 @@ def _input_shape(config: Any) -> tuple[int, ...]:
         return tuple(of_timm)
     size = getattr(config, "image_size", None) or USUAL_SIZE
     height, width = (size, size) if isinstance(size, int) else size
-    return (getattr(config, "num_channels", None) or CHANNELS, height, width)
+    return (input_channels(config), height, width)
 
 
 def _tuning(trainer: HubTrainer) -> dict[str, object]:

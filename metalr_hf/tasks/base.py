@@ -29,10 +29,11 @@ from ..models.loading import ModelArguments, load_config, naming_the_model
 from ..models.probe import check_input
 
 # Those of Trainer are made for longer runs on more images: 8 a step, and a first loss in the log at step 500.
+LOGGING: Mapping[str, Any] = {"logging_steps": 10}
 DEFAULT_ARGUMENTS: Mapping[str, Any] = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
-    "logging_steps": 10,
+    **LOGGING,
 }
 # Of a run that names neither a model nor a data set.
 DEMO_ARGUMENTS: Mapping[str, Any] = {

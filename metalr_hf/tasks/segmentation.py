@@ -33,7 +33,7 @@ from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import resize_logits, segmentation_loss
 from ..models.monai_networks import MonaiConfig
 from ..models.unet import TimmUNetForSemanticSegmentation
-from .base import DEFAULT_ARGUMENTS, DEMO_ARGUMENTS, Task
+from .base import DEMO_ARGUMENTS, LOGGING, Task
 from .metrics import build_dice_metrics, predicted_classes
 from .registry import get_task, register_task
 
@@ -48,12 +48,8 @@ class Segmentation(Task):
     data_arguments = MaskArguments
     # Masks are counted as they come: those of a whole test split need not fit into memory.
     training_arguments: ClassVar[Mapping[str, Any]] = {"batch_eval_metrics": True}
-    # Networks for masks need more memory for an image than classifiers do.
-    default_arguments: ClassVar[Mapping[str, Any]] = {
-        **DEFAULT_ARGUMENTS,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-    }
+    # Networks for masks need more memory for an image than classifiers do: batches are Trainer's, of eight.
+    default_arguments = LOGGING
     demo_name = "cells"
     demo_description = "generated micrographs of cells"
     demo_model_name = "U-Net on EfficientNet-Lite0"

@@ -32,7 +32,7 @@ from ..models.loading import ModelArguments, naming_the_model
 from ..models.losses import segmentation_loss
 from ..models.monai_networks import MonaiConfig, MonaiForSemanticSegmentation
 from ..models.volume_processor import NiftiFrame, VolumeImageProcessor, masks_of
-from .base import DEMO_ARGUMENTS, Task
+from .base import DEMO_ARGUMENTS, LOGGING, Task
 from .metrics import build_volume_metrics, measure_volumes
 from .registry import register_task
 from .segmentation import load_segmentation_model
@@ -71,7 +71,7 @@ class VolumeSegmentation(Task):
     }
     # These networks begin untrained, with a norm after each convolution: a first step a hundred times too long is as
     # good as another, and the steps after it are not.
-    default_arguments: ClassVar[Mapping[str, Any]] = {"logging_steps": 10, "lr_max": 1e-2}
+    default_arguments: ClassVar[Mapping[str, Any]] = {**LOGGING, "lr_max": 1e-2}
     demo_name = "generated volumes"
     demo_description = "generated volumes of an organ with a lesion"
     demo_model_name = DEFAULT_NETWORK
